@@ -1,0 +1,272 @@
+"""Sections that say how processes work together."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from lockstep.config.fields import opt
+from lockstep.config.section import Section
+
+
+@dataclass(kw_only=True)
+class DDPConfig(Section):
+    """Data parallelism and gradient reduction."""
+
+    section_name: ClassVar[str] = "ddp"
+
+    check_for_large_grads: bool = opt(
+        False, "--check-for-large-grads", refused="this training option is not supported yet"
+    )
+    grad_reduce_in_fp32: bool = opt(
+        False,
+        "--accumulate-allreduce-grads-in-fp32",
+        help="Accumulate and reduce gradients in FP32; on with BF16 unless --grad-reduce-in-bf16.",
+    )
+    overlap_grad_reduce: bool = opt(
+        False,
+        "--overlap-grad-reduce",
+        holds="one process trains, so there is nothing to exchange or shard",
+        effect="speed",
+    )
+    num_buckets: int | None = opt(
+        None, "--ddp-num-buckets", holds="one process trains, so there is nothing to exchange or shard", effect="speed"
+    )
+    bucket_size: int | None = opt(
+        None, "--ddp-bucket-size", holds="one process trains, so there is nothing to exchange or shard", effect="speed"
+    )
+    pad_buckets_for_high_nccl_busbw: bool = opt(
+        False,
+        "--ddp-pad-buckets-for-high-nccl-busbw",
+        holds="one process trains, so there is nothing to exchange or shard",
+        effect="speed",
+    )
+    reduce_scatter_with_fp32_accumulation: bool = opt(
+        False, "--ddp-reduce-scatter-with-fp32-accumulation", refused="layouts beyond one process are not supported yet"
+    )
+    param_name_patterns_for_fp32_local_accumulation: list[str] = opt(
+        [],
+        "--ddp-param-name-patterns-for-fp32-local-accumulation",
+        refused="layouts beyond one process are not supported yet",
+    )
+    average_in_collective: bool = opt(
+        False,
+        "--ddp-average-in-collective",
+        holds="one process trains, so there is nothing to exchange or shard",
+        effect="speed",
+    )
+    overlap_param_gather: bool = opt(
+        False,
+        "--overlap-param-gather",
+        holds="one process trains, so there is nothing to exchange or shard",
+        effect="speed",
+    )
+    align_param_gather: bool = opt(
+        True,
+        "--no-align-param-gather",
+        negated=True,
+        holds="one process trains, so there is nothing to exchange or shard",
+        effect="speed",
+    )
+    use_distributed_optimizer: bool = opt(
+        False,
+        "--use-distributed-optimizer",
+        holds="one process trains, so there is nothing to exchange or shard",
+        effect="speed",
+    )
+    nccl_ub: bool = opt(False, "--use-nccl-ub", refused="layouts beyond one process are not supported yet")
+    disable_symmetric_registration: bool = opt(
+        False, "--disable-symmetric-registration", refused="layouts beyond one process are not supported yet"
+    )
+    create_all_gather_group: bool = opt(
+        False, "--create-all-gather-group", refused="layouts beyond one process are not supported yet"
+    )
+    data_parallel_sharding_strategy: Literal["no_shard", "optim", "optim_grads", "optim_grads_params"] = opt(
+        "optim_grads_params",
+        "--data-parallel-sharding-strategy",
+        refused="sharded data parallelism is not supported yet",
+        effect="speed",
+    )
+    outer_dp_sharding_strategy: Literal["no_shard", "optim"] = opt(
+        "no_shard",
+        "--outer-dp-sharding-strategy",
+        refused="sharded data parallelism is not supported yet",
+        effect="speed",
+    )
+    gradient_reduce_div_fusion: bool = opt(
+        True,
+        "--no-gradient-reduce-div-fusion",
+        negated=True,
+        holds="one process trains, so there is nothing to exchange or shard",
+        effect="speed",
+    )
+    suggested_communication_unit_size: int | None = opt(
+        None, "--suggested-communication-unit-size", refused="layouts beyond one process are not supported yet"
+    )
+    keep_fp8_transpose_cache: bool = opt(
+        False, "--keep-fp8-transpose-cache", refused="FP8 and FP4 are not supported yet"
+    )
+    enable_full_sharding_in_hsdp: bool = opt(
+        False, "--enable-full-sharding-in-hsdp", refused="sharded data parallelism is not supported yet", effect="speed"
+    )
+    num_distributed_optimizer_instances: int = opt(
+        1, "--num-distributed-optimizer-instances", refused="layouts beyond one process are not supported yet"
+    )
+    torch_fsdp2_reshard_after_forward: bool = opt(
+        True,
+        "--torch-fsdp2-no-reshard-after-forward",
+        negated=True,
+        refused="sharded data parallelism is not supported yet",
+        effect="speed",
+    )
+
+
+@dataclass(kw_only=True)
+class DistributedConfig(Section):
+    """Process groups."""
+
+    section_name: ClassVar[str] = "dist"
+
+    distributed_backend: Literal["nccl", "gloo"] = opt(
+        "nccl",
+        "--distributed-backend",
+        holds="one process trains, so there is nothing to exchange or shard",
+        effect="speed",
+    )
+    distributed_timeout_minutes: int = opt(
+        10,
+        "--distributed-timeout-minutes",
+        holds="one process trains, so there is nothing to exchange or shard",
+        effect="speed",
+    )
+    align_grad_reduce: bool = opt(
+        True,
+        "--no-align-grad-reduce",
+        "--disable-align-grad-reduce",
+        negated=True,
+        holds="one process trains, so there is nothing to exchange or shard",
+        effect="speed",
+    )
+    local_rank: int = opt(0, "--local-rank", holds="the launcher sets LOCAL_RANK", effect="speed")
+    lazy_mpu_init: bool = opt(
+        False, "--lazy-mpu-init", refused="this process-group option is not supported yet", effect="speed"
+    )
+    use_megatron_fsdp: bool = opt(
+        False, "--use-megatron-fsdp", refused="sharded data parallelism is not supported yet", effect="speed"
+    )
+    use_torch_fsdp2: bool = opt(
+        False, "--use-torch-fsdp2", refused="sharded data parallelism is not supported yet", effect="speed"
+    )
+    use_tp_pp_dp_mapping: bool = opt(
+        False,
+        "--use-tp-pp-dp-mapping",
+        holds="one process trains, so there is nothing to exchange or shard",
+        effect="speed",
+    )
+    use_gloo_process_groups: bool = opt(
+        True,
+        "--disable-gloo-process-groups",
+        negated=True,
+        holds="one process trains, so there is nothing to exchange or shard",
+        effect="speed",
+    )
+    use_sharp: bool = opt(
+        False, "--use-sharp", refused="this process-group option is not supported yet", effect="speed"
+    )
+    sharp_enabled_group: Literal["dp", "dp_replica"] | None = opt(
+        None, "--sharp-enabled-group", refused="this process-group option is not supported yet", effect="speed"
+    )
+    high_priority_stream_groups: list[str] = opt(
+        [], "--high-priority-stream-groups", refused="this process-group option is not supported yet", effect="speed"
+    )
+    distributed_timeout_seconds_after_init: int | None = opt(
+        None,
+        "--distributed-timeout-seconds-after-init",
+        holds="one process trains, so there is nothing to exchange or shard",
+        effect="speed",
+    )
+    flight_recorder_dump_path: str | None = opt(
+        None, "--flight-recorder-dump-path", refused="this process-group option is not supported yet", effect="speed"
+    )
+    flight_recorder_trace_buffer_size: int = opt(
+        2000,
+        "--flight-recorder-trace-buffer-size",
+        refused="this process-group option is not supported yet",
+        effect="speed",
+    )
+    flight_recorder_dump_on_timeout: bool = opt(
+        True,
+        "--no-flight-recorder-dump-on-timeout",
+        "--disable-flight-recorder-dump-on-timeout",
+        negated=True,
+        refused="this process-group option is not supported yet",
+        effect="speed",
+    )
+    flight_recorder_include_stack_trace: bool = opt(
+        False,
+        "--flight-recorder-include-stack-trace",
+        refused="this process-group option is not supported yet",
+        effect="speed",
+    )
+    flight_recorder_include_only_active: bool = opt(
+        True,
+        "--no-flight-recorder-include-only-active",
+        "--disable-flight-recorder-include-only-active",
+        negated=True,
+        refused="this process-group option is not supported yet",
+        effect="speed",
+    )
+    flight_recorder_extra_dump_on_exec: bool = opt(
+        True,
+        "--no-flight-recorder-extra-dump-on-exec",
+        "--disable-flight-recorder-extra-dump-on-exec",
+        negated=True,
+        refused="this process-group option is not supported yet",
+        effect="speed",
+    )
+    disable_jit_fuser: bool = opt(
+        False, "--disable-jit-fuser", holds="chooses a kernel, not the result; Lockstep picks its own", effect="speed"
+    )
+    use_layer_wise_param_layout: bool = opt(
+        True,
+        "--no-use-layer-wise-param-layout",
+        negated=True,
+        refused="this process-group option is not supported yet",
+        effect="speed",
+    )
+    fake_process_group: bool = opt(
+        False, "--fake-process-group", refused="this process-group option is not supported yet", effect="speed"
+    )
+    enable_megatron_core_experimental: bool = opt(
+        False, "--enable-experimental", refused="Megatron-LM's experimental features are not supported"
+    )
+
+
+@dataclass(kw_only=True)
+class CommOverlapConfig(Section):
+    """Overlap of communication with computation."""
+
+    section_name: ClassVar[str] = "comm_overlap"
+
+    tp_comm_overlap: bool = opt(
+        False, "--tp-comm-overlap", refused="communication overlap is not supported yet", effect="speed"
+    )
+    tp_comm_bootstrap_backend: Literal["nccl", "mpi", "gloo"] = opt(
+        "nccl", "--tp-comm-bootstrap-backend", refused="communication overlap is not supported yet", effect="speed"
+    )
+    overlap_moe_expert_parallel_comm: bool = opt(
+        False,
+        "--overlap-moe-expert-parallel-comm",
+        refused="communication overlap is not supported yet",
+        effect="speed",
+    )
+    delay_wgrad_compute: bool = opt(
+        False, "--delay-wgrad-compute", refused="communication overlap is not supported yet", effect="speed"
+    )
+    defer_embedding_wgrad_compute: bool = opt(
+        False, "--defer-embedding-wgrad-compute", refused="communication overlap is not supported yet", effect="speed"
+    )
+    wgrad_deferral_limit: int = opt(
+        0, "--wgrad-deferral-limit", refused="communication overlap is not supported yet", effect="speed"
+    )
+    tp_comm_overlap_cfg: str | None = opt(
+        None, "--tp-comm-overlap-cfg", refused="communication overlap is not supported yet", effect="speed"
+    )

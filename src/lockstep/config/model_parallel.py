@@ -1,0 +1,174 @@
+"""The aspects of the model section that say where and how it is executed."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lockstep.config.fields import opt
+from lockstep.config.section import Section
+
+
+@dataclass(kw_only=True)
+class ModelParallel(Section):
+    """How the model is spread over processes."""
+
+    tensor_model_parallel_size: int = opt(
+        1, "--tensor-model-parallel-size", refused="layouts beyond one process are not supported yet"
+    )
+    pipeline_model_parallel_comm_backend: Literal["nccl", "ucc"] | None = opt(
+        None, "--pipeline-model-parallel-comm-backend", refused="layouts beyond one process are not supported yet"
+    )
+    pipeline_model_parallel_size: int = opt(
+        1, "--pipeline-model-parallel-size", refused="layouts beyond one process are not supported yet"
+    )
+    sequence_parallel: bool = opt(
+        False,
+        "--sequence-parallel",
+        holds="with one tensor-parallel rank there is no sequence to split, as in Megatron-LM",
+        effect="speed",
+    )
+    context_parallel_size: int = opt(
+        1, "--context-parallel-size", refused="layouts beyond one process are not supported yet"
+    )
+    hierarchical_context_parallel_sizes: list[int] | None = opt(
+        None, "--hierarchical-context-parallel-sizes", refused="layouts beyond one process are not supported yet"
+    )
+    expert_model_parallel_size: int = opt(
+        1, "--expert-model-parallel-size", refused="layouts beyond one process are not supported yet"
+    )
+    expert_tensor_parallel_size: int | None = opt(
+        None, "--expert-tensor-parallel-size", refused="layouts beyond one process are not supported yet"
+    )
+    tp_comm_bulk_wgrad: bool = opt(
+        True,
+        "--no-tp-comm-bulk-wgrad",
+        "--disable-tp-comm-bulk-wgrad",
+        negated=True,
+        refused="communication overlap is not supported yet",
+        effect="speed",
+    )
+    tp_comm_bulk_dgrad: bool = opt(
+        True,
+        "--no-tp-comm-bulk-dgrad",
+        "--disable-tp-comm-bulk-dgrad",
+        negated=True,
+        refused="communication overlap is not supported yet",
+        effect="speed",
+    )
+    tp_comm_overlap_ag: bool = opt(
+        True,
+        "--no-tp-comm-overlap-ag",
+        "--disable-tp-comm-overlap-ag",
+        negated=True,
+        refused="communication overlap is not supported yet",
+        effect="speed",
+    )
+    tp_comm_overlap_rs: bool = opt(
+        True,
+        "--no-tp-comm-overlap-rs",
+        "--disable-tp-comm-overlap-rs",
+        negated=True,
+        refused="communication overlap is not supported yet",
+        effect="speed",
+    )
+    tp_comm_overlap_rs_dgrad: bool = opt(
+        False, "--tp-comm-overlap-rs-dgrad", refused="communication overlap is not supported yet", effect="speed"
+    )
+    tp_comm_split_ag: bool = opt(
+        True,
+        "--no-tp-comm-split-ag",
+        "--disable-tp-comm-split-ag",
+        negated=True,
+        refused="communication overlap is not supported yet",
+        effect="speed",
+    )
+    tp_comm_split_rs: bool = opt(
+        True,
+        "--no-tp-comm-split-rs",
+        "--disable-tp-comm-split-rs",
+        negated=True,
+        refused="communication overlap is not supported yet",
+        effect="speed",
+    )
+    use_ring_exchange_p2p: bool = opt(
+        False, "--use-ring-exchange-p2p", refused="communication overlap is not supported yet", effect="speed"
+    )
+    overlap_p2p_comm_warmup_flush: bool = opt(
+        False,
+        "--overlap-p2p-communication-warmup-flush",
+        refused="communication overlap is not supported yet",
+        effect="speed",
+    )
+    microbatch_group_size_per_vp_stage: int | None = opt(
+        None,
+        "--microbatch-group-size-per-virtual-pipeline-stage",
+        refused="layouts beyond one process are not supported yet",
+    )
+    account_for_embedding_in_pipeline_split: bool = opt(
+        False, "--account-for-embedding-in-pipeline-split", refused="layouts beyond one process are not supported yet"
+    )
+    account_for_loss_in_pipeline_split: bool = opt(
+        False, "--account-for-loss-in-pipeline-split", refused="layouts beyond one process are not supported yet"
+    )
+    high_priority_a2a_comm_stream: bool = opt(
+        False, "--high-priority-a2a-comm-stream", refused="communication overlap is not supported yet", effect="speed"
+    )
+    num_layers_in_first_pipeline_stage: int | None = opt(
+        None, "--decoder-first-pipeline-num-layers", refused="layouts beyond one process are not supported yet"
+    )
+    num_layers_in_last_pipeline_stage: int | None = opt(
+        None, "--decoder-last-pipeline-num-layers", refused="layouts beyond one process are not supported yet"
+    )
+    pipeline_model_parallel_layout: str | None = opt(
+        None, "--pipeline-model-parallel-layout", refused="layouts beyond one process are not supported yet"
+    )
+    virtual_pipeline_model_parallel_size: int | None = opt(
+        None, "--num-virtual-stages-per-pipeline-rank", refused="layouts beyond one process are not supported yet"
+    )
+    overlap_p2p_comm: bool = opt(
+        True,
+        "--no-overlap-p2p-communication",
+        negated=True,
+        holds="one process trains, so there is nothing to exchange or shard",
+        effect="speed",
+    )
+    cp_comm_type: list[str] = opt(
+        ["p2p"], "--cp-comm-type", holds="one process trains, so there is nothing to exchange or shard", effect="speed"
+    )
+
+
+@dataclass(kw_only=True)
+class ModelExecution(Section):
+    """Recomputation, offloading, CUDA graphs and FP8 layers."""
+
+    cpu_offloading_num_layers: int = opt(
+        0, "--cpu-offloading-num-layers", refused="CPU offloading is not supported", effect="speed"
+    )
+    cpu_offloading_retain_pinned_cpu_buffers: bool = opt(
+        False, "--cpu-offloading-retain-pinned-cpu-buffers", refused="CPU offloading is not supported", effect="speed"
+    )
+    recompute_granularity: Literal["full", "selective"] | None = opt(
+        None, "--recompute-granularity", refused="activation recomputation is not supported yet", effect="speed"
+    )
+    recompute_method: Literal["uniform", "block"] | None = opt(
+        None, "--recompute-method", refused="activation recomputation is not supported yet", effect="speed"
+    )
+    recompute_num_layers: int | None = opt(
+        None, "--recompute-num-layers", refused="activation recomputation is not supported yet", effect="speed"
+    )
+    distribute_saved_activations: bool = opt(
+        False, "--distribute-saved-activations", refused="activation recomputation is not supported yet", effect="speed"
+    )
+    recompute_modules: list[str] | None = opt(
+        None, "--recompute-modules", refused="activation recomputation is not supported yet", effect="speed"
+    )
+    fp8_interval: int = opt(1, "--fp8-interval", refused="FP8 and FP4 are not supported yet")
+    fp8_output_proj: bool = opt(False, "--fp8-output-proj", refused="FP8 and FP4 are not supported yet")
+    cuda_graph_warmup_steps: int = opt(
+        3, "--cuda-graph-warmup-steps", refused="CUDA graphs are not supported yet", effect="speed"
+    )
+    cuda_graph_impl: Literal["none", "local", "transformer_engine", "full_iteration"] = opt(
+        "none", "--cuda-graph-impl", refused="CUDA graphs are not supported yet", effect="speed"
+    )
+    cuda_graph_modules: list[str] = opt(
+        [], "--cuda-graph-modules", refused="CUDA graphs are not supported yet", effect="speed"
+    )
