@@ -31,7 +31,6 @@ ALIASES: dict[str, str] = {
     "train.skip_train": "validation.skip_train",
     "dataset.full_validation": "validation.full_validation",
     "dataset.multiple_validation_sets": "validation.multiple_validation_sets",
-    "dataset.skip_getting_attention_mask_from_dataset": "dataset.create_attention_mask",
     "model.fp16": "mixed_precision.fp16",
     "model.bf16": "mixed_precision.bf16",
     "optimizer.fp16": "mixed_precision.fp16",

@@ -16,8 +16,8 @@ class DDPConfig(Section):
     check_for_large_grads: bool = opt(
         False, "--check-for-large-grads", refused="this training option is not supported yet"
     )
-    grad_reduce_in_fp32: bool = opt(
-        False,
+    grad_reduce_in_fp32: bool | None = opt(
+        None,
         "--accumulate-allreduce-grads-in-fp32",
         help="Accumulate and reduce gradients in FP32; on with BF16 unless --grad-reduce-in-bf16.",
     )

@@ -53,8 +53,8 @@ class ModelConfig(ModelParallel, ModelExecution, MixtureOfExperts, MultiLatentAt
     softmax_type: Literal["vanilla", "off-by-one", "learnable"] = opt(
         "vanilla", "--softmax-type", refused="this model option is not supported yet"
     )
-    num_query_groups: int = opt(
-        1, "--num-query-groups", help="Number of key/value heads; the number of query heads when unset."
+    num_query_groups: int | None = opt(
+        None, "--num-query-groups", help="Number of key/value heads; the number of query heads when unset."
     )
     ffn_hidden_size: int | None = opt(
         None,
