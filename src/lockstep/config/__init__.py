@@ -4,6 +4,7 @@ from lockstep.config.container import ALIASES, SECTIONS, ConfigContainer, all_fi
 from lockstep.config.data import DatasetConfig, TokenizerConfig
 from lockstep.config.fields import FieldInfo, Spec
 from lockstep.config.model import ModelConfig
+from lockstep.config.resolve import resolve
 from lockstep.config.section import Origin, Ref, Section
 from lockstep.config.training import OptimizerConfig, SchedulerConfig, TrainConfig, ValidationConfig
 
@@ -25,4 +26,5 @@ __all__ = [
     "ValidationConfig",
     "all_fields",
     "canonical",
+    "resolve",
 ]

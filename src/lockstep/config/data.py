@@ -42,7 +42,7 @@ class DatasetConfig(Section):
     mmap_bin_files: bool = opt(
         True, "--no-mmap-bin-files", negated=True, holds="the same bytes are read either way", effect="speed"
     )
-    mock: bool = opt(False, "--mock-data", help="Train on generated data.")
+    mock: bool | None = opt(None, "--mock-data", help="Train on generated data; on when no data set is named.")
     num_workers: int = opt(2, "--num-workers", holds="samples are the same for any number of workers", effect="speed")
     reset_position_ids: bool = opt(
         False, "--reset-position-ids", help="Restart positions after each end-of-document token."

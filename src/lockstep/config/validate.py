@@ -1,0 +1,268 @@
+"""Checks of a resolved tree. They collect every problem, change nothing, and need neither a GPU nor torch."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from lockstep.config.container import ConfigContainer
+from lockstep.config.derive import has_data
+from lockstep.config.fields import FieldInfo
+from lockstep.config.section import Origin
+
+
+def problems(config: ConfigContainer, world_size: int = 1) -> list[str]:
+    """Return one sentence with its remedy for everything wrong with a resolved tree; empty when it can run."""
+    found: list[str] = []
+    for check in (_refused, _required, _ranges, _model, _batches, _length, _schedule, _precision, _data):
+        found.extend(check(config))
+    if world_size != 1:
+        found.append(f"{world_size} processes were started, but one process trains for now; use --nproc_per_node=1")
+    return found
+
+
+def spelled(info: FieldInfo, origin: Origin) -> str:
+    """Name a field as the user gave it: the flag or key of its origin, or its path."""
+    return origin.detail if origin.kind == "command line" and origin.detail else info.path
+
+
+def _refused(c: ConfigContainer) -> Iterator[str]:
+    for info, value, origin in c.items():
+        if info.spec.refused and value not in info.accepted:
+            allowed = " or ".join("unset" if v is None else _show(v) for v in info.accepted)
+            yield f"{spelled(info, origin)} = {_show(value)}: {info.spec.refused} (accepted: {allowed})"
+
+
+def _show(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _name(c: ConfigContainer, path: str) -> str:
+    origin = c.origin(path)
+    if origin.kind == "command line" and origin.detail:
+        return origin.detail
+    section, _, name = path.partition(".")
+    flags = c.section(section).fields()[name].spec.flags
+    return f"{path} ({flags[0]})" if flags else path
+
+
+def _required(c: ConfigContainer) -> Iterator[str]:
+    needed = ["model.num_layers", "model.hidden_size", "model.num_attention_heads", "model.seq_length"]
+    needed += ["train.micro_batch_size"]
+    if not c.validation.skip_train:
+        needed.append("optimizer.lr")
+    for path in needed:
+        if c.get(path) is None:
+            yield f"{_name(c, path)} is not set; give it a value"
+    if c.train.train_iters is None and c.train.train_samples is None:
+        yield "the length of the run is not set; give train.train_iters (--train-iters) or train.train_samples"
+
+
+_POSITIVE = (
+    "model.num_layers",
+    "model.hidden_size",
+    "model.num_attention_heads",
+    "model.num_query_groups",
+    "model.ffn_hidden_size",
+    "model.kv_channels",
+    "model.seq_length",
+    "model.max_position_embeddings",
+    "model.vocab_size",
+    "model.make_vocab_size_divisible_by",
+    "model.rotary_base",
+    "train.micro_batch_size",
+    "train.global_batch_size",
+    "train.train_iters",
+    "train.train_samples",
+    "train.exit_interval",
+    "train.exit_duration_in_mins",
+    "validation.eval_interval",
+    "validation.eval_global_batch_size",
+    "validation.eval_micro_batch_size",
+    "tokenizer.vocab_size",
+    "logger.log_interval",
+    "logger.tensorboard_log_interval",
+    "rng.seed",
+    "scheduler.lr_decay_iters",
+    "scheduler.lr_decay_samples",
+)
+_NOT_NEGATIVE = (
+    "optimizer.lr",
+    "optimizer.min_lr",
+    "optimizer.weight_decay",
+    "optimizer.clip_grad",
+    "optimizer.adam_eps",
+    "validation.eval_iters",
+    "scheduler.lr_warmup_iters",
+    "scheduler.lr_warmup_samples",
+    "scheduler.lr_warmup_init",
+    "model.init_method_std",
+    "dataset.mid_level_dataset_surplus",
+    "train.manual_gc_interval",
+)
+_SHARES = ("model.hidden_dropout", "model.attention_dropout", "optimizer.adam_beta1", "optimizer.adam_beta2")
+
+
+def _ranges(c: ConfigContainer) -> Iterator[str]:
+    for path in _POSITIVE:
+        value = c.get(path)
+        if value is not None and not value > 0:
+            yield f"{_name(c, path)} = {value}: give a value above 0"
+    for path in _NOT_NEGATIVE:
+        value = c.get(path)
+        if value is not None and not value >= 0:
+            yield f"{_name(c, path)} = {value}: give 0 or more"
+    for path in _SHARES:
+        if not 0 <= c.get(path) < 1:
+            yield f"{_name(c, path)} = {c.get(path)}: give a value from 0 up to, but not including, 1"
+    if not 0 < c.model.rotary_percent <= 1:
+        yield f"{_name(c, 'model.rotary_percent')} = {c.model.rotary_percent}: give a value above 0 and at most 1"
+
+
+def _model(c: ConfigContainer) -> Iterator[str]:
+    m = c.model
+    if m.hidden_size and m.num_attention_heads and m.kv_channels is None and m.hidden_size % m.num_attention_heads:
+        yield (
+            f"{_name(c, 'model.hidden_size')} = {m.hidden_size} is not divisible by "
+            f"{_name(c, 'model.num_attention_heads')} = {m.num_attention_heads}; "
+            "change one of them or set model.kv_channels (--kv-channels)"
+        )
+    if m.num_attention_heads and m.num_query_groups and m.num_attention_heads % m.num_query_groups:
+        yield (
+            f"{_name(c, 'model.num_attention_heads')} = {m.num_attention_heads} is not divisible by "
+            f"{_name(c, 'model.num_query_groups')} = {m.num_query_groups}; change one of them"
+        )
+    if m.max_position_embeddings and m.seq_length and m.max_position_embeddings < m.seq_length:
+        yield (
+            f"{_name(c, 'model.max_position_embeddings')} = {m.max_position_embeddings} is below "
+            f"{_name(c, 'model.seq_length')} = {m.seq_length}; raise it to at least that"
+        )
+    if m.position_embedding_type not in ("learned_absolute", "rope", "none"):
+        yield (
+            f"{_name(c, 'model.position_embedding_type')} = {m.position_embedding_type} is not supported yet; "
+            "use learned_absolute, rope or none"
+        )
+    if not m.add_position_embedding and m.position_embedding_type == "learned_absolute":
+        yield "--no-position-embedding needs --position-embedding-type rope or none"
+    if m.rope_scaling and m.position_embedding_type != "rope":
+        yield f"{_name(c, 'model.rope_scaling')} needs model.position_embedding_type=rope"
+    if m.position_embedding_type == "rope" and m.kv_channels and int(m.kv_channels * m.rotary_percent) % 2:
+        yield (
+            f"model.kv_channels * model.rotary_percent = {m.kv_channels * m.rotary_percent:g} is not even, so its "
+            "channels cannot be rotated in pairs; change one of them"
+        )
+    if m.attention_backend in ("flash", "fused"):
+        yield (
+            f"{_name(c, 'model.attention_backend')} = {m.attention_backend}: fused attention is not supported yet; "
+            "use auto, unfused or local"
+        )
+    if m.transformer_impl == "inference_optimized":
+        yield f"{_name(c, 'model.transformer_impl')} = inference_optimized: Lockstep trains; use local"
+
+
+def _batches(c: ConfigContainer) -> Iterator[str]:
+    t, v = c.train, c.validation
+    yield from _divisible(c, "train.global_batch_size", t.global_batch_size, t.micro_batch_size)
+    if v.eval_global_batch_size != t.global_batch_size or v.eval_micro_batch_size != t.micro_batch_size:
+        yield from _divisible(c, "validation.eval_global_batch_size", v.eval_global_batch_size, v.eval_micro_batch_size)
+    if t.rampup_batch_size is not None and t.step_batch_size_schedule is not None:
+        yield "train.rampup_batch_size and train.step_batch_size_schedule exclude each other; drop one"
+    if t.rampup_batch_size is not None and len(t.rampup_batch_size) != 3:
+        yield f"{_name(c, 'train.rampup_batch_size')} takes three numbers: start, increment and samples"
+    if t.step_batch_size_schedule is not None and t.global_batch_size is not None:
+        yield "train.step_batch_size_schedule sets the global batch size; drop train.global_batch_size"
+
+
+def _divisible(c: ConfigContainer, path: str, whole: int | None, part: int | None) -> Iterator[str]:
+    if whole and part and whole % part:
+        lower = whole - whole % part
+        choices = f"{lower} or {lower + part}" if lower else str(part)
+        yield f"{_name(c, path)} = {whole} is not divisible by the micro-batch size {part}; use {choices}"
+
+
+def _length(c: ConfigContainer) -> Iterator[str]:
+    t, s = c.train, c.scheduler
+    given_iters = t.train_iters is not None and c.origin("train.train_iters").kind != "derived"
+    if t.train_samples is not None and given_iters:
+        yield "train.train_iters and train.train_samples exclude each other; drop one"
+    if t.train_samples is not None and s.lr_decay_iters is not None:
+        yield f"{_name(c, 'scheduler.lr_decay_iters')} counts iterations but the run counts samples; use lr_decay_samples"
+    if t.train_samples is not None and s.lr_warmup_iters:
+        yield f"{_name(c, 'scheduler.lr_warmup_iters')} counts iterations but the run counts samples; use lr_warmup_samples"
+    if given_iters and (s.lr_decay_samples is not None or s.lr_warmup_samples):
+        yield "the run counts iterations; use scheduler.lr_decay_iters and scheduler.lr_warmup_iters, not samples"
+    if s.lr_warmup_fraction is not None and (s.lr_warmup_iters or s.lr_warmup_samples):
+        yield "scheduler.lr_warmup_fraction excludes lr_warmup_iters and lr_warmup_samples; drop one"
+    if s.lr_warmup_fraction is not None and not 0 <= s.lr_warmup_fraction < 1:
+        yield f"scheduler.lr_warmup_fraction = {s.lr_warmup_fraction}: give a value from 0 up to, but not including, 1"
+
+
+def _schedule(c: ConfigContainer) -> Iterator[str]:
+    s, o = c.scheduler, c.optimizer
+    unit = "samples" if c.train.train_samples is not None else "iters"
+    decay = s.lr_decay_samples if unit == "samples" else s.lr_decay_iters
+    warmup = s.lr_warmup_samples if unit == "samples" else s.lr_warmup_iters
+    wsd = s.lr_wsd_decay_samples if unit == "samples" else s.lr_wsd_decay_iters
+    if decay and warmup >= decay > 0:
+        tenth = max(decay // 10, 0)
+        yield (
+            f"{_name(c, f'scheduler.lr_warmup_{unit}')} = {warmup} does not fit the {decay} {unit} over which the "
+            f"learning rate decays; set scheduler.lr_warmup_{unit}={tenth} or less, "
+            f"or scheduler.lr_decay_{unit}={warmup + 1} or more"
+        )
+    if o.lr is not None and o.min_lr > o.lr:
+        yield f"{_name(c, 'optimizer.min_lr')} = {o.min_lr} is above {_name(c, 'optimizer.lr')} = {o.lr}; lower it"
+    if o.lr is not None and s.lr_warmup_init > o.lr:
+        yield f"{_name(c, 'scheduler.lr_warmup_init')} = {s.lr_warmup_init} is above the peak {o.lr}; lower it"
+    if s.lr_decay_style == "WSD":
+        if wsd is None:
+            yield f"the WSD schedule needs scheduler.lr_wsd_decay_{unit} (--lr-wsd-decay-{unit})"
+        elif decay and wsd > decay:
+            yield f"scheduler.lr_wsd_decay_{unit} = {wsd} is longer than the whole decay of {decay}; lower it"
+    yield from _weight_decay(c)
+
+
+def _weight_decay(c: ConfigContainer) -> Iterator[str]:
+    s = c.scheduler
+    given = [p for p in ("start_weight_decay", "end_weight_decay") if c.origin(f"scheduler.{p}").kind != "derived"]
+    if s.weight_decay_incr_style == "constant":
+        differing = [p for p in given if getattr(s, p) is not None and getattr(s, p) != c.optimizer.weight_decay]
+        if differing:
+            yield (
+                f"scheduler.{differing[0]} = {getattr(s, differing[0])} contradicts a constant weight decay of "
+                f"{c.optimizer.weight_decay}; set optimizer.weight_decay, or another weight_decay_incr_style"
+            )
+    elif s.start_weight_decay is None or s.end_weight_decay is None:
+        yield f"weight_decay_incr_style {s.weight_decay_incr_style} needs start_weight_decay and end_weight_decay"
+    elif not 0 <= s.start_weight_decay <= s.end_weight_decay:
+        yield (
+            f"scheduler.start_weight_decay = {s.start_weight_decay} must lie between 0 and "
+            f"end_weight_decay = {s.end_weight_decay}"
+        )
+
+
+def _precision(c: ConfigContainer) -> Iterator[str]:
+    p = c.mixed_precision
+    if p.fp16 and p.bf16:
+        yield "mixed_precision.fp16 (--fp16) and mixed_precision.bf16 (--bf16) exclude each other; drop one"
+    if c.optimizer.optimizer not in ("adam", "sgd"):
+        yield f"{_name(c, 'optimizer.optimizer')} = {c.optimizer.optimizer} is not supported yet; use adam or sgd"
+    if p.loss_scale is not None and not p.fp16:
+        yield f"{_name(c, 'mixed_precision.loss_scale')} = {p.loss_scale} has no effect without --fp16; drop it"
+
+
+def _data(c: ConfigContainer) -> Iterator[str]:
+    d = c.dataset
+    per_split = any((d.train_data_path, d.valid_data_path, d.test_data_path, d.per_split_data_args_path))
+    if d.mock and has_data(c):
+        yield "dataset.mock (--mock-data) and a data path exclude each other; drop one"
+    if d.data_path and d.data_args_path:
+        yield "dataset.data_path and dataset.data_args_path exclude each other; drop one"
+    if (d.data_path or d.data_args_path) and per_split:
+        yield "dataset.data_path and per-split data paths exclude each other; drop one"
+    if per_split and d.split is not None:
+        yield "dataset.split has no effect with per-split data paths; drop it"
+    if d.mock is False and not has_data(c):
+        yield "no data set is named; give dataset.data_path (--data-path) or dataset.mock (--mock-data)"
+    if d.dataloader_type == "external":
+        yield "dataset.dataloader_type = external is not supported; use single or cyclic"
+    if c.tokenizer.tokenizer_type == "NullTokenizer" and c.tokenizer.vocab_size is None:
+        yield "NullTokenizer needs tokenizer.vocab_size (--vocab-size)"
