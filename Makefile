@@ -1,0 +1,48 @@
+# The one way to set up, check, test and run Lockstep. `make help` lists the targets.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.set-up
+WORKERS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow test-all check format benchmark clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+setup: $(STAMP) ## make .venv and install Lockstep with its pinned dependencies
+
+$(STAMP): pyproject.toml constraints.txt scripts/setup/bootstrap.py
+	@$(PYTHON) scripts/setup/bootstrap.py --venv $(VENV)
+	@touch $(STAMP)
+
+demo: setup ## train the reference pair through both doors and compare the two runs
+	$(BIN)/lockstep correlate
+
+test: setup ## run the tests, without the slow sweeps
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+
+test-slow: setup ## run only the slow sweeps
+	$(BIN)/python -m pytest -n $(WORKERS) -m slow
+
+test-all: setup ## run every test
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+check: setup ## the gate: format, lint, types, docs, and that every test file is collected
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/python scripts/check_docs.py
+	$(BIN)/python scripts/check_tests.py
+
+format: setup ## rewrite the source in the project's format and apply safe lint fixes
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+benchmark: setup ## time training steps against Hugging Face GPT-2 of the same shape
+	$(BIN)/python benchmarks/vs_hf_gpt2.py
+
+clean: ## remove the environment and caches; runs stay
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist
