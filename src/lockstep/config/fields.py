@@ -40,6 +40,7 @@ class Spec:
 
     @property
     def support(self) -> Literal["implemented", "holds", "refused"]:
+        """What Lockstep does with the field."""
         return "refused" if self.refused else "holds" if self.holds else "implemented"
 
 

@@ -96,7 +96,7 @@ class ModelConfig(ModelParallel, ModelExecution, MixtureOfExperts, MultiLatentAt
     calculate_per_token_loss: bool = opt(
         False,
         "--calculate-per-token-loss",
-        help="Divide gradients by the number of valid tokens of the global batch instead of averaging micro-batch means.",
+        help="Divide gradients by the valid tokens of the global batch instead of averaging micro-batch means.",
     )
     init_method_std: float = opt(0.02, "--init-method-std", help="Standard deviation of the initial weights.")
     embedding_init_method_std: float | None = opt(
@@ -231,7 +231,7 @@ class ModelConfig(ModelParallel, ModelExecution, MixtureOfExperts, MultiLatentAt
     vocab_size: int | None = opt(
         None, "--padded-vocab-size", help="Rows of the word embedding; the padded tokenizer vocabulary when unset."
     )
-    barrier_with_L1_time: bool = opt(
+    barrier_with_L1_time: bool = opt(  # noqa: N815  (Bridge's spelling)
         True,
         "--no-barrier-with-level-1-timing",
         negated=True,

@@ -49,7 +49,7 @@ class Section:
     @classmethod
     def fields(cls) -> dict[str, FieldInfo]:
         """Return the declared fields by name."""
-        return section_fields(cls.section_name, cls)
+        return section_fields(cls.section_name, cls)  # type: ignore[arg-type]  # classes hash; mypy sees the instance's
 
     def __setattr__(self, name: str, value: Any) -> None:
         self.assign(name, value, Origin("python"))

@@ -184,9 +184,9 @@ def _length(c: ConfigContainer) -> Iterator[str]:
     if t.train_samples is not None and given_iters:
         yield "train.train_iters and train.train_samples exclude each other; drop one"
     if t.train_samples is not None and s.lr_decay_iters is not None:
-        yield f"{_name(c, 'scheduler.lr_decay_iters')} counts iterations but the run counts samples; use lr_decay_samples"
+        yield f"{_name(c, 'scheduler.lr_decay_iters')} counts iterations, the run samples; use lr_decay_samples"
     if t.train_samples is not None and s.lr_warmup_iters:
-        yield f"{_name(c, 'scheduler.lr_warmup_iters')} counts iterations but the run counts samples; use lr_warmup_samples"
+        yield f"{_name(c, 'scheduler.lr_warmup_iters')} counts iterations, the run samples; use lr_warmup_samples"
     if given_iters and (s.lr_decay_samples is not None or s.lr_warmup_samples):
         yield "the run counts iterations; use scheduler.lr_decay_iters and scheduler.lr_warmup_iters, not samples"
     if s.lr_warmup_fraction is not None and (s.lr_warmup_iters or s.lr_warmup_samples):

@@ -1,0 +1,83 @@
+"""The ``lockstep`` command: one subcommand a job, each imported when it is asked for."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from lockstep import __version__
+from lockstep.errors import UserError
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+
+def pretrain_gpt(argv: Sequence[str]) -> int:
+    """Train with Megatron-LM's flags."""
+    from lockstep.megatron_lm.door import main as door
+
+    return door(argv)
+
+
+def train(argv: Sequence[str]) -> int:
+    """Train by a recipe with overrides, as Megatron Bridge's run_recipe.py does."""
+    from lockstep.recipes.door import main as door
+
+    return door(argv)
+
+
+def recipes(argv: Sequence[str]) -> int:
+    """List the recipes."""
+    from lockstep.recipes.registry import describe_recipes
+
+    argparse.ArgumentParser(prog="lockstep recipes", description="List the recipes.").parse_args(argv)
+    for name, summary in describe_recipes():
+        print(f"{name}\n    {summary}")
+    return 0
+
+
+_DOORS: dict[str, Callable[[Sequence[str]], int]] = {"pretrain-gpt": pretrain_gpt, "train": train, "recipes": recipes}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of everything but the doors, whose words are their own."""
+    from lockstep.data.cli import register as register_data
+    from lockstep.lab.cli import register as register_lab
+    from lockstep.record.cli import register as register_record
+
+    parser = argparse.ArgumentParser(
+        prog="lockstep",
+        description="Train GPT-style models through two front doors and prove two runs are the same run.",
+    )
+    parser.add_argument("--version", action="version", version=f"lockstep {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, door in _DOORS.items():
+        subparsers.add_parser(name, help=(door.__doc__ or "").rstrip("."), add_help=False)
+    register_lab(subparsers)
+    register_record(subparsers)
+    register_data(subparsers)
+    return parser
+
+
+def run(job: Callable[[], int]) -> int:
+    """Run a job and turn what the user can mend into one short message and an exit code."""
+    try:
+        return job()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the ``lockstep`` command; return its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] in _DOORS:
+        return run(lambda: _DOORS[words[0]](words[1:]))
+    options = build_parser().parse_args(words)
+    return run(lambda: options.func(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The flag door: Megatron-LM's command line into the config tree, and back."""

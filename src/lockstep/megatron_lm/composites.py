@@ -1,0 +1,77 @@
+"""Flags that are more than one field's: shorthands, deprecated spellings, and flags that only Megatron-LM needs."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Composite:
+    """A flag that sets the fields of ``sets`` to fixed values; ``takes_value`` flags are only known to be refused.
+
+    ``holds`` says why a flag that sets nothing is accepted, ``refused`` why one is not.
+    """
+
+    flag: str
+    sets: dict[str, Any] = field(default_factory=dict)
+    help: str = ""
+    holds: str = ""
+    refused: str = ""
+    takes_value: bool = False
+
+
+COMPOSITES: tuple[Composite, ...] = (
+    Composite(
+        "--swiglu",
+        {"model.gated_linear_unit": True, "model.activation_func": "silu"},
+        "Gated MLP with SiLU.",
+    ),
+    Composite(
+        "--quick-geglu",
+        {"model.gated_linear_unit": True, "model.activation_func": "quick_gelu"},
+        "Gated MLP with the sigmoid approximation of GeLU.",
+    ),
+    Composite("--squared-relu", {"model.activation_func": "squared_relu"}, "Squared ReLU in the MLP."),
+    Composite("--openai-gelu", {"model.activation_func": "openai_gelu"}, "GeLU as GPT-2 writes it."),
+    Composite("--group-query-attention", help="Use --num-query-groups key/value heads, 1 when that is not given."),
+    Composite(
+        "--use-rotary-position-embeddings",
+        {"model.position_embedding_type": "rope"},
+        "Deprecated spelling of --position-embedding-type rope.",
+    ),
+    Composite(
+        "--use-flash-attn",
+        {"model.attention_backend": "flash"},
+        "Spelling of --attention-backend flash.",
+    ),
+    Composite(
+        "--recompute-activations",
+        {"model.recompute_granularity": "selective"},
+        "Deprecated spelling of --recompute-granularity selective.",
+    ),
+    Composite("--grad-reduce-in-bf16", {"ddp.grad_reduce_in_fp32": False}, "Accumulate gradients in BF16."),
+    Composite("--no-bias-swiglu-fusion", holds="chooses a kernel, not the result; Lockstep picks its own"),
+    Composite(
+        "--no-yarn-correction-range-round-to-int",
+        {"model.yarn_correction_range_round_to_int": False},
+        holds="YaRN is refused, so its rounding is not used",
+    ),
+    Composite(
+        "--no-weight-decay-cond-type",
+        refused="deprecated in Megatron-LM; give --apply-wd-to-qk-layernorm",
+        takes_value=True,
+    ),
+    Composite(
+        "--num-layers-per-virtual-pipeline-stage",
+        refused="layouts beyond one process are not supported yet",
+        takes_value=True,
+    ),
+    Composite("--ckpt-fully-parallel-save", refused="checkpoints are not supported yet"),
+    Composite("--use-dist-ckpt", refused="checkpoints are not supported yet"),
+    Composite("--dist-ckpt-format", refused="checkpoints are not supported yet", takes_value=True),
+    Composite("--moe-router-padding-for-fp8", refused="mixture-of-experts models are not supported yet"),
+    Composite("--moe-layer-recompute", refused="mixture-of-experts models are not supported yet"),
+    Composite("--moe-enable-deepep", refused="mixture-of-experts models are not supported yet"),
+    Composite("--enable-cuda-graph", refused="CUDA graphs are not supported yet"),
+    Composite("--external-cuda-graph", refused="CUDA graphs are not supported yet"),
+    Composite("--cuda-graph-scope", refused="CUDA graphs are not supported yet", takes_value=True),
+)

@@ -1,0 +1,16 @@
+"""The command ``pretrain_gpt.py``: flags in, a run out."""
+
+from collections.abc import Sequence
+
+from lockstep.launch import launch
+from lockstep.megatron_lm.parser import parse_flags
+
+
+def main(argv: Sequence[str]) -> int:
+    """Train as Megatron-LM's flags say; return the exit code.
+
+    Raises:
+        UserError: flags that cannot be taken, or a run that cannot start.
+    """
+    print_only = "--print-config" in argv
+    return launch(parse_flags(argv), door="megatron_lm", name="pretrain_gpt", argv=argv, print_only=print_only)

@@ -1,0 +1,78 @@
+"""The config tree spelled as Megatron-LM flags."""
+
+from typing import Any
+
+from lockstep.config import ConfigContainer, FieldInfo
+from lockstep.config.derive import has_data, interpolate
+from lockstep.errors import ConfigError
+
+_ACTIVATIONS = {
+    (True, "silu"): ["--swiglu"],
+    (True, "quick_gelu"): ["--quick-geglu"],
+    (False, "squared_relu"): ["--squared-relu"],
+    (False, "openai_gelu"): ["--openai-gelu"],
+    (False, "gelu"): [],
+}
+
+
+def flags_from_config(config: ConfigContainer) -> list[str]:
+    """Return the flags that give ``config``'s values through the flag door; fields at their default need none.
+
+    Raises:
+        ConfigError: a value that no Megatron-LM flag can express; lists all of them.
+    """
+    config = config.copy()
+    interpolate(config)
+    flags: list[str] = []
+    problems: list[str] = []
+    for info, value, _ in config.items():
+        if value == info.default or info.path in _SPECIAL:
+            continue
+        words = _words(info, value)
+        if words is None:
+            problems.append(f"{info.path} = {value} has no Megatron-LM flag")
+        else:
+            flags += words
+    if config.dataset.mock is None and not has_data(config):
+        flags.append("--mock-data")
+    try:
+        flags += _activation(config) + _query_groups(config)
+    except ConfigError as error:
+        problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return flags
+
+
+def _words(info: FieldInfo, value: Any) -> list[str] | None:
+    if info.path == "ddp.grad_reduce_in_fp32":
+        return ["--accumulate-allreduce-grads-in-fp32"] if value else ["--grad-reduce-in-bf16"]
+    if info.path == "dataset.mock" and value is False:
+        return []
+    if not info.spec.flags or value is None:
+        return None
+    flag = info.spec.flags[0]
+    if isinstance(value, bool):
+        return [flag] if value is not info.spec.negated else None
+    if isinstance(value, list):
+        return [flag, *map(str, value)]
+    return [flag, str(value)]
+
+
+_SPECIAL = {"model.gated_linear_unit", "model.activation_func", "model.num_query_groups"}
+
+
+def _activation(config: ConfigContainer) -> list[str]:
+    kind = (config.model.gated_linear_unit, config.model.activation_func)
+    if kind not in _ACTIVATIONS:
+        raise ConfigError(
+            f"model.gated_linear_unit = {kind[0]} with model.activation_func = {kind[1]} has no Megatron-LM flag"
+        )
+    return _ACTIVATIONS[kind]
+
+
+def _query_groups(config: ConfigContainer) -> list[str]:
+    groups = config.model.num_query_groups
+    if groups is None or groups == config.model.num_attention_heads:
+        return []
+    return ["--group-query-attention", "--num-query-groups", str(groups)]

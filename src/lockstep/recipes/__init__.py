@@ -1,0 +1,1 @@
+"""The recipe door: named recipes with overrides, in Megatron Bridge's spelling."""

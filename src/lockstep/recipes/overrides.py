@@ -1,0 +1,145 @@
+"""Overrides in Hydra's grammar and YAML files, applied to the config tree."""
+
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lockstep.config import ConfigContainer, FieldInfo, Origin, Ref, all_fields, canonical
+from lockstep.config.container import SECTIONS
+from lockstep.config.fields import coerce, members
+from lockstep.config.section import OriginKind
+from lockstep.errors import ConfigError
+from lockstep.recipes.precision import preset
+
+
+def apply_overrides(config: ConfigContainer, overrides: Sequence[str]) -> None:
+    """Set the ``key=value`` words of a command line, in place and in order.
+
+    ``+`` and ``++`` before a key are accepted and mean the same: a typed tree has nothing to add.
+
+    Raises:
+        ConfigError: bad grammar, unknown keys, values of another type, or two spellings of one key with different
+            values; lists every problem.
+    """
+    problems: list[str] = []
+    assignments: list[tuple[str, Any]] = []
+    for word in overrides:
+        try:
+            assignments += _parse(word)
+        except ConfigError as error:
+            problems += error.problems
+    _assign(config, assignments, "command line", "", problems)
+
+
+def apply_yaml(config: ConfigContainer, file: Path) -> None:
+    """Set the keys of a YAML file (sections with their keys), in place.
+
+    Raises:
+        ConfigError: the file is missing, is no YAML mapping, repeats a key, or holds what ``apply_overrides`` refuses.
+    """
+    from omegaconf import OmegaConf
+
+    try:
+        loaded = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+    except FileNotFoundError:
+        raise ConfigError(f"{file}: no such file; give the path of a YAML file") from None
+    except Exception as error:  # the YAML parser has many error types; all are the user's file
+        first = " ".join(str(error).split())
+        raise ConfigError(f"{file}: {first}") from None
+    if not isinstance(loaded, Mapping):
+        raise ConfigError(f"{file}: expected sections with keys, such as model: {{num_layers: 2}}")
+    _assign(config, list(_flatten(loaded)), "file", f"{file}: ", [])
+
+
+def _flatten(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    sections = {cls.section_name for cls in SECTIONS}
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, Mapping) and path in sections:
+            yield from _flatten(value, f"{path}.")
+        elif isinstance(value, str):
+            yield path, _reference(value)
+        else:
+            yield path, value
+
+
+def _reference(text: str) -> Any:
+    return Ref(text[2:-1]) if text.startswith("${") and text.endswith("}") else text
+
+
+def _parse(word: str) -> list[tuple[str, Any]]:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import Override, QuotedString
+    from hydra.errors import HydraException
+
+    if "=" not in word and not word.startswith("~"):
+        raise ConfigError(f"{word!r} is not an override; write key=value")
+    try:
+        parsed: Override = OverridesParser.create().parse_override(word)
+    except HydraException as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{word!r} is not in the override grammar: {reason}; quote the value") from None
+    key = str(parsed.key_or_group)
+    if parsed.is_delete():
+        raise ConfigError(f"~{key}: keys of a typed tree cannot be deleted; set {key} to the value you want")
+    if parsed.is_sweep_override():
+        return [(key, _one_value(key, word.partition("=")[2]))]
+    value = parsed.value()
+    if isinstance(value, QuotedString):
+        value = value.text
+    if isinstance(value, str):
+        value = _reference(value)
+    return [(key, value)]
+
+
+def _one_value(key: str, text: str) -> str:
+    """Return the text of what the grammar takes for a sweep, such as ``dataset.split=969,30,1``, if the key is text."""
+    if str not in members(all_fields()[canonical(key)].type):
+        raise ConfigError(f"{key}={text}: a comma makes a sweep, and one run takes one value; give one")
+    return text
+
+
+def _assign(
+    config: ConfigContainer,
+    assignments: Sequence[tuple[str, Any]],
+    kind: OriginKind,
+    prefix: str,
+    problems: list[str],
+) -> None:
+    spelled: dict[str, tuple[str, Any]] = {}
+    for key, value in assignments:
+        try:
+            for path, item in _expand(key, value):
+                earlier_key, earlier = spelled.get(path, (key, item))
+                if earlier_key != key and earlier != item:
+                    problems.append(
+                        f"{prefix}{earlier_key}={earlier} and {key}={item} are one setting; give both the same value"
+                    )
+                spelled[path] = (key, item)
+                config.set(path, item, Origin(kind, f"{prefix}{key}"))
+        except ConfigError as error:
+            problems += [prefix + problem for problem in error.problems]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _expand(key: str, value: Any) -> list[tuple[str, Any]]:
+    """Return the fields that one key sets, with values of their types."""
+    if key == "mixed_precision" and isinstance(value, str):
+        return list(preset(value).items())
+    path = canonical(key)
+    info = all_fields()[path]
+    if isinstance(value, Ref):
+        return [(path, Ref(canonical(value.path)))]
+    if isinstance(value, str) and not value.startswith("[") and _takes_list(info):
+        value = value.split()
+    try:
+        return [(path, coerce(value, info))]
+    except ValueError as error:
+        quoted = f"; quote it: {key}='\"{value}\"'" if str in members(info.type) else ""
+        raise ConfigError(f"{key}: expected {error}, got {value!r}{quoted}") from None
+
+
+def _takes_list(info: FieldInfo) -> bool:
+    return any(typing.get_origin(member) is list for member in members(info.type))
