@@ -2,7 +2,7 @@
 
 uv is used where it is on PATH, else ``venv`` and pip. uv does not read pip's settings, so the ones that say where
 packages come from are handed to it: a CPU build of torch that pip would find is then found by both. This file runs
-before anything is installed and under interpreters that are too old for Lockstep, so it needs the standard library only.
+before anything is installed and under interpreters too old for Lockstep: standard library only.
 """
 
 from __future__ import annotations
@@ -97,12 +97,12 @@ def install(venv: Path, python: str, uv: str | None, extras: str) -> None:
     if uv is not None:
         environ.update(uv_settings(pip_settings(python), environ))
         if fresh:
-            run([uv, "venv", "--clear", "--python", python, str(venv)], environ)
-        run([uv, "pip", "install", "--python", inside, *target], environ)
+            run([uv, "venv", "--quiet", "--clear", "--python", python, str(venv)], environ)
+        run([uv, "pip", "install", "--quiet", "--python", inside, *target], environ)
         return
     if fresh:
         run([python, "-m", "venv", "--clear", str(venv)], environ)
-    run([inside, "-m", "pip", "install", "--quiet", *target], environ)
+    run([inside, "-m", "pip", "install", "-qq", *target], environ)
 
 
 def main() -> None:
