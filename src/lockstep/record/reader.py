@@ -1,0 +1,160 @@
+"""Reading the record of a run: strict, with the file and line of what is wrong."""
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from lockstep.errors import UserError
+from lockstep.record.schema import (
+    FACTS,
+    METRICS_FILE,
+    RUN_FILE,
+    SCHEMA,
+    STATUSES,
+    EvaluationLine,
+    TrainLine,
+    decode_number,
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that was read back: ``facts`` are the entries of ``run.json`` (see ``schema.FACTS``)."""
+
+    path: Path
+    facts: dict[str, Any]
+    train: list[TrainLine]
+    evaluations: list[EvaluationLine]
+
+    @property
+    def status(self) -> str:
+        """``running`` (or killed), ``finished`` or ``failed``."""
+        return self.facts["status"]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The resolved tree by dotted path."""
+        return {f"{section}.{key}": v for section, keys in self.facts["config"].items() for key, v in keys.items()}
+
+    @property
+    def origins(self) -> dict[str, str]:
+        """Where each value that is not a default came from, by dotted path."""
+        return self.facts["origins"]
+
+
+def load_run(path: Path | str) -> Run:
+    """Read a run directory.
+
+    Raises:
+        UserError: no run there, a file that is cut off or damaged, or a schema this version does not know.
+    """
+    run_dir = Path(path)
+    if not run_dir.is_dir():
+        raise UserError(f"{run_dir} is not a run directory: there is no such directory")
+    facts = _read_facts(run_dir / RUN_FILE)
+    train, evaluations = _read_metrics(run_dir / METRICS_FILE, live=facts["status"] == "running")
+    return Run(run_dir, facts, train, evaluations)
+
+
+def _read_facts(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise UserError(f"{file.parent} is not a run directory: it has no {RUN_FILE}")
+    try:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{file} is cut off or damaged ({error}); run again or restore it") from None
+    if not isinstance(facts, dict) or "schema" not in facts:
+        raise UserError(f"{file} is not a Lockstep run record: it states no schema")
+    if facts["schema"] != SCHEMA:
+        raise UserError(
+            f"{file} has schema {facts['schema']!r}, this Lockstep reads schema {SCHEMA}; "
+            "read it with the version that wrote it"
+        )
+    for name, kind in FACTS.items():
+        if name not in facts:
+            raise UserError(f"{file} is damaged: the entry {name} is missing")
+        if not isinstance(facts[name], kind):
+            raise UserError(f"{file} is damaged: the entry {name} holds {type(facts[name]).__name__}")
+    unknown = sorted(set(facts) - set(FACTS))
+    if unknown:
+        raise UserError(f"{file} is damaged: schema {SCHEMA} has no entry {unknown[0]}")
+    _check_shapes(file, facts)
+    return facts
+
+
+def _check_shapes(file: Path, facts: dict[str, Any]) -> None:
+    if facts["status"] not in STATUSES:
+        raise UserError(f"{file} is damaged: status is {facts['status']!r}, not one of {', '.join(STATUSES)}")
+    if not all(isinstance(keys, dict) for keys in facts["config"].values()):
+        raise UserError(f"{file} is damaged: config is not a mapping of sections")
+    weights = facts["initial_weights"]
+    if weights is not None and not (
+        isinstance(weights.get("fingerprint"), str) and isinstance(weights.get("parameters"), dict)
+    ):
+        raise UserError(f"{file} is damaged: initial_weights lacks its fingerprint or its parameters")
+
+
+def _read_metrics(file: Path, live: bool) -> tuple[list[TrainLine], list[EvaluationLine]]:
+    train: dict[int, TrainLine] = {}
+    evaluations: dict[tuple[int, str, bool], EvaluationLine] = {}
+    if not file.is_file():
+        return [], []
+    lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
+    unfinished = lines.pop()
+    # A run that is still going, or was killed, may have written a part of its last line; a closed record may not.
+    if unfinished and not live:
+        raise UserError(f"{file}:{len(lines) + 1}: the last line is cut off; the record is not whole, run again")
+    for number, text in enumerate(lines, start=1):
+        line = _parse_line(f"{file}:{number}", text)
+        if isinstance(line, TrainLine):
+            if line.iteration in train:
+                raise UserError(f"{file}:{number}: iteration {line.iteration} is there twice; the record is damaged")
+            train[line.iteration] = line
+        else:
+            key = (line.iteration, line.split, line.final)
+            if key in evaluations:
+                raise UserError(f"{file}:{number}: the evaluation of {line.split} at {line.iteration} is there twice")
+            evaluations[key] = line
+    return list(train.values()), list(evaluations.values())
+
+
+def _parse_line(where: str, text: str) -> TrainLine | EvaluationLine:
+    try:
+        values = json.loads(text)
+    except ValueError:
+        raise UserError(f"{where}: not a line of JSON; the record is damaged, run again") from None
+    kind = values.pop("kind", None) if isinstance(values, dict) else None
+    if kind not in ("train", "evaluation"):
+        raise UserError(f"{where}: a metrics line has the kind train or evaluation, this one has {kind!r}")
+    cls = TrainLine if kind == "train" else EvaluationLine
+    accepted = _accepted(cls)
+    numbers = {name: value if name == "batch_hash" else decode_number(value) for name, value in values.items()}
+    for name, value in numbers.items():
+        if name not in accepted:
+            raise UserError(f"{where}: schema {SCHEMA} has no key {name} in a line of kind {kind}")
+        if not _fits(value, accepted[name]):
+            raise UserError(f"{where}: {name} has the value {value!r}; the record is damaged")
+    required = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
+    missing = [name for name in required if name not in numbers]
+    if missing:
+        raise UserError(f"{where}: the key {missing[0]} is missing; the record is damaged")
+    return cls(**numbers)
+
+
+def _fits(value: Any, kinds: tuple[type, ...]) -> bool:
+    if isinstance(value, bool):
+        return bool in kinds
+    return isinstance(value, kinds) or (isinstance(value, int) and float in kinds)
+
+
+@cache
+def _accepted(cls: type) -> dict[str, tuple[type, ...]]:
+    hints = typing.get_type_hints(cls)
+    return {
+        name: typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,) for name, hint in hints.items()
+    }
