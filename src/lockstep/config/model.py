@@ -6,18 +6,13 @@ from typing import ClassVar, Literal
 from lockstep.config.fields import opt
 from lockstep.config.model_moe import MixtureOfExperts, MultiLatentAttention, MultiTokenPrediction
 from lockstep.config.model_parallel import ModelExecution, ModelParallel
+from lockstep.config.section import Section
 
 
 @dataclass(kw_only=True)
-class ModelConfig(ModelParallel, ModelExecution, MixtureOfExperts, MultiLatentAttention, MultiTokenPrediction):
-    """The model: what is computed, and how it is spread and executed."""
+class Architecture(Section):
+    """What the model computes and how it starts."""
 
-    section_name: ClassVar[str] = "model"
-
-    gated_linear_unit: bool = opt(False, help="Gate the MLP: activation of one half times the other half.")
-    activation_func: Literal["gelu", "silu", "squared_relu", "quick_gelu", "openai_gelu"] = opt(
-        "gelu", help="Activation of the MLP."
-    )
     perform_initialization: bool = opt(
         True, "--no-initialization", negated=True, refused="this way of initialising is not supported"
     )
@@ -86,6 +81,10 @@ class ModelConfig(ModelParallel, ModelExecution, MixtureOfExperts, MultiLatentAt
     )
     rotary_interleaved: bool = opt(
         False, "--rotary-interleaved", help="Rotate even and odd channels against each other instead of halves."
+    )
+    gated_linear_unit: bool = opt(False, help="Gate the MLP: activation of one half times the other half.")
+    activation_func: Literal["gelu", "silu", "squared_relu", "quick_gelu", "openai_gelu"] = opt(
+        "gelu", help="Activation of the MLP."
     )
     normalization: Literal["LayerNorm", "RMSNorm"] = opt("LayerNorm", "--normalization", help="Kind of norm.")
     qk_layernorm: bool = opt(False, "--qk-layernorm", help="Normalise queries and keys per head.")
@@ -238,3 +237,12 @@ class ModelConfig(ModelParallel, ModelExecution, MixtureOfExperts, MultiLatentAt
         holds="one process trains, so there is nothing to exchange or shard",
         effect="log",
     )
+
+
+@dataclass(kw_only=True)
+class ModelConfig(
+    MultiTokenPrediction, MultiLatentAttention, MixtureOfExperts, ModelExecution, ModelParallel, Architecture
+):
+    """The model: what is computed, and how it is spread and executed. Fields come in the order of the last base first."""
+
+    section_name: ClassVar[str] = "model"

@@ -202,10 +202,10 @@ def _schedule(c: ConfigContainer) -> Iterator[str]:
     warmup = s.lr_warmup_samples if unit == "samples" else s.lr_warmup_iters
     wsd = s.lr_wsd_decay_samples if unit == "samples" else s.lr_wsd_decay_iters
     if decay and warmup >= decay > 0:
-        tenth = max(decay // 10, 0)
+        tenth = decay // 10
         yield (
             f"{_name(c, f'scheduler.lr_warmup_{unit}')} = {warmup} does not fit the {decay} {unit} over which the "
-            f"learning rate decays; set scheduler.lr_warmup_{unit}={tenth} or less, "
+            f"learning rate decays; set scheduler.lr_warmup_{unit}={tenth}, "
             f"or scheduler.lr_decay_{unit}={warmup + 1} or more"
         )
     if o.lr is not None and o.min_lr > o.lr:

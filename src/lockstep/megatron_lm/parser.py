@@ -35,10 +35,10 @@ def parse_flags(argv: Sequence[str]) -> ConfigContainer:
     _apply_fields(config, given, problems)
     _apply_composites(config, given, problems)
     _apply_query_groups(config, given, problems)
-    if not config.dataset.mock and not has_data(config):
-        problems.append("no data set is named; give --data-path PREFIX, or --mock-data for generated data")
     if problems:
         raise ConfigError(problems)
+    if not config.dataset.mock and not has_data(config):
+        raise ConfigError("no data set is named; give --data-path PREFIX, or --mock-data for generated data")
     return config
 
 

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 from lockstep.config import ConfigContainer, Origin, all_fields, canonical
 from lockstep.config.fields import coerce, describe, members
 from lockstep.errors import ConfigError, nearest
+from lockstep.launch import launch
 from lockstep.recipes.overrides import apply_overrides, apply_yaml
 from lockstep.recipes.registry import get_recipe
 
@@ -168,5 +169,7 @@ def main(argv: Sequence[str]) -> int:
     config = configure(options)
     name = recipe_name(options)
     if options.dump_env:
-        print("\n".join(f"{key}={value}" for key, value in sorted(recorded_environment().items())))
+        from lockstep.record.environment import environment_variables
+
+        print("\n".join(f"{key}={value}" for key, value in sorted(environment_variables().items())))
     return launch(config, door="bridge", name=name, argv=argv, recipe=name, print_only=options.dry_run)

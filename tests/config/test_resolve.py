@@ -1,0 +1,104 @@
+import pytest
+
+from lockstep.config import ConfigContainer, Origin, Ref, resolve
+from lockstep.errors import ConfigError
+from lockstep.megatron_lm.parser import parse_flags
+from tests.commands import FLAGS, TINY
+
+
+def tiny(*more: str) -> ConfigContainer:
+    return parse_flags([*TINY, *more])
+
+
+def problem(*more: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        resolve(tiny(*more))
+    return str(caught.value)
+
+
+def test_derived_values_of_the_reference_flags() -> None:
+    config = resolve(parse_flags(FLAGS))
+    assert config.model.num_query_groups == 4
+    assert config.model.kv_channels == 64
+    assert config.model.add_qkv_bias
+    assert config.scheduler.lr_decay_iters == 10
+    assert config.scheduler.start_weight_decay == config.scheduler.end_weight_decay == 0.01
+    assert config.validation.eval_global_batch_size == 32
+    assert config.dataset.random_seed == 1234
+    assert config.dataset.split == "1,1,1"
+    assert config.origin("scheduler.lr_decay_iters") == Origin("derived", "train.train_iters")
+
+
+@pytest.mark.parametrize(("flags", "width"), [([], 64), (["--swiglu"], int(4 * 160 * 2 / 3 / 64) * 64)])
+def test_ffn_hidden_size_follows_the_gate(flags: list[str], width: int) -> None:
+    hidden = ["--hidden-size", "160", "--num-attention-heads", "4"] if flags else []
+    assert resolve(tiny(*hidden, *flags)).model.ffn_hidden_size == width
+
+
+def test_resolve_leaves_its_argument_alone() -> None:
+    config = tiny()
+    resolve(config)
+    assert config.scheduler.lr_decay_iters is None
+
+
+def test_references_follow_the_final_value() -> None:
+    config = tiny()
+    config.set("scheduler.lr_warmup_init", Ref("optimizer.lr"), Origin("recipe", "r"))
+    config.optimizer.lr = 5e-4
+    assert resolve(config).scheduler.lr_warmup_init == 5e-4
+    config.set("optimizer.lr", Ref("scheduler.lr_warmup_init"), Origin())
+    with pytest.raises(ConfigError, match="itself a reference"):
+        resolve(config)
+
+
+def test_all_problems_come_back_at_once() -> None:
+    text = problem("--hidden-size", "15", "--global-batch-size", "5", "--min-lr", "1", "--fp16", "--bf16")
+    assert text.startswith("4 problems")
+    for part in ("not divisible by --num-attention-heads", "use 4 or 6", "above --lr", "exclude each other"):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "part"),
+    [
+        (["--lr-warmup-iters", "500"], "set scheduler.lr_warmup_iters=0, or scheduler.lr_decay_iters=501"),
+        (["--lr-decay-style", "WSD"], "needs scheduler.lr_wsd_decay_iters"),
+        (["--lr-decay-style", "WSD", "--lr-wsd-decay-iters", "9"], "longer than the whole decay"),
+        (["--max-position-embeddings", "4"], "is below --seq-length = 8"),
+        (["--num-attention-heads", "0"], "give a value above 0"),
+        (["--hidden-dropout", "1.5"], "up to, but not including, 1"),
+        (["--tensor-model-parallel-size", "2"], "--tensor-model-parallel-size = 2: layouts beyond one process"),
+        (["--save", "x"], "checkpoints are not supported yet"),
+        (["--attention-backend", "flash"], "fused attention is not supported yet"),
+        (["--position-embedding-type", "yarn"], "use learned_absolute, rope or none"),
+        (["--train-samples", "8"], "exclude each other"),
+        (["--data-path", "x"], "exclude each other"),
+        (["--weight-decay-incr-style", "linear"], "needs start_weight_decay and end_weight_decay"),
+        (["--optimizer", "lion"], "use adam or sgd"),
+        (["--loss-scale", "8"], "has no effect without --fp16"),
+        (["--group-query-attention", "--num-query-groups", "3"], "is not divisible by --num-query-groups = 3"),
+        (["--no-position-embedding"], "needs --position-embedding-type rope"),
+        (["--rampup-batch-size", "2", "2"], "takes three numbers"),
+        (["--rerun-mode", "report_stats"], "no rerun state machine"),
+        (["--lr-warmup-fraction", "0.5", "--lr-warmup-iters", "1"], "excludes lr_warmup_iters"),
+    ],
+)
+def test_each_problem_names_what_and_remedy(flags: list[str], part: str) -> None:
+    assert part in problem(*flags)
+
+
+def test_a_long_warmup_of_a_longer_schedule_is_fine() -> None:
+    config = resolve(tiny("--lr-warmup-iters", "500", "--lr-decay-iters", "1000"))
+    assert config.scheduler.lr_warmup_iters == 500
+
+
+def test_more_than_one_process_is_refused() -> None:
+    with pytest.raises(ConfigError, match="2 processes were started"):
+        resolve(tiny(), world_size=2)
+
+
+def test_missing_values_are_listed_with_key_and_flag() -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve(ConfigContainer())
+    assert "model.num_layers (--num-layers) is not set" in str(caught.value)
+    assert "the length of the run is not set" in str(caught.value)
