@@ -7,7 +7,7 @@ STAMP := $(VENV)/.set-up
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-all check format benchmark clean
+.PHONY: help setup demo test test-slow test-all check format docs benchmark clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -30,16 +30,21 @@ test-slow: setup ## run only the slow sweeps
 test-all: setup ## run every test
 	$(BIN)/python -m pytest -n $(WORKERS)
 
-check: setup ## the gate: format, lint, types, docs, and that every test file is collected
+check: setup ## the gate: format, lint, types, docs, every test file collected
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
+	$(BIN)/python -m lockstep.docs --check
 	$(BIN)/python scripts/check_docs.py
 	$(BIN)/python scripts/check_tests.py
+	@git ls-files '*.py' | xargs wc -l | awk '$$2 != "total" && $$1 > 600 {print "warning: " $$2 " has " $$1 " lines"}'
 
 format: setup ## rewrite the source in the project's format and apply safe lint fixes
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
+
+docs: setup ## write the generated reference pages
+	$(BIN)/python -m lockstep.docs
 
 benchmark: setup ## time training steps against Hugging Face GPT-2 of the same shape
 	$(BIN)/python benchmarks/vs_hf_gpt2.py

@@ -1,6 +1,8 @@
 """Fail where a file under ``tests/`` holds tests, or is named like a test file, and pytest collects none from it."""
 
 import ast
+import contextlib
+import io
 import sys
 from pathlib import Path
 
@@ -35,12 +37,14 @@ def uncollected(folder: Path) -> list[Path]:
     """Return the files of a folder that should hold tests and from which pytest collects none, sorted.
 
     Raises:
-        SystemExit: collection itself fails; pytest has printed why.
+        SystemExit: collection itself fails, with what pytest said.
     """
     plugin = _Collected()
-    status = pytest.main(["--collect-only", "-qq", "--no-header", "-p", "no:cacheprovider", str(folder)], [plugin])
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        status = pytest.main(["--collect-only", "-qq", "--no-header", "-p", "no:cacheprovider", str(folder)], [plugin])
     if status not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
-        sys.exit("the tests could not be collected")
+        sys.exit(f"{output.getvalue()}the tests could not be collected")
     return sorted(files_with_tests(folder) - plugin.files)
 
 
@@ -49,6 +53,8 @@ def main() -> None:
     missed = uncollected(ROOT / "tests")
     for path in missed:
         print(f"{path.relative_to(ROOT)}: no test is collected from this file")
+    if not missed:
+        print("tests: every test file is collected")
     sys.exit(1 if missed else 0)
 
 
