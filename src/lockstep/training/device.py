@@ -1,0 +1,87 @@
+"""Choice of the device, and process-wide switches that hold for the duration of a run."""
+
+import os
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+from lockstep.config import ConfigContainer
+from lockstep.errors import UserError
+
+_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+_WORKSPACES = (":4096:8", ":16:8")
+
+
+def check_single_process() -> None:
+    """Refuse to run as one of several processes.
+
+    Raises:
+        UserError: the launcher started more than one.
+    """
+    world_size = os.environ.get("WORLD_SIZE", "1")
+    if world_size not in ("", "1"):
+        raise UserError(f"WORLD_SIZE={world_size}: one process trains for now; start with --nproc_per_node=1")
+
+
+def choose_device(wanted: str) -> torch.device:
+    """Return the device of ``run.device``: auto takes a GPU when there is one.
+
+    Raises:
+        UserError: a GPU is asked for and PyTorch sees none.
+    """
+    available = torch.cuda.is_available()
+    if wanted == "cuda" and not available:
+        raise UserError("run.device=cuda, but PyTorch sees no GPU; use run.device=cpu or auto")
+    return torch.device("cuda", torch.cuda.current_device()) if available and wanted != "cpu" else torch.device("cpu")
+
+
+@contextmanager
+def switches(config: ConfigContainer, device: torch.device) -> Iterator[None]:
+    """Hold PyTorch's global switches as the run needs them, and put them back after it.
+
+    Raises:
+        UserError: deterministic mode on a GPU without the environment that cuBLAS needs for it.
+    """
+    with ExitStack() as stack:
+        if config.model.deterministic_mode:
+            stack.enter_context(_deterministic(device))
+        if config.model.disable_bf16_reduced_precision_matmul and device.type == "cuda":
+            stack.enter_context(_full_bf16_reductions())
+        yield
+
+
+@contextmanager
+def _deterministic(device: torch.device) -> Iterator[None]:
+    if device.type == "cuda" and os.environ.get(_WORKSPACE) not in _WORKSPACES:
+        raise UserError(
+            f"deterministic mode on a GPU needs {_WORKSPACE}={_WORKSPACES[0]} in the environment "
+            f"(it is {os.environ.get(_WORKSPACE, 'unset')})"
+        )
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@contextmanager
+def _full_bf16_reductions() -> Iterator[None]:
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_bf16_reduced_precision_reduction
+    matmul.allow_bf16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        matmul.allow_bf16_reduced_precision_reduction = before
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the peak memory of the device so far, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,86 @@
+"""Evaluation on the validation and test splits."""
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import nn
+
+from lockstep.training.feed import Feed
+from lockstep.training.result import Evaluation
+from lockstep.training.step import masked_loss
+
+Split = Literal["valid", "test"]
+
+
+def perplexity(loss: float) -> float:
+    """Return exp(loss), with losses above 20 counted as 20."""
+    return math.exp(min(20.0, loss))
+
+
+class Evaluator:
+    """Evaluates a model on ``eval_iters`` batches at a time; each evaluation goes on where the split's last one ended.
+
+    ``size`` is the number of samples of a batch, ``micro_size`` of a forward pass.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        feeds: dict[Split, Feed],
+        *,
+        eval_iters: int,
+        size: int,
+        micro_size: int,
+        device: torch.device,
+        out_of_time: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._model = model
+        self._feeds = feeds
+        self._size = size
+        self._micro_size = micro_size
+        self._device = device
+        self._out_of_time = out_of_time
+        self.eval_iters = eval_iters
+
+    @property
+    def splits(self) -> list[Split]:
+        """The splits there is data for, in the order they are evaluated after training."""
+        return list(self._feeds)
+
+    @property
+    def samples(self) -> int:
+        """Samples of one evaluation."""
+        return self.eval_iters * self._size
+
+    def evaluate(
+        self, split: Split, iteration: int, final: bool, progress: Callable[[int], None] = lambda batch: None
+    ) -> Evaluation | None:
+        """Return the mean loss per token over the next batches of a split; None when the time of the run is over.
+
+        ``progress`` is told the number of each batch, from 1.
+        """
+        self._model.eval()
+        losses: list[float] = []
+        tokens: list[float] = []
+        try:
+            for number in range(1, self.eval_iters + 1):
+                progress(number)
+                for loss_sum, count in self._batch(self._feeds[split]):
+                    losses.append(loss_sum)
+                    tokens.append(count)
+                if self._out_of_time():
+                    return None
+        finally:
+            self._model.train()
+        total = sum(tokens)
+        loss = sum(losses) / total if total else math.nan
+        return Evaluation(iteration, split, final, loss, perplexity(loss), self.samples)
+
+    @torch.no_grad()
+    def _batch(self, feed: Feed) -> list[list[float]]:
+        """Return the loss sum and valid tokens of each forward pass of the next batch."""
+        batch = feed.next(self._size // self._micro_size).to(self._device)
+        sums = [torch.stack(masked_loss(self._model, part)) for part in batch.split(self._micro_size)]
+        return torch.stack(sums).tolist()

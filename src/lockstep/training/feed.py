@@ -1,0 +1,90 @@
+"""Batches of samples on their way from a dataset to the device.
+
+Shapes: b samples of a batch, s tokens of a sample.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
+
+import torch
+
+from lockstep.data.build import collate
+from lockstep.data.samplers import CyclicSampler, SequentialSampler
+from lockstep.errors import UserError
+
+
+class Samples(Protocol):
+    """A dataset: samples by position, each a dict of numpy arrays [s]."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples that are processed together: tensors [b, s], integers but for ``loss_mask``.
+
+    ``document_ids`` numbers the documents of a sample where attention must not cross them.
+    """
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    loss_mask: torch.Tensor
+    position_ids: torch.Tensor
+    document_ids: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    def to(self, device: torch.device) -> "Batch":
+        """Return the batch on ``device``."""
+        if device.type == "cpu":
+            return self
+        return Batch(**{k: v.pin_memory().to(device, non_blocking=True) for k, v in self._tensors().items()})
+
+    def split(self, samples: int) -> Iterator["Batch"]:
+        """Yield the batch in pieces of ``samples`` samples, in order."""
+        for start in range(0, len(self), samples):
+            yield Batch(**{k: v[start : start + samples] for k, v in self._tensors().items()})
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return {f.name: v for f in fields(self) if (v := getattr(self, f.name)) is not None}
+
+
+class Feed:
+    """Takes batches from a dataset in the order of a sampler, on the host.
+
+    ``split`` names the data in messages.
+    """
+
+    def __init__(self, dataset: Samples, indices: Iterator[Sequence[int]], split: str) -> None:
+        self._dataset = dataset
+        self._indices = indices
+        self._split = split
+        self._taken = 0
+
+    def next(self, micro_batches: int) -> Batch:
+        """Return the next ``micro_batches`` micro-batches as one batch.
+
+        Raises:
+            UserError: the data ends before them.
+        """
+        samples: list[Any] = []
+        for _ in range(micro_batches):
+            chunk = next(self._indices, None)
+            if chunk is None:
+                raise UserError(
+                    f"the {self._split} split ended after {self._taken} samples of the {len(self._dataset)} it has; "
+                    "give more data, a shorter run, or dataset.dataloader_type=cyclic"
+                )
+            samples.extend(self._dataset[index] for index in chunk)
+            self._taken += len(chunk)
+        return Batch(**collate(samples))
+
+
+def sample_order(kind: str | None, total: int, micro_batch_size: int) -> Iterator[Sequence[int]]:
+    """Return the sample numbers of each micro-batch: ``cyclic`` reshuffles every epoch, else the dataset's order."""
+    sampler = CyclicSampler if kind == "cyclic" else SequentialSampler
+    return iter(sampler(total, 0, micro_batch_size))

@@ -1,0 +1,119 @@
+"""The optimizer: weight-decay groups, gradient norm, clipping, and one update of the main weights."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lockstep.config import ConfigContainer
+from lockstep.config.training import OptimizerConfig
+from lockstep.training.precision import LossScaler, MainWeights, build_loss_scaler
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one optimizer step did.
+
+    ``grad_norm`` is the global L2 norm before clipping (scalar tensor, so that a GPU need not be waited for);
+    ``num_zeros`` counts zero gradient elements where asked for. A step that was skipped because gradients overflowed
+    has neither.
+    """
+
+    skipped: bool
+    grad_norm: torch.Tensor | None
+    num_zeros: int | None
+
+
+def is_decayed(name: str, param: torch.Tensor, apply_wd_to_qk_layernorm: bool) -> bool:
+    """Tell whether weight decay applies: not to biases and vectors, unless of query and key norms when asked for."""
+    if apply_wd_to_qk_layernorm and ("q_layernorm." in name or "k_layernorm." in name):
+        return True
+    return not name.endswith(".bias") and param.ndim != 1
+
+
+def grad_norm_fp32(grads: list[torch.Tensor]) -> torch.Tensor:
+    """Return the L2 norm over all gradients as a scalar FP32 tensor.
+
+    Row norms first: one FP32 sum over millions of squares would lose digits.
+    """
+    rows = [torch.linalg.vector_norm(grad, dim=-1, dtype=torch.float32).flatten() for grad in grads]
+    return torch.linalg.vector_norm(torch.cat(rows))
+
+
+class Optimizer:
+    """Updates a model's weights through FP32 main weights.
+
+    ``step`` unscales, clips and applies the gradients that backward passes have left since ``start_step``.
+    """
+
+    def __init__(self, model: nn.Module, config: ConfigContainer) -> None:
+        fp32_grads = config.ddp.grad_reduce_in_fp32 is not False
+        model_dtype = next(model.parameters()).dtype
+        self.weights = MainWeights(model, torch.float32 if fp32_grads else model_dtype)
+        self.scaler: LossScaler | None = build_loss_scaler(config.mixed_precision)
+        self._settings = config.optimizer
+        self._count_zeros = config.logger.log_num_zeros_in_grad
+        self.groups = _groups(self.weights, config.optimizer.apply_wd_to_qk_layernorm)
+        self.inner = _build(self.groups, config.optimizer)
+
+    @property
+    def loss_scale(self) -> float:
+        """The present loss scale; 1 without a scaler."""
+        return self.scaler.scale if self.scaler is not None else 1.0
+
+    def start_step(self) -> None:
+        """Forget the gradients of the step before."""
+        self.weights.start_step()
+
+    @torch.no_grad()
+    def step(self, lr: float, weight_decay: float, grad_factor: torch.Tensor | None = None) -> Update:
+        """Apply the gradients with a learning rate and weight decay.
+
+        ``grad_factor`` (scalar tensor) multiplies the gradients first. Gradients that overflowed leave the weights as
+        they were and lower the loss scale.
+        """
+        grads = self.weights.collect_grads()
+        if grad_factor is not None:
+            for grad in grads:
+                grad.mul_(grad_factor)
+        if self.scaler is not None and self._unscale(grads, self.scaler):
+            return Update(skipped=True, grad_norm=None, num_zeros=None)
+        norm = grad_norm_fp32(grads)
+        if self._settings.clip_grad > 0:
+            nn.utils.clip_grads_with_norm_(self.weights.main_params, self._settings.clip_grad, norm)
+        zeros = sum(int(g.numel() - g.count_nonzero()) for g in grads) if self._count_zeros else None
+        for group in self.inner.param_groups:
+            group["lr"] = lr
+            group["weight_decay"] = weight_decay if group["decayed"] else 0.0
+        self.inner.step()
+        self.weights.copy_to_model()
+        return Update(skipped=False, grad_norm=norm, num_zeros=zeros)
+
+    def _unscale(self, grads: list[torch.Tensor], scaler: LossScaler) -> bool:
+        """Divide the gradients by the loss scale, update the scale, and tell whether any gradient overflowed."""
+        for grad in grads:
+            grad.mul_(1.0 / scaler.scale)
+        overflow = not torch.isfinite(nn.utils.get_total_norm(grads, norm_type=float("inf"))).item()
+        scaler.update(overflow)
+        return overflow
+
+    @torch.no_grad()
+    def params_norm(self) -> float:
+        """Return the L2 norm of the main weights."""
+        return float(grad_norm_fp32([p.detach() for p in self.weights.main_params]))
+
+
+def _groups(weights: MainWeights, apply_wd_to_qk_layernorm: bool) -> list[dict[str, object]]:
+    """Return the parameter groups, decayed weights first; an empty group is left out."""
+    split: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, param in zip(weights.names, weights.main_params, strict=True):
+        split[is_decayed(name, param, apply_wd_to_qk_layernorm)].append(param)
+    return [{"params": params, "decayed": decayed} for decayed, params in split.items() if params]
+
+
+def _build(groups: list[dict[str, object]], settings: OptimizerConfig) -> torch.optim.Optimizer:
+    # The learning rate and weight decay given here are placeholders: every step sets both.
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=settings.sgd_momentum, fused=True)
+    betas = (settings.adam_beta1, settings.adam_beta2)
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=settings.adam_eps, fused=True)

@@ -1,0 +1,145 @@
+"""Precision: weight dtype, FP32 main weights and gradients beside low-precision ones, loss scaling."""
+
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from lockstep.config import ConfigContainer
+from lockstep.config.training import MixedPrecisionConfig
+
+
+def params_dtype(config: ConfigContainer) -> torch.dtype:
+    """Return the dtype of the model's weights and activations."""
+    precision = config.mixed_precision
+    if precision.bf16:
+        return torch.bfloat16
+    return torch.float16 if precision.fp16 else torch.float32
+
+
+class MainWeights:
+    """The FP32 weights an optimizer updates, and the gradients summed over micro-batches.
+
+    An FP32 model is its own main weights. For a low-precision model they are FP32 copies; its gradients are summed in
+    ``grad_dtype``: in buffers that hooks fill after each backward pass where that dtype differs from the weights', in
+    ``param.grad`` where it does not.
+    """
+
+    def __init__(self, model: nn.Module, grad_dtype: torch.dtype) -> None:
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self.names = [name for name, _ in named]
+        self.model_params = [p for _, p in named]
+        self.main_params = [p if p.dtype == torch.float32 else _main_copy(p) for p in self.model_params]
+        self._pairs = [(m, p) for m, p in zip(self.main_params, self.model_params, strict=True) if m is not p]
+        self._buffers: dict[nn.Parameter, torch.Tensor] = {}
+        self._filled: set[nn.Parameter] = set()
+        for main, param in self._pairs:
+            if param.dtype != grad_dtype:
+                self._buffers[param] = torch.zeros_like(main, dtype=grad_dtype)
+                param.register_post_accumulate_grad_hook(self._accumulate)
+
+    def _accumulate(self, param: torch.Tensor) -> None:
+        """Add the gradient of one micro-batch to its buffer and drop it."""
+        assert isinstance(param, nn.Parameter), "hooks are registered on parameters only"
+        assert param.grad is not None, "PyTorch calls the hook after it has set the gradient"
+        # The first micro-batch overwrites what the last step left, which spares zeroing the buffer.
+        if param in self._filled:
+            self._buffers[param].add_(param.grad)
+        else:
+            self._buffers[param].copy_(param.grad)
+            self._filled.add(param)
+        param.grad = None
+
+    def start_step(self) -> None:
+        """Forget the gradients of the step before."""
+        self._filled.clear()
+        for param in self.model_params:
+            param.grad = None
+
+    def collect_grads(self) -> list[torch.Tensor]:
+        """Give every main weight its FP32 gradient, zero where no micro-batch reached it; return the gradients."""
+        grads = []
+        for main, param in zip(self.main_params, self.model_params, strict=True):
+            buffer = self._buffers.get(param)
+            if buffer is None:
+                grad = param.grad if param.grad is not None else torch.zeros_like(param)
+            else:
+                grad = buffer if param in self._filled else buffer.zero_()
+            main.grad = grad.float()
+            grads.append(main.grad)
+        return grads
+
+    @torch.no_grad()
+    def copy_to_model(self) -> None:
+        """Round the main weights to the model's dtype."""
+        for main, param in self._pairs:
+            param.copy_(main)
+
+
+def _main_copy(param: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(param.detach().float())
+
+
+class LossScaler(Protocol):
+    """Factor on the loss that keeps small FP16 gradients above zero."""
+
+    scale: float
+
+    def update(self, overflow: bool) -> None:
+        """Adjust the scale after a step whose gradients did or did not overflow."""
+
+
+class ConstantLossScaler:
+    """A loss scale that never changes."""
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def update(self, overflow: bool) -> None:
+        """Change nothing."""
+
+
+class DynamicLossScaler:
+    """A loss scale that halves on overflows and doubles after ``window`` steps in a row without one.
+
+    ``hysteresis`` overflows are needed before the scale halves; a doubling restores the tolerance.
+    """
+
+    growth_factor = 2.0
+    backoff_factor = 0.5
+
+    def __init__(self, initial: float, minimum: float, window: int, hysteresis: int) -> None:
+        self.scale = initial
+        self._minimum = minimum
+        self._window = window
+        self._hysteresis = hysteresis
+        self._tolerance = hysteresis
+        self._clean_steps = 0
+
+    def update(self, overflow: bool) -> None:
+        """Adjust the scale after a step whose gradients did or did not overflow."""
+        if overflow:
+            self._clean_steps = 0
+            self._tolerance -= 1
+            if self._tolerance <= 0:
+                self.scale = max(self.scale * self.backoff_factor, self._minimum)
+            return
+        self._clean_steps += 1
+        if self._clean_steps == self._window:
+            self._clean_steps = 0
+            self._tolerance = self._hysteresis
+            self.scale *= self.growth_factor
+
+
+def build_loss_scaler(precision: MixedPrecisionConfig) -> LossScaler | None:
+    """Return the loss scaler a precision needs; None for FP32, and for BF16 without a static scale."""
+    if precision.loss_scale is not None and (precision.fp16 or precision.bf16):
+        return ConstantLossScaler(precision.loss_scale)
+    if not precision.fp16:
+        return None
+    return DynamicLossScaler(
+        initial=precision.initial_loss_scale,
+        minimum=precision.min_loss_scale,
+        window=int(precision.loss_scale_window),
+        hysteresis=precision.hysteresis,
+    )

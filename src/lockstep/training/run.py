@@ -1,0 +1,162 @@
+"""One run from a resolved configuration: set-up in a fixed order, the loop, the final evaluation, the record."""
+
+import contextlib
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from lockstep.config import ConfigContainer
+from lockstep.errors import UserError
+from lockstep.models.init import fingerprint
+from lockstep.models.ops import matmul_mode
+from lockstep.record.environment import code_version, device_facts, environment_variables, package_versions
+from lockstep.record.paths import create_run_dir
+from lockstep.record.schema import RUN_FILE
+from lockstep.record.writer import RunWriter
+from lockstep.training.console import ConsoleHook, say, timestamped
+from lockstep.training.device import check_single_process, choose_device, switches
+from lockstep.training.exits import ExitRule
+from lockstep.training.hooks import CacheHook, FiniteCheck, GarbageHook, Hook, Progress, RecordHook, RunInfo
+from lockstep.training.loop import run_evaluation, train
+from lockstep.training.precision import params_dtype
+from lockstep.training.result import Command, RunResult, RunStatus
+from lockstep.training.setup import Parts, build
+from lockstep.training.trackers import build_trackers
+
+
+def run(config: ConfigContainer, *, door: str, command: Command, name: str) -> RunResult:
+    """Train and evaluate as a resolved configuration says, and keep the record.
+
+    ``door``, ``command`` and ``name`` only go into the record; ``config`` stays as it is.
+
+    Raises:
+        UserError: the configuration, the data or the machine cannot do what is asked, or a loss is not finite. Where
+            training had not begun, no run directory is left behind.
+    """
+    exit_rule = ExitRule(time.monotonic(), config.train.exit_interval, config.train.exit_duration_in_mins)
+    config = config.copy()
+    check_single_process()
+    device = choose_device(config.run.device)
+    if config.logger.logging_level is not None:
+        logging.getLogger("lockstep").setLevel(config.logger.logging_level)
+    with switches(config, device):
+        writer = RunWriter(create_run_dir(config.run.dir, name))
+        hooks: list[Hook] = [RecordHook(writer)]
+        try:
+            _start_record(writer, config, device, door=door, command=vars(command), name=name)
+            parts = build(config, device, exit_rule)
+            _complete_record(writer, config, device, parts)
+            hooks += _build_hooks(config, device, name, writer)
+        except BaseException as error:
+            _abandon(writer, hooks, error)
+            raise
+        info = RunInfo(config, name, writer.run_dir, device, parts.train_iters, parts.flops_per_sample)
+        return _go(info, parts, hooks, exit_rule)
+
+
+def _start_record(writer: RunWriter, config: ConfigContainer, device: torch.device, **facts: Any) -> None:
+    machine = device_facts(str(device))
+    say(f"run directory: {writer.run_dir}")
+    say(f"fresh run from initial weights, seed {config.rng.seed}")
+    say(f"device: {device} ({machine['name']})")
+    writer.start(
+        **facts,
+        code=code_version(),
+        packages=package_versions(),
+        device=machine,
+        environment=environment_variables(),
+        seeds={"rng": config.rng.seed, "dataset": config.dataset.random_seed},
+        **_config_facts(config),
+    )
+
+
+def _complete_record(writer: RunWriter, config: ConfigContainer, device: torch.device, parts: Parts) -> None:
+    """Add what only the set-up could tell: vocabulary, data, initial weights, what computes what."""
+    features = _features(config, device, parts.model)
+    writer.update(
+        data={"tokenizer": parts.tokenizer.identity(), **parts.datasets.describe()},
+        initial_weights=fingerprint(parts.model),
+        features=features,
+        **_config_facts(config),
+    )
+    say(f"precision: {features['precision']}, matrix products: {features['matmul']}")
+
+
+def _config_facts(config: ConfigContainer) -> dict[str, Any]:
+    return {
+        "config": config.as_dict(),
+        "origins": {info.path: str(origin) for info, _, origin in config.items() if origin.kind != "default"},
+    }
+
+
+def _features(config: ConfigContainer, device: torch.device, model: nn.Module) -> dict[str, Any]:
+    dtype = params_dtype(config)
+    return {
+        "precision": str(dtype).removeprefix("torch."),
+        "matmul": str(matmul_mode(device, dtype)),
+        "optimizer": {"adam": "torch.optim.AdamW (fused)", "sgd": "torch.optim.SGD (fused)"}[
+            config.optimizer.optimizer
+        ],
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "deterministic": config.model.deterministic_mode,
+    }
+
+
+def _build_hooks(config: ConfigContainer, device: torch.device, name: str, writer: RunWriter) -> list[Hook]:
+    """Return the hooks after the record's, in the order they are called."""
+    hooks = build_trackers(config, name, writer.run_dir)
+    hooks.append(ConsoleHook(config.logger.log_interval, config.logger.log_throughput))
+    dynamic_scale = config.mixed_precision.fp16 and config.mixed_precision.loss_scale is None
+    if config.rerun_state_machine.check_for_nan_in_loss and not dynamic_scale:
+        hooks.append(FiniteCheck())
+    if config.train.empty_unused_memory_level and device.type == "cuda":
+        hooks.append(CacheHook(config.train.empty_unused_memory_level))
+    if config.train.manual_gc:
+        hooks.append(GarbageHook(config.train.manual_gc_interval, config.train.manual_gc_eval))
+    return hooks
+
+
+def _go(info: RunInfo, parts: Parts, hooks: Sequence[Hook], exit_rule: ExitRule) -> RunResult:
+    """Run the loop and the final evaluation."""
+    progress = Progress()
+    reason = None
+    try:
+        for hook in hooks:
+            hook.on_start(info)
+        if parts.trainer is not None:
+            reason = train(info, parts.trainer, parts.evaluator, hooks, progress, exit_rule)
+            say(timestamped(reason or "after training is done"))
+        # Megatron-LM leaves at once when it stops early: no final evaluation.
+        if reason is None and parts.evaluator is not None:
+            for split in parts.evaluator.splits:
+                run_evaluation(parts.evaluator, split, hooks, progress, final=True)
+        status: RunStatus = "finished" if reason is None else "stopped early"
+        result = RunResult(info.run_dir, status, progress.iteration, progress.lm_loss, tuple(progress.evaluations))
+        for hook in hooks:
+            hook.on_finish(result)
+    except BaseException as error:
+        _fail(hooks, error)
+        raise
+    return result
+
+
+def _fail(hooks: Sequence[Hook], error: BaseException) -> None:
+    for hook in hooks:
+        # The error that ended the run is the one to show, not one of the clean-up after it.
+        with contextlib.suppress(Exception):
+            hook.on_failure(error)
+
+
+def _abandon(writer: RunWriter, hooks: Sequence[Hook], error: BaseException) -> None:
+    """End a run whose set-up failed: without a trace where the user has something to mend, on the record otherwise."""
+    if not isinstance(error, UserError):
+        _fail(hooks, error)
+        return
+    (writer.run_dir / RUN_FILE).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        for empty in (writer.run_dir / "tb_logs", writer.run_dir / "checkpoints", writer.run_dir):
+            empty.rmdir()

@@ -1,0 +1,150 @@
+"""What a run is built from, in order: vocabulary, data, model, optimizer, evaluation."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lockstep.config import ConfigContainer, Origin
+from lockstep.data.build import Datasets, build_datasets
+from lockstep.data.gpt_dataset import Dataset
+from lockstep.data.tokenizers import Tokenizer, build_tokenizer, padded_vocab_size
+from lockstep.errors import UserError
+from lockstep.models import build_model
+from lockstep.models.dropout import DropoutStreams
+from lockstep.models.flops import flops_per_sample
+from lockstep.training.batches import build_batch_schedule, eval_batch_size, num_samples, train_iterations
+from lockstep.training.console import dataset_size_lines, parameters_line, say
+from lockstep.training.evaluate import Evaluator, Split
+from lockstep.training.exits import ExitRule
+from lockstep.training.feed import Feed, sample_order
+from lockstep.training.loop import Trainer
+from lockstep.training.optimizer import Optimizer
+from lockstep.training.precision import params_dtype
+from lockstep.training.schedule import build_schedules
+from lockstep.training.step import TrainStep
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything that was built: ``trainer`` is None without training, ``evaluator`` without evaluation."""
+
+    tokenizer: Tokenizer
+    datasets: Datasets
+    model: nn.Module
+    train_iters: int
+    flops_per_sample: float
+    trainer: Trainer | None
+    evaluator: Evaluator | None
+
+
+def build(config: ConfigContainer, device: torch.device, exit_rule: ExitRule) -> Parts:
+    """Build all parts of a run; sets ``model.vocab_size`` in ``config`` where it was unset.
+
+    Raises:
+        UserError: the configuration or the data cannot do what is asked.
+    """
+    batches = build_batch_schedule(config)
+    train_iters = train_iterations(config, batches)
+    sizes = num_samples(config, batches, train_iters)
+    if not config.validation.skip_train:
+        build_schedules(config)  # A schedule that cannot work is said before the long part of the set-up.
+    tokenizer = build_tokenizer(config.tokenizer)
+    set_vocab_size(config, tokenizer.vocab_size)
+    datasets = _build_datasets(config, tokenizer, sizes)
+    model = _build_model(config, device)
+    flops = flops_per_sample(config.model)
+    trainer = None
+    if not config.validation.skip_train and train_iters > 0:
+        trainer = build_trainer(config, model, datasets, device)
+    evaluator = build_evaluator(config, model, datasets, device, exit_rule)
+    return Parts(tokenizer, datasets, model, train_iters, flops, trainer, evaluator)
+
+
+def set_vocab_size(config: ConfigContainer, tokens: int) -> None:
+    """Set ``model.vocab_size`` to the padded vocabulary of the tokenizer, or check the one that was given.
+
+    Raises:
+        UserError: the model's vocabulary is smaller than the tokenizer's.
+    """
+    given = config.model.vocab_size
+    if given is None:
+        divisor, pad = config.model.make_vocab_size_divisible_by, config.tokenizer.pad_vocab_size
+        size = padded_vocab_size(tokens, divisor, pad=pad)
+        rule = f"tokenizer vocabulary of {tokens}" + (f", padded to a multiple of {divisor}" if pad else "")
+        config.set("model.vocab_size", size, Origin("derived", rule))
+        say(f" > padded vocab (size: {tokens}) with {size - tokens} dummy tokens (new size: {size})")
+    elif given < tokens:
+        raise UserError(
+            f"model.vocab_size = {given} is below the tokenizer's vocabulary of {tokens}; "
+            "raise it, or leave it unset to take the tokenizer's"
+        )
+
+
+def _build_datasets(config: ConfigContainer, tokenizer: Tokenizer, sizes: tuple[int, int, int]) -> Datasets:
+    say("> building train, validation, and test datasets ...")
+    for line in dataset_size_lines(*sizes):
+        say(line)
+    assert config.model.seq_length is not None, "a resolved tree has a sample length"
+    assert config.dataset.random_seed is not None, "a resolved tree has a data seed"
+    return build_datasets(
+        config.dataset,
+        seq_length=config.model.seq_length,
+        seed=config.dataset.random_seed,
+        tokenizer=tokenizer,
+        num_samples=sizes,
+    )
+
+
+def _build_model(config: ConfigContainer, device: torch.device) -> nn.Module:
+    say("> building the model ...")
+    model = build_model(config.model, seed=config.rng.seed, params_dtype=params_dtype(config), device=device)
+    say(parameters_line(sum(p.numel() for p in model.parameters())))
+    return model
+
+
+def build_trainer(config: ConfigContainer, model: nn.Module, datasets: Datasets, device: torch.device) -> Trainer:
+    """Build what the iterations need: data feed, optimizer, schedules, step."""
+    batches = build_batch_schedule(config)
+    rate, decay = build_schedules(config)
+    optimizer = Optimizer(model, config)
+    dropout = DropoutStreams(config.rng.seed, device)
+    return Trainer(
+        feed=_feed(config, datasets.train, "train", batches.micro_batch_size),
+        step=TrainStep(model, optimizer, dropout, per_token=config.model.calculate_per_token_loss),
+        batches=batches,
+        learning_rate=rate,
+        weight_decay=decay,
+        params_norm=optimizer.params_norm if config.logger.log_params_norm else None,
+    )
+
+
+def build_evaluator(
+    config: ConfigContainer, model: nn.Module, datasets: Datasets, device: torch.device, exit_rule: ExitRule
+) -> Evaluator | None:
+    """Build the evaluation of the validation and test splits; None where ``validation.eval_iters`` is 0.
+
+    A test split without weight is left out, as in Megatron-LM.
+    """
+    if config.validation.eval_iters == 0:
+        return None
+    size, micro_size = eval_batch_size(config)
+    feeds: dict[Split, Feed] = {"valid": _feed(config, datasets.valid, "validation", micro_size)}
+    if datasets.test is not None:
+        feeds["test"] = _feed(config, datasets.test, "test", micro_size)
+    return Evaluator(
+        model,
+        feeds,
+        eval_iters=config.validation.eval_iters,
+        size=size,
+        micro_size=micro_size,
+        device=device,
+        out_of_time=exit_rule.out_of_time,
+    )
+
+
+def _feed(config: ConfigContainer, dataset: Dataset | None, split: str, micro_batch_size: int) -> Feed:
+    if dataset is None:
+        remedy = "" if split == "train" else ", or set validation.eval_iters=0"
+        raise UserError(f"the {split} split has no data (dataset.split = {config.dataset.split}); give it some{remedy}")
+    return Feed(dataset, sample_order(config.dataset.dataloader_type, len(dataset), micro_batch_size), split)

@@ -1,0 +1,97 @@
+"""One training step: gradients over the micro-batches of a global batch, then one optimizer update.
+
+Shapes: b samples of a micro-batch, s tokens of a sample.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lockstep.models.dropout import DropoutStreams
+from lockstep.training.feed import Batch
+from lockstep.training.optimizer import Optimizer
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step computed and did.
+
+    Attributes:
+        loss_sum: sum over valid tokens of the loss in nats.
+        valid_tokens: tokens that count in the loss.
+        grad_norm: global L2 norm before clipping; None when the step was skipped.
+        num_zeros: gradient elements that are zero, where asked for.
+        skipped: the gradients overflowed and nothing was updated.
+        loss_scale: the scale after the step, which the next one uses.
+    """
+
+    loss_sum: float
+    valid_tokens: int
+    grad_norm: float | None
+    num_zeros: int | None
+    skipped: bool
+    loss_scale: float
+
+    @property
+    def lm_loss(self) -> float:
+        """Mean loss per valid token of the global batch; NaN without any."""
+        return self.loss_sum / self.valid_tokens if self.valid_tokens else math.nan
+
+
+def masked_loss(
+    model: nn.Module, batch: Batch, dropout: DropoutStreams | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the sum of the loss over the valid tokens of a batch, and their number (FP32 scalars)."""
+    losses = model(
+        batch.tokens, batch.position_ids, batch.labels, document_ids=batch.document_ids, dropout=dropout
+    )  # [b, s]
+    mask = batch.loss_mask.float()
+    return (losses * mask).sum(), mask.sum()
+
+
+class TrainStep:
+    """Runs steps of one model with one optimizer.
+
+    By default the gradient is that of the mean over micro-batches of their mean loss per token; with ``per_token`` it
+    is that of the mean over all tokens of the global batch. They differ where micro-batches have unequal numbers of
+    valid tokens.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer, dropout: DropoutStreams | None = None, per_token: bool = False
+    ) -> None:
+        self._model = model
+        self._optimizer = optimizer
+        self._dropout = dropout
+        self._per_token = per_token
+
+    def __call__(self, batch: Batch, micro_batch_size: int, lr: float, weight_decay: float) -> StepResult:
+        """Take one step on a global batch with a learning rate and weight decay."""
+        self._optimizer.start_step()
+        sums = self._accumulate(batch, micro_batch_size)  # [micro-batches, 2]
+        factor = 1.0 / sums[:, 1].sum().clamp(min=1) if self._per_token else None
+        update = self._optimizer.step(lr, weight_decay, factor)
+        # Only here does the host wait for a GPU: everything above was queued.
+        losses, tokens = zip(*sums.tolist(), strict=True)
+        return StepResult(
+            loss_sum=math.fsum(losses) if all(map(math.isfinite, losses)) else sum(losses),
+            valid_tokens=int(sum(tokens)),
+            grad_norm=float(update.grad_norm) if update.grad_norm is not None else None,
+            num_zeros=update.num_zeros,
+            skipped=update.skipped,
+            loss_scale=self._optimizer.loss_scale,
+        )
+
+    def _accumulate(self, batch: Batch, micro_batch_size: int) -> torch.Tensor:
+        """Run all backward passes; return the loss sum and valid tokens of each micro-batch [micro-batches, 2]."""
+        count = len(batch) // micro_batch_size
+        scale = self._optimizer.loss_scale
+        sums = []
+        for micro_batch in batch.split(micro_batch_size):
+            loss_sum, tokens = masked_loss(self._model, micro_batch, self._dropout)
+            objective = loss_sum if self._per_token else loss_sum / tokens.clamp(min=1) / count
+            (objective * scale if scale != 1.0 else objective).backward()
+            sums.append(torch.stack([loss_sum.detach(), tokens]))
+        return torch.stack(sums)
