@@ -1,0 +1,1 @@
+"""Data: token files, sample order, blends, mock data, tokenizers, preparation and verification."""
