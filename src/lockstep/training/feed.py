@@ -15,11 +15,11 @@ from lockstep.errors import UserError
 
 
 class Samples(Protocol):
-    """A dataset: samples by position, each a dict of numpy arrays [s]."""
+    """A dataset: samples by number, each a mapping of numpy arrays [s] that ``collate`` takes."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
+    def __getitem__(self, index: int, /) -> Any: ...
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import nn
 
 from lockstep.config import ConfigContainer
 from lockstep.errors import UserError
-from lockstep.models.init import fingerprint
+from lockstep.models import fingerprint
 from lockstep.models.ops import matmul_mode
 from lockstep.record.environment import code_version, device_facts, environment_variables, package_versions
 from lockstep.record.paths import create_run_dir

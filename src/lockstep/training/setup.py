@@ -10,9 +10,8 @@ from lockstep.data.build import Datasets, build_datasets
 from lockstep.data.gpt_dataset import Dataset
 from lockstep.data.tokenizers import Tokenizer, build_tokenizer, padded_vocab_size
 from lockstep.errors import UserError
-from lockstep.models import build_model
-from lockstep.models.dropout import DropoutStreams
-from lockstep.models.flops import flops_per_sample
+from lockstep.models import DropoutStreams, build_model
+from lockstep.models.flops import flops_per_sequence
 from lockstep.training.batches import build_batch_schedule, eval_batch_size, num_samples, train_iterations
 from lockstep.training.console import dataset_size_lines, parameters_line, say
 from lockstep.training.evaluate import Evaluator, Split
@@ -53,7 +52,7 @@ def build(config: ConfigContainer, device: torch.device, exit_rule: ExitRule) ->
     set_vocab_size(config, tokenizer.vocab_size)
     datasets = _build_datasets(config, tokenizer, sizes)
     model = _build_model(config, device)
-    flops = flops_per_sample(config.model)
+    flops = flops_per_sequence(config.model)
     trainer = None
     if not config.validation.skip_train and train_iters > 0:
         trainer = build_trainer(config, model, datasets, device)

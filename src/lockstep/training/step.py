@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lockstep.models.dropout import DropoutStreams
+from lockstep.models import DropoutStreams
 from lockstep.training.feed import Batch
 from lockstep.training.optimizer import Optimizer
 
