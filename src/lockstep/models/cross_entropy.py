@@ -1,0 +1,164 @@
+"""Output projection and cross entropy in one step, without float32 logits of all tokens.
+
+The result is that of separate operations: logits rounded to the dtype of the hidden states, cross entropy in float32,
+gradient of the logits rounded to the same dtype, then the two gradient products, each rounded once. Tiles of logits
+that fit the cache are finished before the next ones are computed; this is most of the time of a small model's step.
+
+Shape legend: t tokens (b * s), h hidden, v vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lockstep.models.ops import matmul_mode
+
+_TILE_TOKENS = 2048
+_CPU_TILE_NUMBERS = 1 << 20  # 4 MiB of float32 logits at a time
+_GPU_TILE_NUMBERS = 1 << 28
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, tile_numbers: int | None = None) -> Tensor:
+    """Return the float32 loss of each token.
+
+    hidden [..., h] and weight [v, h] have one dtype; labels [...] are int64 below v. The loss has the shape of
+    labels. `tile_numbers` bounds how many float32 logits are held at a time; it changes rounding of sums only.
+    Backward may be called once.
+    """
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    limit = tile_numbers or (_CPU_TILE_NUMBERS if rows.device.type == "cpu" else _GPU_TILE_NUMBERS)
+    function = _NativeLoss if _native(rows) else _TiledLoss
+    return function.apply(rows, weight, labels.reshape(-1), limit).view(labels.shape)
+
+
+def _native(rows: Tensor) -> bool:
+    low_precision = rows.dtype in (torch.bfloat16, torch.float16)
+    return low_precision and matmul_mode(rows.device, rows.dtype) == "native"
+
+
+class _TiledLoss(torch.autograd.Function):
+    """float32 products over tiles of tokens times vocabulary rows.
+
+    Low-precision logits are kept for the backward pass at two bytes each; float32 ones are computed again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, tile_numbers: int) -> Tensor:
+        tiles = _Tiles(hidden, weight, tile_numbers)
+        keep = hidden.dtype != torch.float32 and any(ctx.needs_input_grad)
+        tile_log_sums, target = [], torch.empty(labels.shape, device=labels.device)
+        for columns in tiles.columns:
+            log_sums = torch.empty(labels.shape, device=labels.device)
+            for rows in tiles.rows:
+                logits = tiles.computed(rows, columns, keep=keep)
+                inside, position = _labels_inside(labels[rows], columns)
+                target[rows.start + inside] = logits[inside, position]
+                log_sums[rows] = _log_sum_exp_(logits)
+            tile_log_sums.append(log_sums)
+        log_sum = torch.logsumexp(torch.stack(tile_log_sums), dim=0)
+        ctx.save_for_backward(labels, log_sum)
+        ctx.tiles = tiles
+        return log_sum - target
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        labels, log_sum = ctx.saved_tensors
+        tiles: _Tiles = ctx.tiles
+        scale = grads[0].float()[:, None]
+        grad_hidden = torch.zeros_like(tiles.hidden32)
+        grad_weight = torch.empty(tiles.weight32.shape, dtype=tiles.dtype, device=labels.device)
+        products = torch.empty(tiles.columns[0].stop, tiles.weight32.shape[1], device=labels.device)
+        for columns in tiles.columns:
+            product = products[: columns.stop - columns.start]
+            for rows in tiles.rows:
+                gradient = tiles.kept_or_computed(rows, columns).sub_(log_sum[rows, None]).exp_()
+                inside, position = _labels_inside(labels[rows], columns)
+                gradient[inside, position] -= 1.0
+                gradient = tiles.rounded_(gradient.mul_(scale[rows]))
+                grad_hidden[rows].addmm_(gradient, tiles.weight32[columns])
+                first = rows.start == 0
+                torch.addmm(product, gradient.t(), tiles.hidden32[rows], beta=0.0 if first else 1.0, out=product)
+            grad_weight[columns] = product
+        return grad_hidden.to(tiles.dtype), grad_weight, None, None
+
+
+class _Tiles:
+    """The logits, cut into tiles of tokens (rows) times vocabulary (columns) that share one buffer."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, tile_numbers: int):
+        tokens, vocab = hidden.shape[0], weight.shape[0]
+        height = max(1, min(tokens, _TILE_TOKENS, tile_numbers))
+        width = max(1, min(vocab, tile_numbers // height))
+        self.rows = [slice(start, min(start + height, tokens)) for start in range(0, tokens, height)]
+        self.columns = [slice(start, min(start + width, vocab)) for start in range(0, vocab, width)]
+        self.dtype = hidden.dtype
+        self.hidden32, self.weight32 = hidden.float(), weight.float()
+        self.buffer = torch.empty(height * width, device=hidden.device)
+        self.low_buffer = torch.empty(height * width, dtype=hidden.dtype, device=hidden.device)
+        self.kept: dict[tuple[int, int], Tensor] = {}
+
+    def computed(self, rows: slice, columns: slice, *, keep: bool) -> Tensor:
+        """Return a tile of rounded logits as float32 [rows, columns], in the shared buffer."""
+        tile = self._buffer_of(rows, columns)
+        torch.mm(self.hidden32[rows], self.weight32[columns].t(), out=tile)
+        if keep:
+            low = self.kept[rows.start, columns.start] = tile.to(self.dtype)
+            return tile.copy_(low)
+        return self.rounded_(tile)
+
+    def kept_or_computed(self, rows: slice, columns: slice) -> Tensor:
+        """Return the same tile again, releasing what was kept of it."""
+        low = self.kept.pop((rows.start, columns.start), None)
+        if low is None:
+            return self.computed(rows, columns, keep=False)
+        return self._buffer_of(rows, columns).copy_(low)
+
+    def rounded_(self, tile: Tensor) -> Tensor:
+        """Round a float32 tile in place to the values the dtype of the hidden states has."""
+        if self.dtype == torch.float32:
+            return tile
+        low = self.low_buffer[: tile.numel()].view(tile.shape)
+        return tile.copy_(low.copy_(tile))
+
+    def _buffer_of(self, rows: slice, columns: slice) -> Tensor:
+        shape = (rows.stop - rows.start, columns.stop - columns.start)
+        return self.buffer[: shape[0] * shape[1]].view(shape)
+
+
+def _log_sum_exp_(logits: Tensor) -> Tensor:
+    """Return log(sum(exp(logits))) of each row; overwrites the logits."""
+    highest = logits.amax(dim=1)
+    return logits.sub_(highest[:, None]).exp_().sum(dim=1).log_().add_(highest)
+
+
+def _labels_inside(labels: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+    """Return which rows have their label in these columns, and where in them."""
+    inside = ((labels >= columns.start) & (labels < columns.stop)).nonzero()[:, 0]
+    return inside, labels[inside] - columns.start
+
+
+class _NativeLoss(torch.autograd.Function):
+    """Low-precision products of whole tensors; the float32 arithmetic in between is cut along the tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, tile_numbers: int) -> Tensor:
+        logits = hidden @ weight.t()
+        height = max(1, tile_numbers // weight.shape[0])
+        log_sum = torch.cat([_log_sum_exp_(block.float()) for block in logits.split(height)])
+        ctx.save_for_backward(hidden, weight, labels, log_sum)
+        ctx.logits, ctx.height = logits, height
+        return log_sum - logits.gather(1, labels[:, None])[:, 0].float()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        hidden, weight, labels, log_sum = ctx.saved_tensors
+        logits: Tensor = ctx.logits
+        ctx.logits = None
+        index = torch.arange(labels.shape[0], device=labels.device)
+        for rows in index.split(ctx.height):
+            span = slice(int(rows[0]), int(rows[-1]) + 1)
+            gradient = logits[span].float().sub_(log_sum[span, None]).exp_()
+            gradient[rows - rows[0], labels[span]] -= 1.0
+            logits[span] = gradient.mul_(grads[0][span, None])  # the gradient takes the place of the logits
+        return logits @ weight, logits.t() @ hidden, None, None

@@ -1,0 +1,153 @@
+"""The decoder-only transformer.
+
+Parameters have the names Megatron-core gives them in its local implementation.
+
+Shape legend: b batch, s sequence, h hidden, v vocabulary (padded).
+"""
+
+import torch
+from torch import Tensor, nn
+
+from lockstep.config.model import ModelConfig
+from lockstep.models.attention import AttentionContext, SelfAttention
+from lockstep.models.cross_entropy import linear_cross_entropy
+from lockstep.models.dropout import DropoutStreams, bias_dropout_add, dropout
+from lockstep.models.layers import Linear, Table, required
+from lockstep.models.mlp import MLP
+from lockstep.models.norms import Norm
+from lockstep.models.ops import embedding, linear
+from lockstep.models.positions import rotary_cos_sin
+
+
+class GPTModel(nn.Module):
+    """Embedding, decoder layers, final norm and output layer. `train()` and `eval()` decide about dropout.
+
+    The config must be resolved. Parameters hold no sensible values until `lockstep.models.init` has drawn them.
+    """
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device):
+        super().__init__()
+        self.config = config
+        self.embedding = Embedding(config, dtype=dtype, device=device)
+        self.decoder = Decoder(config, dtype=dtype, device=device)
+        self.output_layer: Linear | None = None
+        if not config.share_embeddings_and_output_weights:
+            hidden, vocab = required(config.hidden_size), required(config.vocab_size)
+            self.output_layer = Linear(hidden, vocab, bias=False, dtype=dtype, device=device)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        position_ids: Tensor,
+        labels: Tensor | None = None,
+        *,
+        document_ids: Tensor | None = None,
+        dropout: DropoutStreams | None = None,
+    ) -> Tensor:
+        """Return the float32 loss of each token [b, s], or the logits [b, s, v] if there are no labels.
+
+        tokens, position_ids, labels and document_ids are int64 [b, s]. Attention sees earlier tokens of the same
+        document id, or all earlier tokens. position_ids select learned positions; rotary positions always count from
+        the start of the sequence. A training model with dropout needs its random streams (ValueError).
+        """
+        if self.training and dropout is None and max(self.config.hidden_dropout, self.config.attention_dropout) > 0:
+            raise ValueError("a model with dropout needs random streams to train: pass dropout=DropoutStreams(...)")
+        streams = dropout if self.training else None
+        hidden = self.embedding(tokens, position_ids, streams)
+        context = AttentionContext(
+            hidden_positions(tokens, document_ids), self._cos_sin(tokens.shape[1], hidden), streams
+        )
+        hidden = self.decoder(hidden, context)
+        if labels is None:
+            return linear(hidden, self.output_weight)
+        return linear_cross_entropy(hidden, self.output_weight, labels)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """The weight [v, h] that turns hidden states into logits."""
+        return self.embedding.word_embeddings.weight if self.output_layer is None else self.output_layer.weight
+
+    def _cos_sin(self, length: int, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
+        if self.config.position_embedding_type != "rope":
+            return None
+        return rotary_cos_sin(self.config, length, hidden.dtype, hidden.device)
+
+
+def hidden_positions(tokens: Tensor, document_ids: Tensor | None) -> Tensor:
+    """Return a boolean mask [1 or b, s, s], True where a query (row) must not see a key (column)."""
+    length = tokens.shape[1]
+    later = torch.ones(length, length, dtype=torch.bool, device=tokens.device).triu(1)[None]
+    return later if document_ids is None else later | (document_ids[:, :, None] != document_ids[:, None, :])
+
+
+class Embedding(nn.Module):
+    """Word embeddings plus learned positions, if any, then dropout."""
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device):
+        super().__init__()
+        hidden = required(config.hidden_size)
+        self.dropout_probability = config.hidden_dropout
+        self.word_embeddings = Table(required(config.vocab_size), hidden, dtype=dtype, device=device)
+        self.position_embeddings: Table | None = None
+        if config.position_embedding_type == "learned_absolute":
+            rows = required(config.max_position_embeddings)
+            self.position_embeddings = Table(rows, hidden, dtype=dtype, device=device)
+
+    def forward(self, tokens: Tensor, position_ids: Tensor, streams: DropoutStreams | None) -> Tensor:
+        """Return the embeddings [b, s, h] of tokens and position_ids [b, s]."""
+        hidden = embedding(tokens, self.word_embeddings.weight)
+        if self.position_embeddings is not None:
+            hidden = hidden + embedding(position_ids, self.position_embeddings.weight)
+        return dropout(hidden, _mask(streams, "embedding", hidden, self.dropout_probability), self.dropout_probability)
+
+
+class Decoder(nn.Module):
+    """The layers and the final norm."""
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device):
+        super().__init__()
+        layers = range(required(config.num_layers))
+        self.layers = nn.ModuleList(Layer(config, dtype=dtype, device=device) for _ in layers)
+        self.final_layernorm = Norm(config, required(config.hidden_size), dtype=dtype, device=device)
+
+    def forward(self, hidden: Tensor, context: AttentionContext) -> Tensor:
+        """Return the normalised hidden states [b, s, h]."""
+        for layer in self.layers:
+            hidden = layer(hidden, context)
+        return self.final_layernorm(hidden)
+
+
+class Layer(nn.Module):
+    """Attention and MLP, each on normalised input and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device):
+        super().__init__()
+        hidden = required(config.hidden_size)
+        self.dropout_probability = config.hidden_dropout
+        self.residual_is_norm_output = config.apply_residual_connection_post_layernorm
+        self.input_layernorm = Norm(config, hidden, dtype=dtype, device=device)
+        self.self_attention = SelfAttention(config, dtype=dtype, device=device)
+        self.pre_mlp_layernorm = Norm(config, hidden, dtype=dtype, device=device)
+        self.mlp = MLP(config, dtype=dtype, device=device)
+
+    def forward(self, hidden: Tensor, context: AttentionContext) -> Tensor:
+        """Return the residual stream [b, s, h] after this layer."""
+        normalised = self.input_layernorm(hidden)
+        output, bias = self.self_attention(normalised, context)
+        hidden = self._added(output, bias, hidden, normalised, context.streams)
+        normalised = self.pre_mlp_layernorm(hidden)
+        output, bias = self.mlp(normalised)
+        return self._added(output, bias, hidden, normalised, context.streams)
+
+    def _added(
+        self, output: Tensor, bias: Tensor | None, stream: Tensor, normalised: Tensor, streams: DropoutStreams | None
+    ) -> Tensor:
+        residual = normalised if self.residual_is_norm_output else stream
+        dropped = _mask(streams, "hidden", output, self.dropout_probability)
+        return bias_dropout_add(output, bias, residual, dropped, self.dropout_probability)
+
+
+def _mask(streams: DropoutStreams | None, name: str, like: Tensor, probability: float) -> Tensor | None:
+    if streams is None or probability == 0:
+        return None
+    return streams.dropped(name, tuple(like.shape), probability)

@@ -1,0 +1,37 @@
+"""Parameter holders that the blocks of the model share."""
+
+import torch
+from torch import Tensor, nn
+
+from lockstep.models.ops import linear
+
+
+class Linear(nn.Module):
+    """A weight [o, h] and perhaps a bias [o], zero until initialised."""
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool, dtype: torch.dtype, device: torch.device):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(outputs, inputs, dtype=dtype, device=device))
+        self.bias = nn.Parameter(torch.zeros(outputs, dtype=dtype, device=device)) if bias else None
+
+    def product(self, x: Tensor) -> Tensor:
+        """Return the product [..., o] without the bias, for callers that add it together with something else."""
+        return linear(x, self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return product plus bias [..., o]."""
+        return linear(x, self.weight, self.bias)
+
+
+class Table(nn.Module):
+    """A table of embeddings [rows, h], zero until initialised."""
+
+    def __init__(self, rows: int, width: int, *, dtype: torch.dtype, device: torch.device):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(rows, width, dtype=dtype, device=device))
+
+
+def required(value: int | None) -> int:
+    """Return a size that the resolved config always has."""
+    assert value is not None, "the model config is not resolved"
+    return value

@@ -1,0 +1,62 @@
+"""Rotary position embedding.
+
+Shape legend: b batch, s sequence, n heads, d head dim, r rotated channels of a head.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from lockstep.config.model import ModelConfig
+
+# Llama 3.1's scaling: wavelengths the original context holds more than four times stay, those it does not hold once
+# are stretched by the factor, and between the two the frequency is interpolated.
+_ORIGINAL_CONTEXT = 8192
+_LOW_FREQUENCY_FACTOR = 1.0
+_HIGH_FREQUENCY_FACTOR = 4.0
+
+
+def inverse_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
+    """Return the rotation per position in radians, float32 [r / 2]."""
+    assert config.kv_channels is not None
+    channels = config.kv_channels
+    if config.rotary_percent < 1.0:
+        channels = int(channels * config.rotary_percent)
+    exponents = torch.arange(0, channels, 2, dtype=torch.float32, device=device) / channels
+    frequencies = 1.0 / (config.rotary_base**exponents)
+    return scaled_frequencies(frequencies, config.rope_scaling_factor) if config.rope_scaling else frequencies
+
+
+def scaled_frequencies(frequencies: Tensor, factor: float) -> Tensor:
+    """Return frequencies stretched for long contexts as Llama 3.1 does."""
+    wavelengths = 2 * math.pi / frequencies
+    periods = _ORIGINAL_CONTEXT / wavelengths
+    smooth = (periods - _LOW_FREQUENCY_FACTOR) / (_HIGH_FREQUENCY_FACTOR - _LOW_FREQUENCY_FACTOR)
+    between = (1 - smooth) * frequencies / factor + smooth * frequencies
+    stretched = torch.where(periods < _LOW_FREQUENCY_FACTOR, frequencies / factor, between)
+    return torch.where(periods > _HIGH_FREQUENCY_FACTOR, frequencies, stretched)
+
+
+def rotary_cos_sin(config: ModelConfig, length: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return cosine and sine [s, 1, r] for positions 0 to length, computed in float32 and rounded to `dtype`."""
+    positions = torch.arange(length, dtype=torch.float32, device=device)
+    if config.seq_len_interpolation_factor is not None:
+        positions = positions * (1 / config.seq_len_interpolation_factor)
+    angles = torch.outer(positions, inverse_frequencies(config, device))
+    angles = angles.repeat_interleave(2, dim=-1) if config.rotary_interleaved else torch.cat((angles, angles), dim=-1)
+    return angles.cos().to(dtype)[:, None], angles.sin().to(dtype)[:, None]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
+    """Rotate the first r channels of x [b, s, n, d]; every product and the sum are rounded to the dtype of x."""
+    rotated, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    turned = rotated * cos + _quarter_turn(rotated, interleaved) * sin
+    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+
+
+def _quarter_turn(x: Tensor, interleaved: bool) -> Tensor:
+    if interleaved:
+        return torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)
