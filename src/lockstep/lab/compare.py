@@ -1,0 +1,148 @@
+"""Comparing two runs: configs, data, initial weights, schedule, numbers, and the verdict over them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lockstep.lab.config_diff import ConfigDifference, config_differences
+from lockstep.lab.findings import Findings
+from lockstep.lab.numbers import compare_numbers
+from lockstep.lab.side import Side, align, load_side
+from lockstep.lab.stages import Stage, data_stage, init_stage, schedule_stage
+from lockstep.lab.verdict import Decision, decide
+
+_SHOWN_KEYS = 4
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The outcome: the verdict with its cause, and everything it rests on."""
+
+    findings: Findings
+    decision: Decision
+    stages: list[Stage]
+    notes: list[str]
+
+    @property
+    def exit_code(self) -> int:
+        """0 for ``identical`` and ``rounding``, 1 for every other verdict."""
+        return 0 if self.decision.verdict in ("identical", "rounding") else 1
+
+
+def compare_paths(a: Path | str, b: Path | str) -> Comparison:
+    """Compare two run directories or console logs.
+
+    Raises:
+        UserError: one of them is neither, or is damaged.
+    """
+    return compare(load_side(a, "A"), load_side(b, "B"))
+
+
+def compare(a: Side, b: Side) -> Comparison:
+    """Walk over both sides in the order of the verdicts and decide."""
+    pairs = align(a, b)
+    printed = a.printed or b.printed
+    differences = None
+    if a.config is not None and b.config is not None:
+        differences = config_differences(a.config, b.config, a.fact("origins"), b.fact("origins"))
+    findings = Findings(
+        a=a,
+        b=b,
+        pairs=pairs,
+        printed=printed,
+        differences=differences,
+        data=data_stage(a, b, pairs),
+        init=init_stage(a, b),
+        schedule=schedule_stage(a, b, pairs, printed),
+        numbers=compare_numbers(a, b, pairs),
+    )
+    decision = decide(findings)
+    stages = [
+        _config_stage(findings),
+        findings.data,
+        findings.init,
+        findings.schedule,
+        _numbers_stage(findings),
+        _evaluations_stage(findings),
+    ]
+    return Comparison(findings, decision, stages, _notes(findings))
+
+
+def _config_stage(found: Findings) -> Stage:
+    if found.differences is None:
+        silent = [side.label for side in (found.a, found.b) if side.config is None]
+        return Stage(
+            "config", "unknown", f"{' and '.join(silent)} {'state' if len(silent) > 1 else 'states'} no config"
+        )
+    acting = found.active
+    if acting:
+        keys = _list(acting)
+        return Stage("config", "differs", f"{len(acting)} {'setting' if len(acting) == 1 else 'settings'}: {keys}")
+    idle = f" ({len(found.differences)} differ without effect)" if found.differences else ""
+    return Stage("config", "equal", f"every setting that acts is equal{idle}")
+
+
+def _numbers_stage(found: Findings) -> Stage:
+    name = "losses and gradient norms"
+    training = [m for m in found.numbers.mismatches if m.key is None]
+    missing = found.missing_text()
+    if not training and not missing:
+        count = len(found.numbers.rows)
+        return Stage(name, "equal", f"{count} iterations are equal") if count else Stage(name, "unknown", "none")
+    if training:
+        detail = f"{training[0].spelled} is the first of {len(training)} numbers that differ"
+        return Stage(name, "differs", detail + (f"; {missing}" if missing else ""), training[0].iteration)
+    return Stage(name, "differs", missing)
+
+
+def _evaluations_stage(found: Findings) -> Stage:
+    numbers = found.numbers
+    differing = [m for m in numbers.mismatches if m.key is not None]
+    missing = found.missing_evaluations_text()
+    if not differing and not missing:
+        count = len(numbers.evaluations)
+        return Stage("evaluations", "equal", f"{count} are equal") if count else Stage("evaluations", "unknown", "none")
+    detail = f"{differing[0].spelled} differs" if differing else ""
+    return Stage("evaluations", "differs", "; ".join(part for part in (detail, missing) if part))
+
+
+def _notes(found: Findings) -> list[str]:
+    notes = []
+    if found.printed:
+        notes.append(
+            "at least one side is a console log: numbers are compared to the printed digits "
+            "(7 of a loss and a learning rate, 3 decimals of a gradient norm)"
+        )
+    for side in (found.a, found.b):
+        if side.run and side.run.status != "finished":
+            notes.append(f"{side.label} has the status {side.run.status}: it did not come to its end")
+    idle = [d for d in found.differences or [] if d.role != "active"]
+    if idle:
+        notes.append(f"settings that differ without effect: {_list(idle)}")
+    ruled_out = found.ruled_out()
+    if ruled_out:
+        notes.append(f"settings that differ but cannot have caused this: {_list(ruled_out)}")
+    return notes + _surroundings(found)
+
+
+def _surroundings(found: Findings) -> list[str]:
+    """Name what differs around the runs: it decides nothing, and explains rounding."""
+    notes: list[str] = []
+    if not found.a.run or not found.b.run:
+        return notes
+    for entry in ("lockstep_version", "code", "packages", "device", "environment", "features"):
+        a, b = found.a.fact(entry), found.b.fact(entry)
+        if a == b:
+            continue
+        if isinstance(a, dict) and isinstance(b, dict):
+            keys = [key for key in dict.fromkeys([*a, *b]) if a.get(key) != b.get(key)]
+            text = ", ".join(f"{key} {a.get(key)} against {b.get(key)}" for key in keys)
+        else:
+            text = f"{a} against {b}"
+        notes.append(f"{entry.replace('_', ' ')} differs: {text}")
+    return notes
+
+
+def _list(differences: list[ConfigDifference]) -> str:
+    shown = ", ".join(str(d) for d in differences[:_SHOWN_KEYS])
+    more = len(differences) - _SHOWN_KEYS
+    return f"{shown} and {more} more" if more > 0 else shown

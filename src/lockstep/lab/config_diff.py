@@ -1,0 +1,76 @@
+"""Differences of two resolved configs, and which of them can change a loss."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lockstep.config import all_fields
+from lockstep.lab.dormant import reach, why_dormant
+from lockstep.record.schema import encode
+
+Role = Literal["active", "dormant", "no effect"]
+ABSENT = "(absent)"
+_NO_EFFECT = {
+    "speed": "changes speed, not the result",
+    "log": "changes what is logged or when a run stops, not the result",
+    "path": "a location, not the result",
+}
+
+
+@dataclass(frozen=True)
+class ConfigDifference:
+    """One setting with another value. ``role`` says whether it acts in both runs; ``reason`` why not."""
+
+    path: str
+    a: Any
+    b: Any
+    origin_a: str
+    origin_b: str
+    role: Role
+    reason: str
+
+    @property
+    def reach(self) -> frozenset[str]:
+        """The parts of a run it can change."""
+        return reach(self.path)
+
+    def __str__(self) -> str:
+        return f"{self.path} ({show(self.a)} against {show(self.b)})"
+
+
+def show(value: Any) -> str:
+    """Spell a config value for a sentence."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def config_differences(
+    a: Mapping[str, Any], b: Mapping[str, Any], origins_a: Mapping[str, str], origins_b: Mapping[str, str]
+) -> list[ConfigDifference]:
+    """Return every setting that differs between two resolved trees (by dotted path), in the order of the tree."""
+    known = all_fields()
+    order = {path: position for position, path in enumerate(known)}
+    paths = sorted(set(a) | set(b), key=lambda path: (order.get(path, len(order)), path))
+    found = []
+    for path in paths:
+        # A version of Lockstep without the setting behaves as its default says.
+        default = encode(known[path].default) if path in known else ABSENT
+        value_a, value_b = a.get(path, default), b.get(path, default)
+        if value_a == value_b:
+            continue
+        role, reason = _role(path, a, b)
+        origin_a, origin_b = origins_a.get(path, "default"), origins_b.get(path, "default")
+        found.append(ConfigDifference(path, value_a, value_b, origin_a, origin_b, role, reason))
+    return found
+
+
+def _role(path: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[Role, str]:
+    info = all_fields().get(path)
+    effect = info.spec.effect if info else "run"
+    if effect != "run":
+        return "no effect", _NO_EFFECT[effect]
+    for name, config in (("A", a), ("B", b)):
+        reason = why_dormant(path, config)
+        if reason:
+            return "dormant", f"does nothing in {name}: {reason}"
+    return "active", ""

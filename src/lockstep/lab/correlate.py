@@ -1,0 +1,147 @@
+"""Running one job through both doors, from fresh directories, and comparing the two runs."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from lockstep.errors import UserError
+from lockstep.lab.compare import compare_paths
+from lockstep.lab.report import show, write_report
+from lockstep.record.paths import PARENT, fresh_dir
+
+DEFAULT_RECIPE = "vanilla_gpt_pretrain_config"
+
+REFERENCE_FLAGS = (
+    "--num-layers 2 --hidden-size 256 --num-attention-heads 4 --ffn-hidden-size 1024 --seq-length 512 "
+    "--max-position-embeddings 512 --micro-batch-size 4 --global-batch-size 32 --train-iters 10 --eval-iters 2 "
+    "--eval-interval 10 --mock-data --bf16 --use-mcore-models --tokenizer-type NullTokenizer --vocab-size 32000 "
+    "--lr 3e-4 --min-lr 3e-5 --seed 1234 --log-interval 1"
+)
+REFERENCE_OVERRIDES = (
+    "model.num_layers=2 model.hidden_size=256 model.num_attention_heads=4 model.ffn_hidden_size=1024 "
+    "model.seq_length=512 dataset.sequence_length=512 train.train_iters=10 train.global_batch_size=32 "
+    "train.micro_batch_size=4 validation.eval_interval=10 validation.eval_iters=2 optimizer.lr=3e-4 "
+    "optimizer.min_lr=3e-5 scheduler.lr_warmup_iters=0 scheduler.lr_decay_iters=10 rng.seed=1234 logger.log_interval=1"
+)
+"""The matched reference pair: the two commands of the documentation with warm-up 0 on both sides."""
+
+_RUN_DIR = re.compile(r"--run[-_]dir(=.*)?|run\.dir=.*")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Arguments of the two doors: flags, and ``--recipe NAME key=value ...``."""
+
+    flags: list[str]
+    recipe: list[str]
+
+
+def correlate(mlm: str | None, bridge: str | None, out: Path | None) -> int:
+    """Run a pair, write the report beside the runs, and return the exit code of the comparison.
+
+    Both sides are parsed before either starts. They run one after the other: on a small machine two at a time would
+    only get in each other's way.
+
+    Raises:
+        UserError: bad flags or overrides, a folder that is not empty, or a side that fails.
+    """
+    pair = build_pair(mlm, bridge)
+    folder = _folder(out)
+    print(f"correlate: writing to {folder}", flush=True)
+    flags_dir, recipe_dir = folder / "mlm", folder / "bridge"
+    _run_side("mlm", ["pretrain-gpt", *pair.flags, "--run-dir", str(flags_dir)], folder)
+    _run_side("bridge", ["train", *pair.recipe, f"run.dir={_quoted(str(recipe_dir))}"], folder)
+    found = compare_paths(flags_dir, recipe_dir)
+    show(found)
+    print(f"report: {write_report(found, folder)[-1]}")
+    return found.exit_code
+
+
+def build_pair(mlm: str | None, bridge: str | None) -> Pair:
+    """Return the arguments of both sides; a side that is not given is derived from the other by the tree.
+
+    Raises:
+        UserError: either side does not parse.
+    """
+    from lockstep.megatron_lm.parser import parse_flags
+    from lockstep.megatron_lm.translate import flags_from_config
+    from lockstep.recipes.door import parse_recipe_args
+    from lockstep.recipes.translate import overrides_from_config
+
+    if mlm is None and bridge is None:
+        mlm, bridge = REFERENCE_FLAGS, f"{DEFAULT_RECIPE} {REFERENCE_OVERRIDES}"
+    flags = _split("--mlm", mlm) if mlm is not None else None
+    recipe = _recipe_arguments(_split("--bridge", bridge)) if bridge is not None else None
+    if recipe is None:
+        overrides = overrides_from_config(parse_flags(flags or []), DEFAULT_RECIPE)
+        recipe = ["--recipe", DEFAULT_RECIPE, *overrides]
+    if flags is None:
+        flags = flags_from_config(parse_recipe_args(recipe))
+    parse_flags(flags)
+    parse_recipe_args(recipe)
+    return Pair(flags, recipe)
+
+
+def _split(option: str, text: str) -> list[str]:
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"{option}: {error} in {text!r}; close the quotes") from None
+    given = next((word for word in words if _RUN_DIR.fullmatch(word)), None)
+    if given:
+        raise UserError(f"{option}: leave {given} out; correlate gives each side a fresh directory under --out")
+    return words
+
+
+def _recipe_arguments(words: list[str]) -> list[str]:
+    """Take ``NAME key=value ...`` or ``--recipe NAME key=value ...``; overrides alone mean the vanilla recipe."""
+    if any(word == "--recipe" or word.startswith("--recipe=") for word in words):
+        return words
+    if words and "=" not in words[0] and not words[0].startswith("-"):
+        return ["--recipe", *words]
+    return ["--recipe", DEFAULT_RECIPE, *words]
+
+
+def _folder(out: Path | None) -> Path:
+    if out is None:
+        return fresh_dir(Path.cwd() / PARENT / "correlate")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        held = sorted(path.name for path in out.iterdir())
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}; give a new or an empty folder") from None
+    if held:
+        raise UserError(f"--out {out} is not empty (it holds {held[0]}); give a new or an empty folder")
+    return out.resolve()
+
+
+def _run_side(name: str, arguments: list[str], folder: Path) -> None:
+    """Run one side as its own process, show its output with a prefix and keep it in ``<name>.log``."""
+    command = [sys.executable, "-m", "lockstep.cli", *arguments]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    log = folder / f"{name}.log"
+    print(f"[{name}] {shlex.join(['lockstep', *arguments])}", flush=True)
+    with (
+        log.open("w", encoding="utf-8") as file,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment
+        ) as process,
+    ):
+        assert process.stdout is not None
+        for line in process.stdout:
+            file.write(line)
+            sys.stdout.write(f"[{name}] {line}")
+            sys.stdout.flush()
+    if process.returncode:
+        raise UserError(f"the {name} side ended with exit code {process.returncode}; its output is in {log}")
+
+
+def _quoted(path: str) -> str:
+    """Quote a path for the override grammar where it needs it."""
+    if re.fullmatch(r"[\w./-]+", path):
+        return path
+    return "'" + path.replace("\\", "\\\\").replace("'", "\\'") + "'"

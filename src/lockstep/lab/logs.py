@@ -1,0 +1,150 @@
+"""Parsing of console logs as Megatron-LM, Megatron Bridge and Lockstep print them.
+
+Text around a line (a launcher's rank prefix, colours) is ignored. A log prints a loss with 7 digits, a learning rate
+with 7 digits and a gradient norm with 3 decimals.
+"""
+
+import itertools
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lockstep.errors import UserError
+
+_TRAIN = re.compile(r"\biteration\s+(\d+)\s*/\s*(\d+)\s*\|(.*)")
+_EVALUATION = re.compile(r"\bvalidation(\S*) loss at iteration (\d+)(?: on (validation|test) set)?\s*\|(.*)")
+_STAMP = re.compile(r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(\.\d+)?\]")
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+
+
+@dataclass(frozen=True)
+class LogLine:
+    """One training line. ``next_lr`` is the learning rate of the iteration that follows, as the trainers print it.
+
+    ``lm_loss`` is the mean over the iterations since the last line; NaN where the trainer left a NaN out.
+    """
+
+    iteration: int
+    lm_loss: float | None
+    grad_norm: float | None
+    next_lr: float | None
+    loss_scale: float | None
+    consumed_samples: int | None
+    global_batch_size: int | None
+    skipped: int
+
+
+@dataclass(frozen=True)
+class LogEvaluation:
+    """One validation line; ``split`` is ``valid`` or ``test``, ``final`` marks those after training."""
+
+    iteration: int
+    split: str
+    final: bool
+    lm_loss: float
+
+
+@dataclass
+class Log:
+    """What a log prints. ``printer`` names whose format it has."""
+
+    path: Path
+    printer: str = "Megatron-LM or Lockstep"
+    train_iters: int = 0
+    lines: dict[int, LogLine] = field(default_factory=dict)
+    evaluations: dict[tuple[int, str, bool], LogEvaluation] = field(default_factory=dict)
+
+    @property
+    def interval(self) -> int:
+        """Iterations between two lines, as far as the lines tell."""
+        ends = sorted(self.lines)
+        steps = [later - earlier for earlier, later in itertools.pairwise(ends)]
+        if steps:
+            common = max(sorted(set(steps)), key=steps.count)
+            if ends[-1] % common == 0:
+                return common
+        return math.gcd(*(ends[1:] or ends)) if ends else 1
+
+
+def parse_log(path: Path) -> Log:
+    """Read a console log.
+
+    Raises:
+        UserError: the file cannot be read, holds no line of a known format, or prints an iteration twice with
+            different numbers (two runs in one file).
+    """
+    log = Log(path)
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            for text in file:
+                _take(log, _COLOUR.sub("", text))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    if not log.lines and not log.evaluations:
+        raise UserError(
+            f"{path} holds no training or validation line of Megatron-LM, Megatron Bridge or Lockstep; "
+            "give a run directory or a console log"
+        )
+    return log
+
+
+def _take(log: Log, text: str) -> None:
+    if found := _TRAIN.search(text):
+        line = _train_line(int(found[1]), _fields(found[3]))
+        _store(log.path, log.lines, line.iteration, line, f"iteration {line.iteration}")
+        log.train_iters = int(found[2])
+        stamp = _STAMP.search(text)
+        if stamp:
+            log.printer = "Megatron-LM or Lockstep" if stamp[1] else "Megatron Bridge"
+    elif found := _EVALUATION.search(text):
+        evaluation = _evaluation(found)
+        if evaluation:
+            key = (evaluation.iteration, evaluation.split, evaluation.final)
+            _store(log.path, log.evaluations, key, evaluation, f"the {key[1]} loss at iteration {key[0]}")
+
+
+def _store(path: Path, held: dict, key: object, value: object, what: str) -> None:
+    # repr, because NaN differs from itself although both lines print the same text.
+    if key in held and repr(held[key]) != repr(value):
+        raise UserError(f"{path} prints {what} twice with different numbers; split it into one file a run")
+    held[key] = value
+
+
+def _fields(text: str) -> dict[str, str]:
+    pairs = (part.rpartition(":") for part in text.split("|"))
+    return {key.strip(): value.strip() for key, _, value in pairs if key.strip()}
+
+
+def _train_line(iteration: int, fields: dict[str, str]) -> LogLine:
+    skipped = int(_number(fields, "number of skipped iterations") or 0)
+    loss = _number(fields, "lm loss")
+    # The trainers print a loss only if it is >= 0, which drops NaN; the count of NaN iterations tells.
+    if loss is None and _number(fields, "number of nan iterations"):
+        loss = math.nan
+    consumed, batch = _number(fields, "consumed samples"), _number(fields, "global batch size")
+    return LogLine(
+        iteration=iteration,
+        lm_loss=loss,
+        grad_norm=_number(fields, "grad norm"),
+        next_lr=_number(fields, "learning rate"),
+        loss_scale=_number(fields, "loss scale"),
+        consumed_samples=None if consumed is None else int(consumed),
+        global_batch_size=None if batch is None else int(batch),
+        skipped=skipped,
+    )
+
+
+def _evaluation(found: re.Match[str]) -> LogEvaluation | None:
+    loss = _number(_fields(found[4]), "lm loss value")
+    if loss is None:
+        return None
+    split = ("test" if found[3] == "test" else "valid") + found[1]
+    return LogEvaluation(int(found[2]), split, found[3] is not None, loss)
+
+
+def _number(fields: dict[str, str], key: str) -> float | None:
+    try:
+        return float(fields[key])
+    except (KeyError, ValueError):
+        return None

@@ -1,0 +1,187 @@
+"""The last step of a comparison: losses, gradient norms and evaluations, number by number."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from lockstep.lab.bands import loss_band, norm_band
+from lockstep.lab.side import EvaluationKey, Pairs, Point, Side, as_printed, reader
+from lockstep.lab.stages import both
+
+Grade = Literal["equal", "inside", "outside"]
+LOSS, NORM = "lm_loss", "grad_norm"
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """A number that differs. ``band`` is how far rounding may take it; ``key`` is set for an evaluation."""
+
+    iteration: int
+    what: str
+    a: float | None
+    b: float | None
+    band: float
+    grade: Grade
+    key: EvaluationKey | None = None
+
+    @property
+    def size(self) -> float:
+        """The distance of the two; infinite where one is missing or not a number."""
+        if self.a is None or self.b is None:
+            return math.inf
+        distance = abs(self.a - self.b)
+        return math.inf if math.isnan(distance) else distance
+
+    @property
+    def spelled(self) -> str:
+        """Name the number and where it stands."""
+        if self.key:
+            return f"{self.what} of the {evaluation_name(self.key)}"
+        return f"{self.what} at iteration {self.iteration}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: both sides at one iteration, or over ``start`` to ``iteration``."""
+
+    iteration: int
+    start: int
+    loss_a: float | None
+    loss_b: float | None
+    norm_a: float | None
+    norm_b: float | None
+    lr_a: float | None
+    lr_b: float | None
+    grade: Grade
+
+    @property
+    def difference(self) -> float | None:
+        """Loss of B minus loss of A."""
+        return None if self.loss_a is None or self.loss_b is None else self.loss_b - self.loss_a
+
+
+@dataclass(frozen=True)
+class EvaluationRow:
+    """One evaluation of both sides."""
+
+    key: EvaluationKey
+    loss_a: float | None
+    loss_b: float | None
+    grade: Grade
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What the numbers say. ``mismatches`` are in the order in which a run meets them."""
+
+    rows: list[Row]
+    evaluations: list[EvaluationRow]
+    mismatches: list[Mismatch]
+    missing_evaluations: dict[str, list[EvaluationKey]]
+
+    @property
+    def compared(self) -> int:
+        """Numbers of losses that both sides tell, evaluations included."""
+        known = [row for row in self.rows if row.loss_a is not None and row.loss_b is not None]
+        return len(known) + len(self.evaluations)
+
+    @property
+    def first_outside(self) -> Mismatch | None:
+        """The first number that rounding cannot explain."""
+        return next((m for m in self.mismatches if m.grade == "outside"), None)
+
+    def losses(self) -> list[Mismatch]:
+        """Return the mismatches of training losses."""
+        return [m for m in self.mismatches if m.what == LOSS and m.key is None]
+
+
+def judge(a: float | None, b: float | None, band: float) -> Grade:
+    """Grade two numbers: NaN equals nothing, not even NaN; a number never equals a missing one."""
+    if a is None or b is None:
+        return "equal" if a is b else "outside"
+    if a == b:
+        return "equal"
+    return "inside" if abs(a - b) <= band else "outside"
+
+
+def compare_numbers(a: Side, b: Side, pairs: Pairs) -> Numbers:
+    """Compare losses, gradient norms, loss scales, skipped iterations and evaluations."""
+    printed = a.printed or b.printed
+    names = _comparable(pairs)
+    rows, mismatches = [], []
+    for pair in pairs.pairs:
+        found = [m for m in (_compare(name, pair, printed) for name in names) if m]
+        mismatches += found
+        rows.append(_row(pair, printed, found))
+    shared = [key for key in a.evaluations if key in b.evaluations]
+    evaluations = []
+    for key in sorted(shared, key=lambda key: (key[0], key[2], key[1])):
+        row, found = _evaluation(a, b, key, printed)
+        evaluations.append(row)
+        mismatches += found
+    mismatches.sort(key=lambda m: (m.iteration, m.key is not None))
+    missing = {
+        "A": sorted(key for key in b.evaluations if key not in a.evaluations),
+        "B": sorted(key for key in a.evaluations if key not in b.evaluations),
+    }
+    return Numbers(rows, evaluations, mismatches, missing)
+
+
+def _comparable(pairs: Pairs) -> list[str]:
+    """Return what both sides tell at all; a number that one side never tells is not a difference."""
+    names = (LOSS, NORM, "loss_scale", "skipped")
+    return [name for name in names if name == LOSS or any(both(pair, name) for pair in pairs.pairs)]
+
+
+def _compare(name: str, pair: tuple[Point, Point], printed: bool) -> Mismatch | None:
+    read = reader(name, printed)
+    a, b = read(pair[0]), read(pair[1])
+    if name in (LOSS, NORM) and pair[0].skipped and pair[1].skipped and not (_finite(a) or _finite(b)):
+        return None  # Both overflowed and threw the step away: no update used these numbers.
+    band = 0.0
+    if _finite(a) and _finite(b):
+        band = loss_band(a, b) if name == LOSS else norm_band(a, b, printed) if name == NORM else 0.0
+    grade = judge(a, b, band)
+    return None if grade == "equal" else Mismatch(pair[0].iteration, name, a, b, band, grade)
+
+
+def _finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _row(pair: tuple[Point, Point], printed: bool, found: list[Mismatch]) -> Row:
+    a, b = pair
+    values: dict[str, float | None] = {}
+    # The learning rate of the update itself where both sides tell it, else the following one, as a console prints it.
+    lr = "lr" if both(pair, "lr") else "next_lr"
+    for name, column in ((LOSS, "loss"), (NORM, "norm"), (lr, "lr")):
+        read = reader(name, printed)
+        values[f"{column}_a"], values[f"{column}_b"] = read(a), read(b)
+    return Row(iteration=a.iteration, start=a.start, grade=worst([m.grade for m in found]), **values)
+
+
+def worst(grades: list[Grade]) -> Grade:
+    """Return the worst of several grades; ``equal`` for none."""
+    return "outside" if "outside" in grades else "inside" if "inside" in grades else "equal"
+
+
+def _evaluation(a: Side, b: Side, key: EvaluationKey, printed: bool) -> tuple[EvaluationRow, list[Mismatch]]:
+    losses = a.evaluations[key], b.evaluations[key]
+    loss_a, loss_b = (as_printed(loss, ".6E") for loss in losses) if printed else losses
+    band = loss_band(loss_a, loss_b) if loss_a is not None and loss_b is not None else 0.0
+    found = []
+    grade = judge(loss_a, loss_b, band)
+    if loss_a is None and loss_b is None:
+        grade = "outside"
+    if grade != "equal":
+        found.append(Mismatch(key[0], LOSS, loss_a, loss_b, band, grade, key))
+    samples_a, samples_b = a.samples[key], b.samples[key]
+    if samples_a is not None and samples_b is not None and samples_a != samples_b:
+        found.append(Mismatch(key[0], "samples", samples_a, samples_b, 0.0, "outside", key))
+    return EvaluationRow(key, loss_a, loss_b, worst([m.grade for m in found])), found
+
+
+def evaluation_name(key: EvaluationKey) -> str:
+    """Spell an evaluation: ``valid evaluation at iteration 10`` or ``final test evaluation``."""
+    iteration, split, final = key
+    return f"{'final ' if final else ''}{split} evaluation at iteration {iteration}"

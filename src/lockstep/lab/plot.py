@@ -1,0 +1,61 @@
+"""The picture of a comparison: both loss curves over each other, and their difference below."""
+
+import io
+import math
+
+from lockstep.lab.bands import bf16_ulp
+from lockstep.lab.compare import Comparison
+from lockstep.lab.numbers import Row
+
+_BLUE, _ORANGE, _RED = "#1f5fa8", "#e07b00", "#b3261e"
+
+
+def draw(found: Comparison) -> bytes:
+    """Return the picture as PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = found.findings.numbers.rows
+    figure = Figure(figsize=(9, 6), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    at = [row.iteration for row in rows]
+    marker = "o" if len(rows) <= 60 else ""
+    # A is wide and pale under B, so that two equal curves are both seen.
+    top.plot(at, [_finite(row.loss_a) for row in rows], color=_BLUE, linewidth=5, alpha=0.35, label="A")
+    top.plot(at, [_finite(row.loss_b) for row in rows], color=_ORANGE, linewidth=1.5, marker=marker, ms=3, label="B")
+    top.set_ylabel("lm loss")
+    top.legend(frameon=False)
+    top.set_title(f"verdict: {found.decision.verdict}", loc="left")
+    bottom.plot(at, [_finite(row.difference) for row in rows], color=_RED, linewidth=1.2, marker=marker, ms=3)
+    bottom.fill_between(
+        at,
+        [-_half_ulp(row) for row in rows],
+        [_half_ulp(row) for row in rows],
+        color="#888888",
+        alpha=0.2,
+        linewidth=0,
+        label="half a BF16 ulp of the loss",
+    )
+    bottom.axhline(0, color="#444444", linewidth=0.6)
+    bottom.set_ylabel("loss B - loss A")
+    bottom.set_xlabel("iteration")
+    bottom.legend(frameon=False)
+    if len(rows) <= 20:
+        bottom.set_xticks(at)
+    for axes in (top, bottom):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _finite(value: float | None) -> float:
+    """Return the value, or NaN where there is nothing to draw."""
+    return value if value is not None and math.isfinite(value) else math.nan
+
+
+def _half_ulp(row: Row) -> float:
+    known = [abs(value) for value in (row.loss_a, row.loss_b) if value is not None and math.isfinite(value)]
+    return bf16_ulp(min(known)) / 2 if known else 0.0

@@ -1,0 +1,251 @@
+"""The verdict: one word, one sentence of cause, and what to do next."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from lockstep.lab.bands import bf16_ulp
+from lockstep.lab.config_diff import ConfigDifference, show
+from lockstep.lab.dormant import DATA, INIT, SCHEDULE
+from lockstep.lab.findings import Findings
+from lockstep.lab.numbers import LOSS, NORM, Mismatch
+from lockstep.lab.stages import Stage
+
+Verdict = Literal["identical", "rounding", "config", "data", "init", "schedule", "bug", "cannot tell"]
+
+_NAMED_KEYS = 3
+
+
+@dataclass(frozen=True)
+class Decision:
+    """``cause`` is one sentence; ``next_step`` is what to do now, empty where nothing is left to do."""
+
+    verdict: Verdict
+    cause: str
+    next_step: str = ""
+
+
+def decide(found: Findings) -> Decision:
+    """Name the first cause that explains what was found."""
+    numbers = found.numbers
+    if not numbers.compared:
+        return _nothing_shared(found)
+    stages = {DATA: found.data, INIT: found.init, SCHEDULE: found.schedule}
+    differing = [(part, stage) for part, stage in stages.items() if stage.state == "differs"]
+    if not differing and not numbers.mismatches and not found.missing:
+        return _identical(found)
+    for part, stage in differing:
+        if not found.explaining(part):
+            return _unexplained(found, part, stage)
+    causes = found.causes()
+    outside = numbers.first_outside
+    if outside and not any(found.can_cause(d, outside) for d in causes):
+        return _bug(found, outside) if not found.unknown() else _unknown_cause(found, outside)
+    if causes:
+        return _config(found, causes)
+    if found.missing:
+        return _incomplete(found)
+    return _rounding(found)
+
+
+def _nothing_shared(found: Findings) -> Decision:
+    a, b = (_extent(side.points) for side in (found.a, found.b))
+    cause = f"A and B have no iteration and no evaluation in common (A has {a}, B has {b})."
+    if found.active:
+        cause = f"{cause[:-1]}; their configs differ in {_keys(found.active)}."
+    return Decision(
+        "cannot tell", cause, "Run both over the same iterations, with --log-interval 1, and compare again."
+    )
+
+
+def _extent(points: dict) -> str:
+    return f"iterations {min(points)} to {max(points)}" if points else "no iterations"
+
+
+def _identical(found: Findings) -> Decision:
+    numbers = found.numbers
+    iterations, evaluations = len(numbers.rows), len(numbers.evaluations)
+    counted = [f"{n} {noun}" for n, noun in ((iterations, "iterations"), (evaluations, "evaluations")) if n]
+    how = "equal to the printed digits" if found.printed else "bitwise equal"
+    cause = f"Every loss and gradient norm of {' and '.join(counted)} is {how}"
+    if found.differences:
+        names = ", ".join(d.path for d in found.differences[:_NAMED_KEYS])
+        more = len(found.differences) - _NAMED_KEYS
+        cause += f", although the configs differ in {names}{f' and {more} more' if more > 0 else ''}"
+    return Decision("identical", cause + ".")
+
+
+def _unexplained(found: Findings, part: str, stage: Stage) -> Decision:
+    """A part of the contract differs and no setting explains it."""
+    outside = found.numbers.first_outside
+    early = outside is not None and part == SCHEDULE and stage.first is not None and outside.iteration <= stage.first
+    if early and outside and found.unknown():
+        # Two logs: the numbers part before the schedule can act, so that it is not the cause.
+        return _unknown_cause(found, outside)
+    same = "the configs agree" if found.differences is not None else "the configs are not known"
+    if found.active:
+        same = f"no setting that differs explains it ({_keys(found.active)})"
+    then = f"; {_spread(found)}" if found.numbers.rows else ""
+    if early:
+        then += ", earlier than the schedule can explain"
+    next_steps: dict[str, str] = {
+        DATA: "Compare the data files and the sample order: run `lockstep data verify` on both, and check dataset "
+        "paths and seeds with `lockstep inspect`.",
+        INIT: "Check the seed, the device that drew the weights and any checkpoint that was loaded with "
+        "`lockstep inspect`; `--use-cpu-initialization` draws the same weights on every device.",
+        SCHEDULE: "Compare the learning-rate settings of both runs: --lr, --min-lr, the decay style, warm-up and decay "
+        "lengths, and the batch sizes.",
+    }
+    verdict: dict[str, Verdict] = {DATA: "data", INIT: "init", SCHEDULE: "schedule"}
+    return Decision(verdict[part], f"{_capital(stage.detail)}, and {same}{then}.", next_steps[part])
+
+
+def _config(found: Findings, causes: list[ConfigDifference]) -> Decision:
+    verb = "differs" if len(causes) == 1 else "differ"
+    parts = [f"{_keys(causes)} {verb}"]
+    if found.numbers.rows:
+        parts.append(_spread(found))
+    missing = "; ".join(text for text in (found.missing_text(), found.missing_evaluations_text()) if text)
+    if missing:
+        parts.append(missing)
+    change = " ".join(_setting(d) for d in causes[:_NAMED_KEYS])
+    return Decision(
+        "config", f"{parts[0]}: {'; '.join(parts[1:])}.", f"Give B the settings of A ({change}) and compare again."
+    )
+
+
+def _setting(difference: ConfigDifference) -> str:
+    return f"{difference.path}={show(difference.a)}"
+
+
+def _bug(found: Findings, outside: Mismatch) -> Decision:
+    cannot = found.active
+    same = "Config, data, initial weights and schedule are equal"
+    if cannot:
+        same = f"The configs differ only in {_keys(cannot)}, which cannot have caused this"
+    cause = f"{same}, but {_apart(outside)}."
+    return Decision("bug", cause, _where_to_look(found, outside))
+
+
+def _where_to_look(found: Findings, outside: Mismatch) -> str:
+    """Point at the step of training whose result is the first to be wrong."""
+    first = min(row.iteration for row in found.numbers.rows) if found.numbers.rows else 0
+    if outside.key:
+        place = "evaluation: every training loss before it is inside the band"
+    elif outside.what == NORM:
+        place = (
+            f"the backward pass of iteration {outside.iteration}: its loss is inside the band, its gradients are not"
+        )
+    elif outside.iteration == first:
+        place = f"the forward pass: the loss of iteration {first} comes before any update"
+    else:
+        place = f"the update of iteration {outside.iteration - 1} and earlier: the losses up to it are inside the band"
+    return f"Look first at {place}; the notes name the code, packages and devices that differ."
+
+
+def _unknown_cause(found: Findings, outside: Mismatch) -> Decision:
+    cause = f"{_capital(_apart(outside))}, and {_list(found.unknown())} cannot be compared."
+    return Decision("cannot tell", cause, _record_both(found))
+
+
+def _record_both(found: Findings) -> str:
+    logs = [side.label for side in (found.a, found.b) if side.printed]
+    if not logs:
+        return "Run both again with this version of Lockstep and compare the run directories."
+    return (
+        f"Run {' and '.join(logs)} with Lockstep (`lockstep pretrain-gpt <flags>` or `lockstep train --recipe ...`) "
+        "and compare the run directories, which hold config, token hashes and initial weights."
+    )
+
+
+def _incomplete(found: Findings) -> Decision:
+    texts = [text for text in (found.missing_text(), found.missing_evaluations_text()) if text]
+    rest = "every number that both have is equal" if not found.numbers.mismatches else _spread(found)
+    stopped = [f"{s.label} is {s.run.status}" for s in (found.a, found.b) if s.run and s.run.status != "finished"]
+    status = f" ({', '.join(stopped)})" if stopped else ""
+    return Decision(
+        "cannot tell",
+        f"{_capital('; '.join(texts))}{status}, while {rest}.",
+        "Run both to the same iteration, with the same --log-interval, and compare again.",
+    )
+
+
+def _rounding(found: Findings) -> Decision:
+    losses = [m for m in found.numbers.mismatches if m.what == LOSS]
+    norms = [m for m in found.numbers.mismatches if m.what == NORM]
+    parts = []
+    if losses:
+        worst = max(losses, key=lambda m: m.size)
+        parts.append(
+            f"losses differ first at iteration {losses[0].iteration} and by at most {worst.size:.3g} "
+            f"(iteration {worst.iteration}), inside half a BF16 ulp of the loss ({worst.band:.6g})"
+        )
+    if norms:
+        worst = max(norms, key=lambda m: m.size / m.band if m.band else 0.0)
+        parts.append(
+            f"gradient norms differ by at most {worst.size:.3g} (iteration {worst.iteration}), "
+            f"inside one BF16 ulp of the norm ({worst.band:.6g})"
+        )
+    unknown = f"; {_list(found.unknown())} cannot be compared" if found.unknown() else ""
+    cause = f"{_capital(' and '.join(parts))}; no band was measured{unknown}."
+    return Decision("rounding", cause, _record_both(found) if unknown else "")
+
+
+def _spread(found: Findings) -> str:
+    """Say through which iteration the losses are equal, how far they part after it, and how much that is."""
+    losses = found.numbers.losses()
+    if not losses:
+        others = found.numbers.mismatches
+        return "every training loss is equal" + (f", {others[0].spelled} is the first to differ" if others else "")
+    earlier = [row.iteration for row in found.numbers.rows if row.iteration < losses[0].iteration]
+    finite = [m for m in losses if math.isfinite(m.size)]
+    start = f"losses are equal through iteration {earlier[-1]}" if earlier else "losses differ from the first iteration"
+    if not finite:
+        return f"{start} and {_apart(losses[0])}"
+    worst = max(finite, key=lambda m: m.size)
+    ulp = bf16_ulp(min(abs(worst.a or 0.0), abs(worst.b or 0.0)))
+    ratio = worst.size / ulp if ulp else math.inf
+    scale = (
+        f"below one BF16 ulp of the loss ({ulp:.6g})"
+        if ratio < 1
+        else f"{ratio:.1f} times one BF16 ulp of the loss ({ulp:.6g})"
+    )
+    after = " after it" if earlier else ""
+    spread = f"{start} and differ by at most {worst.size:.3g}{after} (at iteration {worst.iteration}), {scale}"
+    bad = next((m for m in losses if not math.isfinite(m.size)), None)
+    return f"{spread}, and {_apart(bad)}" if bad else spread
+
+
+def _apart(m: Mismatch) -> str:
+    """Say how one number differs: ``lm_loss at iteration 3 is 10.1 in A and 10.2 in B, 0.1 apart, more than ...``."""
+    a, b = _value(m.a), _value(m.b)
+    if a == b == "NaN":
+        return f"{m.spelled} is NaN in both, and NaN never equals NaN"
+    text = f"{m.spelled} is {a} in A and {b} in B"
+    if not math.isfinite(m.size) or m.grade != "outside":
+        return text
+    if not m.band:
+        return text
+    rule = "half a BF16 ulp of the loss" if m.what == LOSS else "one BF16 ulp of the norm"
+    return f"{text}, {m.size:.3g} apart, more than {rule} ({m.band:.6g})"
+
+
+def _value(value: float | None) -> str:
+    if value is None:
+        return "missing"
+    return "NaN" if isinstance(value, float) and math.isnan(value) else f"{value:.9g}"
+
+
+def _keys(differences: list[ConfigDifference]) -> str:
+    named = _list([str(d) for d in differences[:_NAMED_KEYS]])
+    more = len(differences) - _NAMED_KEYS
+    return f"{', '.join(str(d) for d in differences[:_NAMED_KEYS])} and {more} more" if more > 0 else named
+
+
+def _list(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _capital(text: str) -> str:
+    """Start a sentence; a dotted key or a number's name keeps its spelling."""
+    return text if text.partition(" ")[0].count("_") else text[:1].upper() + text[1:]
