@@ -16,6 +16,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lockstep.config import ConfigContainer, resolve
+from lockstep.megatron_lm.parser import parse_flags
+from lockstep.models import DropoutStreams, build_model
+from lockstep.training.device import choose_device, switches
+from lockstep.training.feed import Batch
+from lockstep.training.optimizer import Optimizer
+from lockstep.training.precision import params_dtype
+from lockstep.training.setup import set_vocab_size
+from lockstep.training.step import TrainStep
+
 Step = Callable[[list[Tensor]], float]
 """Takes the micro-batches of one optimizer step, token ids [b, s + 1] each; returns the mean loss."""
 
@@ -36,6 +46,48 @@ class Shape:
     lr: float = 3e-4
     weight_decay: float = 0.01
     clip_grad: float = 1.0
+
+
+def our_config(shape: Shape, precision: str) -> ConfigContainer:
+    """Return the resolved configuration of our side, as the flag door makes it; ``precision`` is bf16, fp16 or fp32."""
+    flags = {
+        "--num-layers": shape.num_layers,
+        "--hidden-size": shape.hidden_size,
+        "--num-attention-heads": shape.num_attention_heads,
+        "--ffn-hidden-size": shape.ffn_hidden_size,
+        "--seq-length": shape.seq_length,
+        "--max-position-embeddings": shape.seq_length,
+        "--micro-batch-size": shape.micro_batch_size,
+        "--global-batch-size": shape.global_batch_size,
+        "--hidden-dropout": shape.dropout,
+        "--attention-dropout": shape.dropout,
+        "--clip-grad": shape.clip_grad,
+        "--tokenizer-type": "NullTokenizer",
+        "--vocab-size": shape.vocab_size,
+        "--lr": shape.lr,
+        "--train-iters": 1,
+    }
+    words = ["--mock-data", *(word for flag, value in flags.items() for word in (flag, str(value)))]
+    if precision != "fp32":
+        words.append(f"--{precision}")
+    config = resolve(parse_flags(words), world_size=1)
+    set_vocab_size(config, shape.vocab_size)
+    return config
+
+
+def our_step(shape: Shape, config: ConfigContainer, device: torch.device) -> Step:
+    """Return our training step."""
+    model = build_model(config.model, seed=config.rng.seed, params_dtype=params_dtype(config), device=device)
+    train_step = TrainStep(model.train(), Optimizer(model, config), DropoutStreams(config.rng.seed, device))
+    positions = torch.arange(shape.seq_length, device=device).expand(shape.global_batch_size, -1)
+
+    def step(micro_batches: list[Tensor]) -> float:
+        ids = torch.cat(micro_batches)  # [global batch, s + 1]
+        mask = torch.ones_like(positions, dtype=torch.float32)
+        batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), mask, positions)
+        return train_step(batch, shape.micro_batch_size, shape.lr, shape.weight_decay).lm_loss
+
+    return step
 
 
 def hugging_face_step(shape: Shape, device: torch.device) -> Step:
@@ -96,6 +148,8 @@ def time_in_turns(steps: dict[str, Step], draw: Callable[[], list[Tensor]], roun
         for name, step in steps.items():
             began = time.perf_counter()
             loss = step(micro_batches)
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
             elapsed = time.perf_counter() - began
             if round_number:
                 seconds[name].append(elapsed)
@@ -105,3 +159,33 @@ def time_in_turns(steps: dict[str, Step], draw: Callable[[], list[Tensor]], roun
                 flush=True,
             )
     return seconds
+
+
+def report(seconds: dict[str, list[float]], shape: Shape) -> None:
+    """Print the fastest and median step of each contender, and the ratios of the first to the second."""
+    tokens = shape.global_batch_size * shape.seq_length
+    for name, times in seconds.items():
+        fastest, median = min(times), statistics.median(times)
+        print(f"{name:14} fastest {fastest:.3f} s  median {median:.3f} s  {tokens / median:,.0f} tokens/s")
+    ours, theirs = seconds.values()
+    fastest, median = min(ours) / min(theirs), statistics.median(ours) / statistics.median(theirs)
+    print(f"ratio ours / Hugging Face: fastest {fastest:.2f}, median {median:.2f}")
+
+
+def main() -> None:
+    """Run the benchmark as the command line says."""
+    parser = argparse.ArgumentParser(description="time our training steps against Hugging Face GPT-2 of the same shape")
+    parser.add_argument("--rounds", type=int, default=5, help="optimizer steps of each that count")
+    parser.add_argument("--precision", choices=("bf16", "fp16", "fp32"), default="bf16", help="number format of ours")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    args = parser.parse_args()
+    shape, device = Shape(), choose_device(args.device)
+    config = our_config(shape, args.precision)
+    print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads; ours {args.precision}, theirs fp32")
+    with switches(config, device):
+        steps = {"ours": our_step(shape, config, device), "hugging face": hugging_face_step(shape, device)}
+        report(time_in_turns(steps, batches(shape, device), args.rounds), shape)
+
+
+if __name__ == "__main__":
+    main()
