@@ -1,9 +1,8 @@
 """``lockstep data prepare`` and ``lockstep data verify``, and the flags of Megatron-LM's preprocess_data.py."""
 
 import argparse
-import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from lockstep.config.data import TokenizerConfig
@@ -139,17 +138,11 @@ def run_verify(args: argparse.Namespace) -> int:
     return 0 if report.ok else 1
 
 
-def run_guarded(command: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
-    """Run a command and show a user's mistake as one message; returns the exit code."""
-    try:
-        return command(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-
-
 def preprocess_main(argv: Sequence[str] | None = None) -> int:
     """Run ``prepare`` with exactly the flags of Megatron-LM's preprocess_data.py; returns the exit code."""
+    from lockstep.cli import run
+
     parser = argparse.ArgumentParser(description="Tokenize JSON lines into .bin/.idx files.", allow_abbrev=False)
     add_prepare_arguments(parser, positional_input=False)
-    return run_guarded(run_prepare, parser.parse_args(argv))
+    args = parser.parse_args(argv)
+    return run(lambda: run_prepare(args))
