@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 _MULTIPLIER_0 = np.uint64(0xD2511F53)
 _MULTIPLIER_1 = np.uint64(0xCD9E8D57)
@@ -21,6 +22,9 @@ _KEY_STEP_1 = 0xBB67AE85
 _LOW_32 = np.uint64(0xFFFFFFFF)
 _SHIFT_32 = np.uint64(32)
 _ROUNDS = 10
+
+_INVERSE = float(np.float32(2.0**-32))
+_INVERSE_2PI = float(np.float32(2.0**-32 * 2 * np.pi))
 
 _NUMBERS_PER_STEP = 4
 _CHUNK_THREADS = 1 << 15  # working arrays of this many 64-bit words stay in cache
@@ -49,20 +53,22 @@ class CudaNormalGenerator:
         self.grid = grid or Grid()
         self.offset = 0  # 32-bit numbers each thread has consumed, the unit of torch.cuda's philox offset
 
-    def normal(self, shape: torch.Size | tuple[int, ...], std: float, dtype: torch.dtype) -> torch.Tensor:
+    def normal(self, shape: torch.Size | tuple[int, ...], std: float, dtype: torch.dtype) -> Tensor:
         """Draw N(0, std) in float32 and return it rounded to `dtype`, on the CPU, in the given shape."""
         numel = int(np.prod(shape))
         threads = self.grid.threads(numel)
         steps = -(-numel // (threads * _NUMBERS_PER_STEP))
-        values = np.empty((steps, _NUMBERS_PER_STEP, threads), dtype=np.float32)
+        values = torch.empty(steps, _NUMBERS_PER_STEP, threads)
+        radius, angle = np.empty((2, threads), dtype=np.float32), np.empty((2, threads), dtype=np.float32)
         for step in range(steps):
             for start in range(0, threads, _CHUNK_THREADS):
-                stop = min(start + _CHUNK_THREADS, threads)
-                words = philox_words(self.seed, self.offset // _NUMBERS_PER_STEP + step, start, stop)
-                values[step, 0, start:stop], values[step, 1, start:stop] = _box_muller(words[0], words[1])
-                values[step, 2, start:stop], values[step, 3, start:stop] = _box_muller(words[2], words[3])
+                span = slice(start, min(start + _CHUNK_THREADS, threads))
+                words = philox_words(self.seed, self.offset // _NUMBERS_PER_STEP + step, span.start, span.stop)
+                radius[0, span], radius[1, span] = words[0], words[2]
+                angle[0, span], angle[1, span] = words[1], words[3]
+            values[step, 0::2], values[step, 1::2] = _box_muller(torch.from_numpy(radius), torch.from_numpy(angle))
         self.offset += steps * _NUMBERS_PER_STEP
-        return torch.from_numpy(values.reshape(-1)[:numel]).mul_(std).view(shape).to(dtype)
+        return values.view(-1)[:numel].mul_(std).view(shape).to(dtype)
 
 
 def philox_words(
@@ -90,16 +96,14 @@ def philox_words(
     return c0, c1, c2, c3
 
 
-def _box_muller(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Turn two arrays of 32-bit integers into two arrays of standard normals, rounding where the GPU rounds.
+def _box_muller(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn two tensors of 32-bit integers, as float32, into two of standard normals, rounding where the GPU rounds.
 
     Each float32 step is evaluated in float64 and rounded once, which is what a fused multiply-add and a correctly
     rounded function give.
     """
-    inverse = np.float64(np.float32(2.3283064e-10))  # 2**-32
-    inverse_2pi = np.float64(np.float32(2.3283064e-10 * 6.2831855))
-    u = (x.astype(np.float32).astype(np.float64) * inverse + inverse / 2).astype(np.float32)
-    v = (y.astype(np.float32).astype(np.float64) * inverse_2pi + inverse_2pi / 2).astype(np.float32)
-    radius = torch.from_numpy(u).double().log_().float().mul_(-2.0).sqrt_()
-    angle = torch.from_numpy(v).double()
-    return (angle.sin().float() * radius).numpy(), (angle.cos().float() * radius).numpy()
+    u = x.double().mul_(_INVERSE).add_(_INVERSE / 2).float()
+    v = y.double().mul_(_INVERSE_2PI).add_(_INVERSE_2PI / 2).float()
+    radius = u.double().log_().float().mul_(-2.0).sqrt_()
+    angle = v.double()
+    return angle.sin().float().mul_(radius), angle.cos_().float().mul_(radius)

@@ -1,0 +1,128 @@
+"""Attention: both ways of computing it, masks, and rotary positions."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lockstep.models import build_model
+from lockstep.models.attention import core_attention
+from lockstep.models.decoder import hidden_positions
+from lockstep.models.positions import inverse_frequencies, rotary_cos_sin, rotate, scaled_frequencies
+
+CPU = torch.device("cpu")
+
+
+def attend(dtype: torch.dtype, *, softmax_in_fp32: bool, with_dropout: bool) -> tuple[Tensor, ...]:
+    """Return the result and the gradients of query, key and value."""
+    torch.manual_seed(5)
+    query, key, value = (torch.randn(6, 20, 12).to(dtype).requires_grad_() for _ in range(3))
+    dropped = torch.rand(6, 20, 20) < 0.3 if with_dropout else None
+    documents = torch.tensor([[0] * 9 + [1] * 11, [0] * 20, [0] * 5 + [3] * 15])
+    hidden = hidden_positions(documents, documents)
+    result = core_attention(
+        query, key, value, hidden, dropped=dropped, dropout_probability=0.3, softmax_in_fp32=softmax_in_fp32
+    )
+    grads = torch.autograd.grad(result, (query, key, value), torch.randn(6, 20, 12).to(dtype))
+    return (result.detach(), *grads)
+
+
+@pytest.mark.parametrize("with_dropout", [False, True])
+@pytest.mark.parametrize("softmax_in_fp32", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounded_attention_equals_native_low_precision_operations(
+    dtype, softmax_in_fp32, with_dropout, use_mode, monkeypatch
+):
+    results = {}
+    monkeypatch.setattr("lockstep.models.attention._CPU_CHUNK_SCORES", 800)
+    for mode in ("native", "fp32-rounded"):
+        use_mode(mode)
+        results[mode] = attend(dtype, softmax_in_fp32=softmax_in_fp32, with_dropout=with_dropout)
+    for native, rounded in zip(results["native"], results["fp32-rounded"], strict=True):
+        assert (native == rounded).float().mean() > 0.9
+        torch.testing.assert_close(native, rounded, rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("softmax_in_fp32", [False, True])
+def test_rounded_attention_stays_near_float64(softmax_in_fp32, use_mode):
+    use_mode("fp32-rounded")
+    ours = attend(torch.bfloat16, softmax_in_fp32=softmax_in_fp32, with_dropout=True)
+    exact = attend(torch.float64, softmax_in_fp32=softmax_in_fp32, with_dropout=True)
+    for low, wanted in zip(ours, exact, strict=True):
+        assert ((low.double() - wanted).norm() / wanted.norm()).item() < 0.02
+
+
+def test_a_document_does_not_see_the_one_before_it(tiny):
+    model = build_model(tiny(position_embedding_type="none"), seed=1, params_dtype=torch.float32, device=CPU).eval()
+    first, second = torch.randint(0, 512, (1, 10)), torch.randint(0, 512, (1, 14))
+    both = torch.cat((first, second), dim=1)
+    positions = torch.zeros_like(both)
+    documents = torch.tensor([[4] * 10 + [9] * 14])
+    with torch.no_grad():
+        apart = model(both, positions, document_ids=documents)
+        together = model(both, positions)
+        alone = model(second, positions[:, :14])
+    torch.testing.assert_close(apart[:, 10:], alone, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(apart[:, :10], together[:, :10], rtol=1e-5, atol=1e-6)
+    assert (together[:, 10:] - alone).abs().max() > 1e-4
+
+
+def test_no_token_sees_a_later_one(tiny):
+    model = build_model(tiny(), seed=1, params_dtype=torch.float32, device=CPU).eval()
+    tokens, positions = torch.randint(0, 512, (1, 16)), torch.arange(16)[None]
+    changed = tokens.clone()
+    changed[0, 10] += 1
+    with torch.no_grad():
+        difference = (model(tokens, positions) - model(changed % 512, positions)).abs().amax(dim=-1)[0]
+    assert difference[:10].max() == 0
+    assert difference[10:].min() > 0
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotation_turns_pairs_of_channels_by_their_angle(interleaved, tiny):
+    config = tiny(rotary_interleaved=interleaved, rotary_base=100, rotary_percent=0.5, position_embedding_type="rope")
+    cos, sin = rotary_cos_sin(config, 10, torch.float32, CPU)
+    x = torch.randn(2, 10, 3, 8)
+    turned = rotate(x, cos, sin, interleaved=interleaved)
+    assert torch.equal(turned[..., 4:], x[..., 4:])
+    pairs = [(0, 1), (2, 3)] if interleaved else [(0, 2), (1, 3)]
+    for (even, odd), frequency in zip(pairs, [1.0, 100**-0.5], strict=True):
+        before = torch.complex(x[..., even], x[..., odd])
+        angle = torch.arange(10.0) * frequency
+        after = before * torch.polar(torch.ones(10), angle)[:, None]
+        torch.testing.assert_close(torch.complex(turned[..., even], turned[..., odd]), after, rtol=1e-5, atol=1e-5)
+
+
+def test_interpolation_divides_positions(tiny):
+    plain = rotary_cos_sin(tiny(), 16, torch.float32, CPU)
+    divided = rotary_cos_sin(tiny(seq_len_interpolation_factor=4), 64, torch.float32, CPU)
+    for ours, wanted in zip(divided, plain, strict=True):
+        torch.testing.assert_close(ours[::4], wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_rope_scaling_keeps_short_waves_and_stretches_long_ones(tiny):
+    frequencies = inverse_frequencies(tiny(kv_channels=64, rotary_base=500000), CPU)
+    scaled = scaled_frequencies(frequencies, 8.0)
+    waves = 2 * math.pi / frequencies
+    short, long = waves < 2048, waves > 8192
+    assert short.any()
+    assert long.any()
+    assert not (short | long).all()
+    assert torch.equal(scaled[short], frequencies[short])
+    assert torch.equal(scaled[long], frequencies[long] / 8)
+    ratio = (scaled / frequencies)[~short & ~long]
+    smooth = (8192 / waves[~short & ~long] - 1) / 3
+    torch.testing.assert_close(ratio, (1 - smooth) / 8 + smooth)
+
+
+def test_qk_norm_is_applied_per_head_before_rotation(llama_like):
+    model = build_model(llama_like(qk_layernorm=True), seed=1, params_dtype=torch.float32, device=CPU).eval()
+    names = [name for name, _ in model.named_parameters() if "q_layernorm" in name or "k_layernorm" in name]
+    prefix = "decoder.layers.0.self_attention"
+    assert names[:2] == [f"{prefix}.q_layernorm.weight", f"{prefix}.k_layernorm.weight"]
+    attention: Any = model.get_submodule(prefix)
+    query, key, _ = attention._query_key_value(torch.randn(1, 6, 32), None)
+    for part in (query, key):
+        torch.testing.assert_close(part.square().mean(dim=-1), torch.ones(1, 6, 4), rtol=1e-2, atol=1e-2)
