@@ -221,5 +221,7 @@ def test_collate_stacks_every_array(tmp_path: Path) -> None:
 
 def test_mock_data_is_built_quickly() -> None:
     start = time.process_time()
-    build(DatasetConfig(mock=True), 1000, 100, 50, tokenizer=NullTokenizer(32000))
+    build_datasets(
+        DatasetConfig(mock=True), seq_length=512, seed=1, tokenizer=NullTokenizer(32000), num_samples=(1000, 100, 50)
+    )
     assert time.process_time() - start < 1
