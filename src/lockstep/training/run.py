@@ -77,9 +77,11 @@ def _start_record(writer: RunWriter, config: ConfigContainer, device: torch.devi
 def _complete_record(writer: RunWriter, config: ConfigContainer, device: torch.device, parts: Parts) -> None:
     """Add what only the set-up could tell: vocabulary, data, initial weights, what computes what."""
     features = _features(config, device, parts.model)
+    weights = fingerprint(parts.model)
+    overall = weights.pop("all")["sha256"]
     writer.update(
         data={"tokenizer": parts.tokenizer.identity(), **parts.datasets.describe()},
-        initial_weights=fingerprint(parts.model),
+        initial_weights={"fingerprint": overall, "parameters": weights},
         features=features,
         **_config_facts(config),
     )
