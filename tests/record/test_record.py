@@ -90,6 +90,8 @@ def test_writer_refuses_what_the_schema_lacks(tmp_path: Path):
         writer.metrics({"iteration": 1})
     with pytest.raises(ValueError, match="door"):
         writer.update(door="window")
+    with pytest.raises(ValueError, match="lacks its fingerprint"):
+        writer.update(initial_weights={"w": {"sha256": "cd"}})
     with pytest.raises(FileExistsError):
         RunWriter(tmp_path).start(**FACTS)
 

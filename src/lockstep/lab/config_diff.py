@@ -1,6 +1,7 @@
 """Differences of two resolved configs, and which of them can change a loss."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,7 +10,7 @@ from lockstep.config import all_fields
 from lockstep.lab.dormant import reach, why_dormant
 from lockstep.record.schema import encode
 
-Role = Literal["active", "dormant", "no effect"]
+Role = Literal["active", "derived", "dormant", "no effect"]
 ABSENT = "(absent)"
 _NO_EFFECT = {
     "speed": "changes speed, not the result",
@@ -20,7 +21,7 @@ _NO_EFFECT = {
 
 @dataclass(frozen=True)
 class ConfigDifference:
-    """One setting with another value. ``role`` says whether it acts in both runs; ``reason`` why not."""
+    """One setting with another value. ``role`` says whether it acts in both runs by itself; ``reason`` why not."""
 
     path: str
     a: Any
@@ -51,17 +52,30 @@ def config_differences(
     known = all_fields()
     order = {path: position for position, path in enumerate(known)}
     paths = sorted(set(a) | set(b), key=lambda path: (order.get(path, len(order)), path))
-    found = []
+    differing: list[tuple[str, Any, Any]] = []
     for path in paths:
         # A version of Lockstep without the setting behaves as its default says.
         default = encode(known[path].default) if path in known else ABSENT
         value_a, value_b = a.get(path, default), b.get(path, default)
-        if value_a == value_b:
-            continue
+        if value_a != value_b:
+            differing.append((path, value_a, value_b))
+    found = []
+    for path, value_a, value_b in differing:
         role, reason = _role(path, a, b)
         origin_a, origin_b = origins_a.get(path, "default"), origins_b.get(path, "default")
+        source = _source(origin_a, origin_b, [other for other, *_ in differing if other != path])
+        if role == "active" and source:
+            role, reason = "derived", f"follows from {source}"
         found.append(ConfigDifference(path, value_a, value_b, origin_a, origin_b, role, reason))
     return found
+
+
+def _source(origin_a: str, origin_b: str, differing: list[str]) -> str | None:
+    """Return the differing setting that a value was derived from on both sides: it, not this one, is the cause."""
+    if not (origin_a.startswith("derived") and origin_b.startswith("derived")):
+        return None
+    named = set(re.findall(r"\w+\.\w+", origin_a)) & set(re.findall(r"\w+\.\w+", origin_b))
+    return next((path for path in differing if path in named), None)
 
 
 def _role(path: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[Role, str]:

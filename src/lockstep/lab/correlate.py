@@ -43,18 +43,20 @@ class Pair:
 def correlate(mlm: str | None, bridge: str | None, out: Path | None) -> int:
     """Run a pair, write the report beside the runs, and return the exit code of the comparison.
 
-    Both sides are parsed before either starts. They run one after the other: on a small machine two at a time would
+    Both sides are checked before either starts. They run one after the other: on a small machine two at a time would
     only get in each other's way.
 
     Raises:
         UserError: bad flags or overrides, a folder that is not empty, or a side that fails.
     """
+    from lockstep.recipes.translate import spell
+
     pair = build_pair(mlm, bridge)
     folder = _folder(out)
     print(f"correlate: writing to {folder}", flush=True)
     flags_dir, recipe_dir = folder / "mlm", folder / "bridge"
     _run_side("mlm", ["pretrain-gpt", *pair.flags, "--run-dir", str(flags_dir)], folder)
-    _run_side("bridge", ["train", *pair.recipe, f"run.dir={_quoted(str(recipe_dir))}"], folder)
+    _run_side("bridge", ["train", *pair.recipe, f"run.dir={spell(str(recipe_dir))}"], folder)
     found = compare_paths(flags_dir, recipe_dir)
     show(found)
     print(f"report: {write_report(found, folder)[-1]}")
@@ -65,8 +67,9 @@ def build_pair(mlm: str | None, bridge: str | None) -> Pair:
     """Return the arguments of both sides; a side that is not given is derived from the other by the tree.
 
     Raises:
-        UserError: either side does not parse.
+        UserError: either side does not parse or cannot run.
     """
+    from lockstep.config.resolve import resolve
     from lockstep.megatron_lm.parser import parse_flags
     from lockstep.megatron_lm.translate import flags_from_config
     from lockstep.recipes.door import parse_recipe_args
@@ -81,8 +84,8 @@ def build_pair(mlm: str | None, bridge: str | None) -> Pair:
         recipe = ["--recipe", DEFAULT_RECIPE, *overrides]
     if flags is None:
         flags = flags_from_config(parse_recipe_args(recipe))
-    parse_flags(flags)
-    parse_recipe_args(recipe)
+    resolve(parse_flags(flags))
+    resolve(parse_recipe_args(recipe))
     return Pair(flags, recipe)
 
 
@@ -138,10 +141,3 @@ def _run_side(name: str, arguments: list[str], folder: Path) -> None:
             sys.stdout.flush()
     if process.returncode:
         raise UserError(f"the {name} side ended with exit code {process.returncode}; its output is in {log}")
-
-
-def _quoted(path: str) -> str:
-    """Quote a path for the override grammar where it needs it."""
-    if re.fullmatch(r"[\w./-]+", path):
-        return path
-    return "'" + path.replace("\\", "\\\\").replace("'", "\\'") + "'"

@@ -115,14 +115,14 @@ def compare_numbers(a: Side, b: Side, pairs: Pairs) -> Numbers:
         rows.append(_row(pair, printed, found))
     shared = [key for key in a.evaluations if key in b.evaluations]
     evaluations = []
-    for key in sorted(shared, key=lambda key: (key[0], key[2], key[1])):
+    for key in sorted(shared, key=_run_order):
         row, found = _evaluation(a, b, key, printed)
         evaluations.append(row)
         mismatches += found
     mismatches.sort(key=lambda m: (m.iteration, m.key is not None))
     missing = {
-        "A": sorted(key for key in b.evaluations if key not in a.evaluations),
-        "B": sorted(key for key in a.evaluations if key not in b.evaluations),
+        "A": sorted((key for key in b.evaluations if key not in a.evaluations), key=_run_order),
+        "B": sorted((key for key in a.evaluations if key not in b.evaluations), key=_run_order),
     }
     return Numbers(rows, evaluations, mismatches, missing)
 
@@ -179,6 +179,12 @@ def _evaluation(a: Side, b: Side, key: EvaluationKey, printed: bool) -> tuple[Ev
     if samples_a is not None and samples_b is not None and samples_a != samples_b:
         found.append(Mismatch(key[0], "samples", samples_a, samples_b, 0.0, "outside", key))
     return EvaluationRow(key, loss_a, loss_b, worst([m.grade for m in found])), found
+
+
+def _run_order(key: EvaluationKey) -> tuple[int, bool, bool, str]:
+    """Sort evaluations as a run makes them: those during training, then the final ones, validation before test."""
+    iteration, split, final = key
+    return iteration, final, split == "test", split
 
 
 def evaluation_name(key: EvaluationKey) -> str:

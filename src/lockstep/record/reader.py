@@ -15,10 +15,10 @@ from lockstep.record.schema import (
     METRICS_FILE,
     RUN_FILE,
     SCHEMA,
-    STATUSES,
     EvaluationLine,
     TrainLine,
     decode_number,
+    shape_problem,
 )
 
 
@@ -83,20 +83,10 @@ def _read_facts(file: Path) -> dict[str, Any]:
     unknown = sorted(set(facts) - set(FACTS))
     if unknown:
         raise UserError(f"{file} is damaged: schema {SCHEMA} has no entry {unknown[0]}")
-    _check_shapes(file, facts)
+    problem = shape_problem(facts)
+    if problem:
+        raise UserError(f"{file} is damaged: {problem}")
     return facts
-
-
-def _check_shapes(file: Path, facts: dict[str, Any]) -> None:
-    if facts["status"] not in STATUSES:
-        raise UserError(f"{file} is damaged: status is {facts['status']!r}, not one of {', '.join(STATUSES)}")
-    if not all(isinstance(keys, dict) for keys in facts["config"].values()):
-        raise UserError(f"{file} is damaged: config is not a mapping of sections")
-    weights = facts["initial_weights"]
-    if weights is not None and not (
-        isinstance(weights.get("fingerprint"), str) and isinstance(weights.get("parameters"), dict)
-    ):
-        raise UserError(f"{file} is damaged: initial_weights lacks its fingerprint or its parameters")
 
 
 def _read_metrics(file: Path, live: bool) -> tuple[list[TrainLine], list[EvaluationLine]]:

@@ -83,6 +83,21 @@ class EvaluationLine:
 LINES: dict[str, type[TrainLine] | type[EvaluationLine]] = {"train": TrainLine, "evaluation": EvaluationLine}
 
 
+def shape_problem(facts: dict[str, Any]) -> str | None:
+    """Return what is wrong with the entries of a record that have an inner shape, or None."""
+    for name, known in (("door", DOORS), ("status", STATUSES)):
+        if facts[name] not in known:
+            return f"{name} is {facts[name]!r}, not one of {', '.join(known)}"
+    if not all(isinstance(keys, dict) for keys in facts["config"].values()):
+        return "config is not a mapping of sections"
+    weights = facts["initial_weights"]
+    if weights is not None and not (
+        isinstance(weights.get("fingerprint"), str) and isinstance(weights.get("parameters"), dict)
+    ):
+        return "initial_weights lacks its fingerprint or its parameters"
+    return None
+
+
 def encode(value: Any) -> Any:
     """Return ``value`` as plain JSON values: floats keep every digit, NaN and infinities become strings."""
     if isinstance(value, bool) or value is None or isinstance(value, int | str):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import lockstep
-from lockstep.record.schema import DOORS, FACTS, LINES, METRICS_FILE, RUN_FILE, SCHEMA, STATUSES, Status, encode
+from lockstep.record.schema import FACTS, LINES, METRICS_FILE, RUN_FILE, SCHEMA, Status, encode, shape_problem
 
 
 class RunWriter:
@@ -50,15 +50,15 @@ class RunWriter:
         """Replace entries of ``run.json``.
 
         Raises:
-            ValueError: an entry that the schema does not have, or a door or status it does not know.
+            ValueError: an entry that the schema does not have, or one of another shape.
         """
         unknown = sorted(set(facts) - set(FACTS))
         if unknown:
             raise ValueError(f"the run record has no entry {unknown[0]}")
-        for name, known in (("door", DOORS), ("status", STATUSES)):
-            if name in facts and facts[name] not in known:
-                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {facts[name]!r}")
         merged = {**self._facts, **encode(facts)}
+        problem = shape_problem(merged)
+        if problem:
+            raise ValueError(problem)
         self._facts = {name: merged[name] for name in FACTS if name in merged}
         self._replace(json.dumps(self._facts, indent=1, allow_nan=False) + "\n")
 
