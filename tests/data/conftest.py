@@ -28,11 +28,8 @@ def bpe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.train_from_iterator([" ".join(WORDS)] * 5, trainer)
     folder = tmp_path_factory.mktemp("bpe")
     tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": "<|endoftext|>",
-        "bos_token": "<|endoftext|>",
-    }
+    end = "<|endoftext|>"
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "bos_token": end}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     tokenizer.model.save(str(folder))
     return folder

@@ -131,8 +131,9 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def identity(self) -> dict[str, Any]:
-        """Return a hash over the vocabulary and what a probe text becomes, and the special ids."""
-        return {"type": self.name, **_fingerprint(self, self._tokenizer.get_vocab())}
+        """Return a hash over vocabulary, merges and what a probe text becomes, and the special ids."""
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        return {"type": self.name, **_fingerprint(self, self._tokenizer.get_vocab(), backend)}
 
 
 def _load_hugging_face(path: Path, trust_remote_code: bool) -> Any:
@@ -194,12 +195,21 @@ class GPT2BPETokenizer(Tokenizer):
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
     def identity(self) -> dict[str, Any]:
-        """Return a hash over the vocabulary and what a probe text becomes, and the special ids."""
-        return {"type": self.name, **_fingerprint(self, self._tokenizer.get_vocab())}
+        """Return a hash over vocabulary, merges and what a probe text becomes, and the special ids."""
+        return {"type": self.name, **_fingerprint(self, self._tokenizer.get_vocab(), self._tokenizer)}
 
 
-def _fingerprint(tokenizer: Tokenizer, vocab: dict[str, int]) -> dict[str, Any]:
-    content = json.dumps([sorted(vocab.items()), tokenizer.tokenize(_PROBE)])
+def _fingerprint(tokenizer: Tokenizer, vocab: dict[str, int], backend: Any) -> dict[str, Any]:
+    """Hash what decides the ids; ``backend`` is an object of the tokenizers library, None for a tokenizer in Python.
+
+    Only the lasting parts of the serialised model count, since the rest of its spelling changes between versions of
+    the library: what normalises and splits text shows in the probe.
+    """
+    model = json.loads(backend.to_str())["model"] if backend is not None else {}
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges", [])]
+    scored = model.get("vocab")
+    scores = scored if isinstance(scored, list) else []  # a unigram model has a score for each token
+    content = json.dumps([sorted(vocab.items()), scores, merges, tokenizer.tokenize(_PROBE)])
     return {
         "sha256": hashlib.sha256(content.encode()).hexdigest(),
         "vocab_size": tokenizer.vocab_size,
