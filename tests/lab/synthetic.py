@@ -159,7 +159,10 @@ def write_log(
     bridge: bool = False,
     interval: int = 1,
 ) -> Path:
-    """Write a console log; with an interval, losses are averaged and Megatron-LM also prints the first iteration."""
+    """Write a console log of averages over the interval.
+
+    Megatron-LM also prints the first iteration, and counts it again in the next line.
+    """
     lines = train_lines() if train is None else train
     texts = ["using world size: 1", "> building the dataset ..."]
     window: list[Line] = []
@@ -171,7 +174,7 @@ def write_log(
             if bridge:
                 texts.append("Step Time : 1.23s GPU utilization: 4.5MODEL_TFLOP/s/GPU")
             texts.append(mlm_line({**line, "lm_loss": mean}, bridge=bridge, iterations=len(lines)))
-            if ends:
+            if bridge or line["iteration"] > 1:
                 window = []
     texts += [evaluation_text(line) for line in (evaluation_lines() if evaluations is None else evaluations)]
     path.write_text("\n".join(texts) + "\n")

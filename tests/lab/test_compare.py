@@ -70,8 +70,9 @@ def test_configs_that_differ_without_any_difference_in_numbers_are_identical(tmp
     tree = config(optimizer__clip_grad=5.0, optimizer__sgd_momentum=0.5, logger__log_interval=7)
     found = pair(tmp_path, tree=tree)
     assert found.decision.verdict == "identical"
-    assert "although the configs differ in optimizer.clip_grad, optimizer.sgd_momentum" in found.decision.cause
-    assert any("without effect: optimizer.sgd_momentum" in note for note in found.notes)
+    assert "although the configs differ in optimizer.clip_grad (1.0 against 5.0)" in found.decision.cause
+    assert any("without effect: optimizer.sgd_momentum, logger.log_interval" in note for note in found.notes)
+    assert "settings that differ but changed no number: optimizer.clip_grad (1.0 against 5.0)" in found.notes
 
 
 def test_one_bit_of_one_loss_is_rounding(tmp_path: Path):

@@ -62,6 +62,20 @@ def test_learning_rate_is_moved_to_the_iteration_it_acts_in(tmp_path: Path):
     assert (points[2].lr, points[2].next_lr) == (2.73e-4, 2.46e-4)
 
 
+def test_megatron_lm_counts_its_first_iteration_twice(tmp_path: Path):
+    """Its second line averages iterations 1 and 2, also with a log interval of 1; Bridge's does not."""
+    record = load_side(write(tmp_path / "run"), "A")
+    windows = {
+        bridge: [
+            (x.start, x.iteration)
+            for x, _ in align(record, load_side(write_log(tmp_path / f"{bridge}", bridge=bridge), "B")).pairs
+        ]
+        for bridge in (False, True)
+    }
+    assert windows[False][:3] == [(1, 1), (1, 2), (3, 3)]
+    assert windows[True][:3] == [(1, 1), (2, 2), (3, 3)]
+
+
 def test_bridge_format_is_told_by_its_time_stamp(tmp_path: Path):
     log = parse_log(write_log(tmp_path / "log", bridge=True))
     assert log.printer == "Megatron Bridge"

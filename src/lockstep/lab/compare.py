@@ -117,10 +117,11 @@ def _notes(found: Findings) -> list[str]:
             notes.append(f"{side.label} has the status {side.run.status}: it did not come to its end")
     idle = [d for d in found.differences or [] if d.role != "active"]
     if idle:
-        notes.append(f"settings that differ without effect: {_list(idle)}")
+        notes.append(f"settings that differ without effect: {', '.join(d.path for d in idle)}")
     ruled_out = found.ruled_out()
     if ruled_out:
-        notes.append(f"settings that differ but cannot have caused this: {_list(ruled_out)}")
+        what = "cannot have caused this" if found.anchor or found.missing else "changed no number"
+        notes.append(f"settings that differ but {what}: {_list(ruled_out)}")
     return notes + _surroundings(found)
 
 

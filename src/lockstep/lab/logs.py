@@ -12,6 +12,8 @@ from pathlib import Path
 
 from lockstep.errors import UserError
 
+MEGATRON_LM, BRIDGE = "Megatron-LM or Lockstep", "Megatron Bridge"
+
 _TRAIN = re.compile(r"\biteration\s+(\d+)\s*/\s*(\d+)\s*\|(.*)")
 _EVALUATION = re.compile(r"\bvalidation(\S*) loss at iteration (\d+)(?: on (validation|test) set)?\s*\|(.*)")
 _STAMP = re.compile(r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(\.\d+)?\]")
@@ -22,7 +24,7 @@ _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 class LogLine:
     """One training line. ``next_lr`` is the learning rate of the iteration that follows, as the trainers print it.
 
-    ``lm_loss`` is the mean over the iterations since the last line; NaN where the trainer left a NaN out.
+    ``lm_loss`` is the mean from iteration ``Log.window_start`` to this one; NaN where the trainer left a NaN out.
     """
 
     iteration: int
@@ -50,7 +52,7 @@ class Log:
     """What a log prints. ``printer`` names whose format it has."""
 
     path: Path
-    printer: str = "Megatron-LM or Lockstep"
+    printer: str = MEGATRON_LM
     train_iters: int = 0
     lines: dict[int, LogLine] = field(default_factory=dict)
     evaluations: dict[tuple[int, str, bool], LogEvaluation] = field(default_factory=dict)
@@ -65,6 +67,20 @@ class Log:
             if ends[-1] % common == 0:
                 return common
         return math.gcd(*(ends[1:] or ends)) if ends else 1
+
+    def window_start(self, end: int) -> int:
+        """Return the first iteration that the line of ``end`` averages.
+
+        Megatron-LM prints a line for the first iteration of a process and keeps that iteration in the average of the
+        next line, also with a log interval of 1; Bridge does neither.
+        """
+        first, interval = min(self.lines), self.interval
+        carried = self.printer != BRIDGE and (first == 1 or first % interval > 0)
+        if carried and end == first:
+            return first
+        if carried and end == (first // interval + 1) * interval:
+            return first
+        return max(end - interval + 1, 1)
 
 
 def parse_log(path: Path) -> Log:
@@ -96,7 +112,7 @@ def _take(log: Log, text: str) -> None:
         log.train_iters = int(found[2])
         stamp = _STAMP.search(text)
         if stamp:
-            log.printer = "Megatron-LM or Lockstep" if stamp[1] else "Megatron Bridge"
+            log.printer = MEGATRON_LM if stamp[1] else BRIDGE
     elif found := _EVALUATION.search(text):
         evaluation = _evaluation(found)
         if evaluation:

@@ -128,7 +128,10 @@ def _stages(found: Comparison) -> Table:
 
 
 def _config(found: Comparison) -> Table:
-    table = Table("Setting", "A", "B", "A from", "B from", "Acts", title="Settings that differ", title_justify="left")
+    table = Table(title="Settings that differ", title_justify="left")
+    table.add_column("Setting", no_wrap=True)
+    for name in ("A", "B", "A from", "B from", "Acts"):
+        table.add_column(name, overflow="fold")
     for d in found.findings.differences or []:
         acts = "yes" if d.role == "active" else f"no: {d.reason}"
         table.add_row(d.path, Text(spell(d.a)), Text(spell(d.b)), Text(d.origin_a), Text(d.origin_b), Text(acts))

@@ -112,15 +112,13 @@ def _from_run(run: Run, label: str) -> Side:
 
 
 def _from_log(log: Log, label: str) -> Side:
-    interval = log.interval
-    ends = sorted(log.lines)
     points = {}
-    for end in ends:
-        line = log.lines[end]
+    for end, line in sorted(log.lines.items()):
+        start = log.window_start(end)
         before = log.lines.get(end - 1)
         points[end] = Point(
             iteration=end,
-            start=_window_start(end, interval, ends[0]),
+            start=start,
             lm_loss=line.lm_loss,
             grad_norm=line.grad_norm,
             lr=before.next_lr if before else None,
@@ -128,20 +126,10 @@ def _from_log(log: Log, label: str) -> Side:
             loss_scale=line.loss_scale,
             consumed_samples=line.consumed_samples,
             global_batch_size=line.global_batch_size,
-            skipped=line.skipped > 0 if interval == 1 else None,
+            skipped=line.skipped > 0 if start == end else None,
         )
     evaluations: dict[EvaluationKey, float | None] = {key: line.lm_loss for key, line in log.evaluations.items()}
-    return Side(label, log.path, f"log of {log.printer}", interval, points, evaluations, dict.fromkeys(evaluations))
-
-
-def _window_start(end: int, interval: int, first: int) -> int:
-    """Return the first iteration that the line of ``end`` averages.
-
-    Megatron-LM prints a line for the first iteration of a process, and counts it again in the next one.
-    """
-    if end % interval:
-        return end
-    return max(end - interval + 1, first if first % interval else 1)
+    return Side(label, log.path, f"log of {log.printer}", log.interval, points, evaluations, dict.fromkeys(evaluations))
 
 
 @dataclass(frozen=True)
@@ -175,9 +163,8 @@ def _regular(side: Side, interval: int) -> set[int]:
 
 
 def _start(end: int, a: Side, b: Side) -> int:
-    coarse = a if a.interval >= b.interval else b
-    point = coarse.points.get(end)
-    return point.start if point else max(1, end - coarse.interval + 1)
+    """Return the first iteration of the wider of the two windows that end here."""
+    return min(side.points[end].start for side in (a, b) if end in side.points)
 
 
 def _over(side: Side, end: int, start: int) -> Point | None:

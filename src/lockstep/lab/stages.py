@@ -127,29 +127,41 @@ def _parameter_difference(name: str, a: dict[str, Any], b: dict[str, Any]) -> st
 
 
 def schedule_stage(a: Side, b: Side, pairs: Pairs, printed: bool) -> Stage:
-    """Compare learning rate and weight decay; ``first`` is the first iteration whose update they change."""
+    """Compare learning rate and weight decay; ``first`` is the first iteration whose update they can change."""
     compared = 0
-    found: list[tuple[int, str]] = []
+    found: list[tuple[int, int, str]] = []
     for name, spelled, delay in (
         ("lr", "learning rate", 0),
         ("next_lr", "learning rate", 1),
         ("weight_decay", "weight decay", 0),
     ):
-        for pair in pairs.pairs:
+        for position, pair in enumerate(pairs.pairs):
             values = both(pair, name, printed)
             if values is None:
                 continue
             compared += 1
             if values[0] != values[1]:
-                at = pair[0].iteration + delay if pair[0].start == pair[0].iteration else pair[0].start
-                found.append((at, f"the {spelled} of iteration {at} is {values[0]:.7g} against {values[1]:.7g}"))
+                at = pair[0].iteration + delay
+                text = f"the {spelled} of iteration {at} is {values[0]:.7g} against {values[1]:.7g}"
+                found.append((at, _may_differ_from(pairs, position, at), text))
                 break
     if found:
-        at, detail = min(found)
-        return Stage("schedule", "differs", detail, at)
+        _, first, detail = min(found)
+        return Stage("schedule", "differs", detail, first)
     if not compared:
         return Stage("schedule", "unknown", "no learning rate is known of both sides")
     return Stage("schedule", "equal", f"the learning rates of {len(pairs.pairs)} iterations are equal")
+
+
+def _may_differ_from(pairs: Pairs, position: int, at: int) -> int:
+    """Return the first iteration whose rate may differ where ``at`` is the first that is seen to.
+
+    A line tells the rates of its last iteration and of the following one, not those within its window.
+    """
+    if position:
+        return min(at, pairs.pairs[position - 1][0].iteration + 2)
+    pair = pairs.pairs[0]
+    return at if both(pair, "lr") and pair[0].start == pair[0].iteration else pair[0].start
 
 
 def _silent(a: Side, b: Side, name: str) -> str:

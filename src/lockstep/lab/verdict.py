@@ -68,10 +68,8 @@ def _identical(found: Findings) -> Decision:
     counted = [f"{n} {noun}" for n, noun in ((iterations, "iterations"), (evaluations, "evaluations")) if n]
     how = "equal to the printed digits" if found.printed else "bitwise equal"
     cause = f"Every loss and gradient norm of {' and '.join(counted)} is {how}"
-    if found.differences:
-        names = ", ".join(d.path for d in found.differences[:_NAMED_KEYS])
-        more = len(found.differences) - _NAMED_KEYS
-        cause += f", although the configs differ in {names}{f' and {more} more' if more > 0 else ''}"
+    if found.active:
+        cause += f", although the configs differ in {_keys(found.active)}"
     return Decision("identical", cause + ".")
 
 
