@@ -39,7 +39,8 @@ def get_recipe(name: str) -> ConfigContainer:
     """
     _load()
     if name not in _RECIPES:
-        hint = nearest(name, _RECIPES) or f" Known recipes: {', '.join(sorted(_RECIPES))}."
+        hint = nearest(name, _RECIPES) or nearest(f"{name}_pretrain_config", _RECIPES)
+        hint = hint or f" Known recipes: {', '.join(sorted(_RECIPES))}."
         raise ConfigError(f"unknown recipe {name}.{hint}")
     return _RECIPES[name]()
 

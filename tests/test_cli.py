@@ -1,0 +1,92 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lockstep.cli import INTERRUPTED, USER_ERROR, main, run
+from lockstep.errors import UserError
+from tests.commands import FLAGS, RECIPE, TINY
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_import_and_help_are_quick_and_leave_torch_alone() -> None:
+    code = (
+        "import sys, time; start = time.perf_counter(); import lockstep; imported = time.perf_counter() - start\n"
+        "from lockstep.cli import build_parser; build_parser().format_help()\n"
+        "parsed = time.perf_counter() - start\n"
+        "print(imported, parsed, 'torch' in sys.modules)"
+    )
+    quickest = [float("inf"), float("inf")]
+    for _ in range(3):
+        words = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+        quickest = [min(old, float(new)) for old, new in zip(quickest, words[:2], strict=True)]
+        assert words[2] == "False"
+    assert quickest[0] < 0.3
+    assert quickest[1] < 0.5
+
+
+def test_user_errors_become_one_message_and_a_code(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> int:
+        raise UserError("what is wrong; what to do")
+
+    def interrupt() -> int:
+        raise KeyboardInterrupt
+
+    assert run(fail) == USER_ERROR
+    assert capsys.readouterr().err == "error: what is wrong; what to do\n"
+    assert run(interrupt) == INTERRUPTED
+    assert run(lambda: 0) == 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["pretrain-gpt", *TINY, "--num-layer", "2"], "unknown flag --num-layer. Did you mean --num-layers"),
+        (["pretrain-gpt", *TINY, "--hidden-size", "15"], "not divisible by --num-attention-heads"),
+        (["pretrain-gpt", *TINY, "--global-batch-size", "5"], "not divisible by the micro-batch size 2; use 4 or 6"),
+        (["train", *RECIPE, "model.num_layer=2"], "unknown key model.num_layer. Did you mean model.num_layers"),
+        (["train", *RECIPE, "model.num_layers=two"], "model.num_layers: expected int or null, got 'two'"),
+        (["train", "--recipe", "vanila_gpt"], "unknown recipe vanila_gpt. Did you mean vanilla_gpt_pretrain_config"),
+    ],
+)
+def test_bad_input_on_either_door(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == USER_ERROR
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize("argv", [["pretrain-gpt", *FLAGS, "--print-config"], ["train", *RECIPE, "--dry-run"]])
+def test_the_resolved_tree_is_printed_with_origins(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 0
+    shown = capsys.readouterr().out
+    assert "model.num_layers = 2  # command line (" in shown
+    assert "model.kv_channels = 64  # derived (model.hidden_size // model.num_attention_heads)" in shown
+
+
+def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes"]) == 0
+    assert "vanilla_gpt_pretrain_config" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["3rdparty/Megatron-LM/pretrain_gpt.py", *FLAGS, "--print-config"],
+        ["scripts/training/run_recipe.py", *RECIPE, "--dry-run"],
+    ],
+)
+def test_scripts_at_their_usual_paths_run_with_a_foreign_pythonpath(words: list[str]) -> None:
+    result = subprocess.run(
+        [sys.executable, *words],
+        cwd=ROOT,
+        env={"PATH": "", "PYTHONPATH": "3rdparty/Megatron-LM"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "model.num_layers = 2" in result.stdout
