@@ -74,9 +74,19 @@ def test_separate_final_epoch_is_drawn_last() -> None:
     assert set(order.shuffle_index[:10].tolist()) == set(range(10))
 
 
+def test_both_parts_of_a_separate_final_epoch_are_shuffled() -> None:
+    sizes = np.full(100, 17, np.int32)
+    order = build_indices(sizes, np.arange(100, dtype=np.int32), num_samples=150, seq_length=16, seed=1)
+    first = plan_epochs(1700, 150, 16).rows_before_final
+    for part in (order.shuffle_index[:first], order.shuffle_index[first:]):
+        assert sorted(part.tolist()) != part.tolist()
+        assert sorted(part.tolist()) == list(range(int(part.min()), int(part.max()) + 1))
+
+
 def test_final_epoch_is_mixed_in_when_most_of_it_is_needed() -> None:
-    assert not plan_epochs(170, 18, 16).separate_final_epoch
-    assert plan_epochs(170, 17, 16).separate_final_epoch
+    per_epoch = 100
+    assert plan_epochs(1601, per_epoch + 79, 16).separate_final_epoch
+    assert not plan_epochs(1601, per_epoch + 80, 16).separate_final_epoch
     assert plan_epochs(170, None, 16).num_epochs == 1
 
 
