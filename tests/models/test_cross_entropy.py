@@ -6,7 +6,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from lockstep.models import ops
-from lockstep.models.cross_entropy import linear_cross_entropy
+from lockstep.models.cross_entropy import _Tiles, linear_cross_entropy
 
 TOKENS, VOCAB, HIDDEN = 50, 203, 24
 
@@ -63,9 +63,18 @@ def test_large_logits_do_not_overflow():
     assert loss.item() == pytest.approx(10000 + torch.tensor(4.0).log().item())
 
 
-def test_only_what_needs_a_gradient_is_kept(use_mode):
+def test_logits_are_kept_for_a_backward_pass_only(use_mode, monkeypatch):
     use_mode("fp32-rounded")
+    kept = []
+    computed = _Tiles.computed
+
+    def recorded(self: _Tiles, rows: slice, columns: slice, *, keep: bool) -> Tensor:
+        kept.append(keep)
+        return computed(self, rows, columns, keep=keep)
+
+    monkeypatch.setattr(_Tiles, "computed", recorded)
     hidden, weight, labels, _ = problem(torch.bfloat16)
     with torch.no_grad():
-        loss = linear_cross_entropy(hidden, weight, labels)
-    assert not loss.requires_grad
+        linear_cross_entropy(hidden, weight, labels)
+    linear_cross_entropy(hidden, weight, labels).sum().backward()
+    assert kept == [False, True]

@@ -28,8 +28,10 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, tile
     """
     rows = hidden.reshape(-1, hidden.shape[-1])
     limit = tile_numbers or (_CPU_TILE_NUMBERS if rows.device.type == "cpu" else _GPU_TILE_NUMBERS)
-    function = _NativeLoss if _native(rows) else _TiledLoss
-    return function.apply(rows, weight, labels.reshape(-1), limit).view(labels.shape)
+    if _native(rows):
+        return _NativeLoss.apply(rows, weight, labels.reshape(-1), limit).view(labels.shape)
+    keep = rows.dtype != torch.float32 and torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad)
+    return _TiledLoss.apply(rows, weight, labels.reshape(-1), limit, keep).view(labels.shape)
 
 
 def _native(rows: Tensor) -> bool:
@@ -44,9 +46,8 @@ class _TiledLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, tile_numbers: int) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, tile_numbers: int, keep: bool) -> Tensor:
         tiles = _Tiles(hidden, weight, tile_numbers)
-        keep = hidden.dtype != torch.float32 and any(ctx.needs_input_grad)
         tile_log_sums, target = [], torch.empty(labels.shape, device=labels.device)
         for columns in tiles.columns:
             log_sums = torch.empty(labels.shape, device=labels.device)
@@ -62,7 +63,7 @@ class _TiledLoss(torch.autograd.Function):
         return log_sum - target
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         labels, log_sum = ctx.saved_tensors
         tiles: _Tiles = ctx.tiles
         scale = grads[0].float()[:, None]
@@ -80,7 +81,7 @@ class _TiledLoss(torch.autograd.Function):
                 first = rows.start == 0
                 torch.addmm(product, gradient.t(), tiles.hidden32[rows], beta=0.0 if first else 1.0, out=product)
             grad_weight[columns] = product
-        return grad_hidden.to(tiles.dtype), grad_weight, None, None
+        return grad_hidden.to(tiles.dtype), grad_weight, None, None, None
 
 
 class _Tiles:
