@@ -34,10 +34,10 @@ def is_decayed(name: str, param: torch.Tensor, apply_wd_to_qk_layernorm: bool) -
 def grad_norm_fp32(grads: list[torch.Tensor]) -> torch.Tensor:
     """Return the L2 norm over all gradients as a scalar FP32 tensor.
 
-    Row norms first: one FP32 sum over millions of squares would lose digits.
+    Row norms first, and those in FP64: one FP32 sum over millions of squares would lose digits.
     """
     rows = [torch.linalg.vector_norm(grad, dim=-1, dtype=torch.float32).flatten() for grad in grads]
-    return torch.linalg.vector_norm(torch.cat(rows))
+    return torch.linalg.vector_norm(torch.cat(rows), dtype=torch.float64).float()
 
 
 class Optimizer:
