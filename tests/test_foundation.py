@@ -74,9 +74,22 @@ def test_too_old_a_python_is_one_message(bootstrap: ModuleType, monkeypatch: pyt
 
 def test_missing_venv_is_one_message(bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["bootstrap.py", "--no-uv"])
-    monkeypatch.setattr(bootstrap, "has_venv", lambda python: False)
+    monkeypatch.setattr(bootstrap, "has_modules", lambda python, *names: False)
     with pytest.raises(SystemExit, match=r"install its venv package .* or install uv"):
         bootstrap.main()
+
+
+def test_an_environment_without_pip_is_made_anew_where_there_is_no_uv(
+    bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ran: list[list[str]] = []
+    monkeypatch.setattr(bootstrap, "can_use", lambda python: True)
+    monkeypatch.setattr(bootstrap, "run", lambda command, environ: ran.append(command))
+    for pip, first in ((False, "venv"), (True, "pip")):
+        ran.clear()
+        monkeypatch.setattr(bootstrap, "has_modules", lambda python, *names, pip=pip: pip)
+        bootstrap.install(tmp_path, "python3", None, "dev")
+        assert ran[0][1:3] == ["-m", first]
 
 
 def test_make_setup_does_nothing_when_up_to_date(tmp_path: Path) -> None:

@@ -41,9 +41,10 @@ def find_python() -> str | None:
     return next(filter(can_use, candidates), None)
 
 
-def has_venv(python: str) -> bool:
-    """Say whether an interpreter can make an environment with pip in it; some distributions split that off."""
-    return subprocess.run([python, "-c", "import ensurepip, venv"], capture_output=True, check=False).returncode == 0
+def has_modules(python: str, *names: str) -> bool:
+    """Say whether an interpreter can import all of some modules."""
+    probe = f"import {', '.join(names)}"
+    return subprocess.run([python, "-c", probe], capture_output=True, check=False).returncode == 0
 
 
 def parse_pip_config(listing: str) -> dict[str, str]:
@@ -100,7 +101,7 @@ def install(venv: Path, python: str, uv: str | None, extras: str) -> None:
             run([uv, "venv", "--quiet", "--clear", "--python", python, str(venv)], environ)
         run([uv, "pip", "install", "--quiet", "--python", inside, *target], environ)
         return
-    if fresh:
+    if fresh or not has_modules(inside, "pip"):  # an environment that uv made has no pip
         run([python, "-m", "venv", "--clear", str(venv)], environ)
     run([inside, "-m", "pip", "install", "-qq", *target], environ)
 
@@ -120,7 +121,7 @@ def main() -> None:
             "Install a newer one and give it as: make PYTHON=/path/to/python3"
         )
     uv = None if args.no_uv else shutil.which("uv")
-    if uv is None and not has_venv(python):
+    if uv is None and not has_modules(python, "ensurepip", "venv"):  # some distributions split these off
         sys.exit(
             f"{python} cannot make virtual environments: install its venv package "
             "(Debian and Ubuntu: apt-get install python3-venv), or install uv"
