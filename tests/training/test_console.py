@@ -131,6 +131,19 @@ def test_first_iteration_is_printed_and_stays_in_the_next_average(configure, cap
     assert [(int(n), float(loss)) for n, loss in printed] == [(1, 1.0), (3, 2.0), (6, 5.0)]
 
 
+def test_time_of_evaluations_stays_out_of_the_lines(configure, capsys, tmp_path) -> None:
+    clock = Clock()
+    hook = ConsoleHook(log_interval=2, log_throughput=False, clock=clock)
+    hook.on_start(RunInfo(configure(), "x", tmp_path, None, 7, 1.0))  # type: ignore[arg-type]
+    for iteration in (1, 2):
+        clock.now += 3.0
+        hook.after_step(replace(_REPORT, iteration=iteration))
+        hook.before_evaluation("valid", iteration, False, 64, 2)
+        clock.now += 100.0
+        hook.after_evaluation(None, Progress())
+    assert re.findall(r"iteration \(ms\): (\S+)", capsys.readouterr().out) == ["3000.0", "3000.0"]
+
+
 def test_only_evaluations_after_training_are_announced(configure, capsys, tmp_path) -> None:
     hook = ConsoleHook(log_interval=1, log_throughput=False)
     for final in (False, True):

@@ -42,6 +42,7 @@ def _set_grads(model, value: float) -> None:
 
 def test_one_adam_step_by_hand(configure, tiny_model) -> None:
     model = tiny_model()
+    torch.nn.init.ones_(model.output.bias)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = _optimizer(configure, model, optimizer__clip_grad=0.0)
     optimizer.start_step()
@@ -52,6 +53,17 @@ def test_one_adam_step_by_hand(configure, tiny_model) -> None:
         # The first bias-corrected Adam step is lr * g / (|g| + eps); decay shrinks matrices only.
         shrink = 1.0 if param.ndim == 1 else 1.0 - 0.1 * 0.2
         torch.testing.assert_close(param.detach(), before[name] * shrink - 0.1, rtol=1e-5, atol=1e-6)
+
+
+def test_a_step_reaches_a_low_precision_model(configure, tiny_model) -> None:
+    model = tiny_model(dtype=torch.bfloat16)
+    before = model.embedding.detach().clone()
+    optimizer = _optimizer(configure, model, optimizer__clip_grad=0.0)
+    optimizer.start_step()
+    for param in model.parameters():
+        param.backward(torch.ones_like(param))
+    optimizer.step(lr=0.5, weight_decay=0.0)
+    torch.testing.assert_close(model.embedding.detach(), (before.float() - 0.5).bfloat16())
 
 
 def test_sgd_step_by_hand(configure, tiny_model) -> None:

@@ -19,10 +19,10 @@ def _batch(masked: int = 0) -> Batch:
     return Batch(text[:, :-1], text[:, 1:], mask, torch.arange(6).expand(4, 6))
 
 
-def _run(configure, tiny_model, batch: Batch, micro: int, per_token: bool = False, **changes):
+def _run(configure, tiny_model, batch: Batch, micro: int, per_token: bool = False, changes=None):
     """Take a step that changes nothing; return its result and the gradients."""
     model = tiny_model()
-    config = configure({"optimizer.optimizer": "sgd", "optimizer.clip_grad": 0.0, **changes})
+    config = configure({"optimizer.optimizer": "sgd", "optimizer.clip_grad": 0.0, **(changes or {})})
     result = TrainStep(model, Optimizer(model, config), per_token=per_token)(batch, micro, 0.0, 0.0)
     return result, torch.cat([p.grad.flatten() for p in model.parameters()])
 
@@ -78,7 +78,7 @@ def test_a_micro_batch_without_tokens_counts_as_zero(configure, tiny_model) -> N
 def test_loss_scale_leaves_gradients_and_loss(configure, tiny_model) -> None:
     scaled = {"mixed_precision.fp16": True, "mixed_precision.loss_scale": 256.0}
     plain, grads = _run(configure, tiny_model, _batch(), 2)
-    result, unscaled = _run(configure, tiny_model, _batch(), 2, **scaled)
+    result, unscaled = _run(configure, tiny_model, _batch(), 2, changes=scaled)
     torch.testing.assert_close(unscaled, grads, rtol=1e-5, atol=1e-7)
     assert (result.lm_loss, result.loss_scale) == (plain.lm_loss, 256.0)
 

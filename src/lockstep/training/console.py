@@ -131,10 +131,10 @@ class ConsoleHook(Hook):
     The first iteration is always printed, and stays in the averages of the next line, as in Megatron-LM.
     """
 
-    def __init__(self, log_interval: int, log_throughput: bool) -> None:
+    def __init__(self, log_interval: int, log_throughput: bool, clock: Callable[[], float] = time.perf_counter) -> None:
         self._log_interval = log_interval
         self._log_throughput = log_throughput
-        self._interval = Interval()
+        self._interval = Interval(clock)
         self._first = True
 
     def on_start(self, info: RunInfo) -> None:
