@@ -64,9 +64,18 @@ def test_train_line_with_every_optional_part() -> None:
 
 
 def test_line_of_a_skipped_iteration() -> None:
+    """The loss is left out before any iteration made a step, and zero in a later line without one."""
     interval = Interval(Clock())
     interval.add(float("nan"), skipped=True)
     step = replace(_STEP, skipped=True, grad_norm=None, loss_scale=65536.0)
+    line = train_line(replace(_REPORT, step=step), interval, 10, _NOW)
+    assert line.endswith(
+        " global batch size:    32 | loss scale: 65536.0 | number of skipped iterations:   1 |"
+        " number of nan iterations:   1 |"
+    )
+    interval.add(10.0, skipped=False)
+    interval.reset()
+    interval.add(float("nan"), skipped=True)
     line = train_line(replace(_REPORT, step=step), interval, 10, _NOW)
     assert line.endswith(
         " lm loss: 0.000000E+00 | loss scale: 65536.0 | number of skipped iterations:   1 |"

@@ -16,12 +16,16 @@ def say(text: str) -> None:
 
 
 class Interval:
-    """Losses and times since the last reset, for the averages of a console line."""
+    """Losses and times since the last reset, for the averages of a console line.
+
+    ``any_loss`` tells whether any iteration of the process was not skipped; it outlives resets.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
         self._seconds = 0.0
         self._since: float | None = None
+        self.any_loss = False
         self.reset()
 
     def reset(self) -> None:
@@ -52,6 +56,7 @@ class Interval:
         else:
             self.advanced += 1
             self.loss_sum += loss
+            self.any_loss = True
 
     @property
     def average_loss(self) -> float:
@@ -78,7 +83,8 @@ def train_line(
     if tflops is not None:
         parts.append(f" throughput per GPU (TFLOP/s/GPU): {tflops:.1f} |")
     parts += [f" learning rate: {report.next_lr:.6E} |", f" global batch size: {report.global_batch_size:5d} |"]
-    if interval.average_loss >= 0.0:
+    # As in Megatron-LM: no loss before the first iteration that made a step, nor a negative or NaN one.
+    if interval.any_loss and interval.average_loss >= 0.0:
         parts.append(f" {LOSS_KEY}: {interval.average_loss:.6E} |")
     parts.append(f" loss scale: {step.loss_scale:.1f} |")
     if step.grad_norm is not None:
