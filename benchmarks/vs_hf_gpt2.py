@@ -2,7 +2,8 @@
 
 Ours trains as the doors do, in BF16 unless told otherwise; Hugging Face's trains in FP32 with AdamW, gradient
 accumulation and clipping. Both see the same token ids and take optimizer steps in turns, so that a busy machine slows
-both. Prints the seconds of a step of each, fastest and median, and the ratio ours / theirs.
+both. Prints the seconds of a step of each, fastest and median, and the ratio ours / theirs; the CPU seconds beside them
+say how much work a step was where other programs took turns.
 """
 
 # Shapes: b micro-batch, s sequence.
@@ -90,6 +91,14 @@ def our_step(shape: Shape, config: ConfigContainer, device: torch.device) -> Ste
     return step
 
 
+@dataclass(frozen=True)
+class Seconds:
+    """Time of one step: on the clock, and of this process on all cores."""
+
+    wall: float
+    cpu: float
+
+
 def hugging_face_step(shape: Shape, device: torch.device) -> Step:
     """Return the training step of a Hugging Face GPT-2 with random weights, in FP32."""
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -140,36 +149,41 @@ def batches(shape: Shape, device: torch.device) -> Callable[[], list[Tensor]]:
     return draw
 
 
-def time_in_turns(steps: dict[str, Step], draw: Callable[[], list[Tensor]], rounds: int) -> dict[str, list[float]]:
-    """Return the seconds of each step, ``rounds`` of every contender in turns after one that is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+def timed(step: Step, micro_batches: list[Tensor]) -> tuple[Seconds, float]:
+    """Return the time of one step, to the end of its work on a GPU, and its loss."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    loss = step(micro_batches)
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return Seconds(time.perf_counter() - wall, time.process_time() - cpu), loss
+
+
+def time_in_turns(steps: dict[str, Step], draw: Callable[[], list[Tensor]], rounds: int) -> dict[str, list[Seconds]]:
+    """Return the times of each step, ``rounds`` of every contender in turns after one that is not counted."""
+    times: dict[str, list[Seconds]] = {name: [] for name in steps}
     for round_number in range(rounds + 1):
         micro_batches = draw()
+        label = f"round {round_number}" if round_number else "warm-up"
         for name, step in steps.items():
-            began = time.perf_counter()
-            loss = step(micro_batches)
-            if torch.cuda.is_initialized():
-                torch.cuda.synchronize()
-            elapsed = time.perf_counter() - began
+            seconds, loss = timed(step, micro_batches)
             if round_number:
-                seconds[name].append(elapsed)
-            print(
-                f"{'warm-up' if not round_number else f'round {round_number}':8} {name:14} "
-                f"{elapsed:8.3f} s  loss {loss:.4f}",
-                flush=True,
-            )
-    return seconds
+                times[name].append(seconds)
+            print(f"{label:8} {name:14} {seconds.wall:8.3f} s  CPU {seconds.cpu:8.3f} s  loss {loss:.4f}", flush=True)
+    return times
 
 
-def report(seconds: dict[str, list[float]], shape: Shape) -> None:
+def report(times: dict[str, list[Seconds]], shape: Shape) -> None:
     """Print the fastest and median step of each contender, and the ratios of the first to the second."""
     tokens = shape.global_batch_size * shape.seq_length
-    for name, times in seconds.items():
-        fastest, median = min(times), statistics.median(times)
-        print(f"{name:14} fastest {fastest:.3f} s  median {median:.3f} s  {tokens / median:,.0f} tokens/s")
-    ours, theirs = seconds.values()
-    fastest, median = min(ours) / min(theirs), statistics.median(ours) / statistics.median(theirs)
-    print(f"ratio ours / Hugging Face: fastest {fastest:.2f}, median {median:.2f}")
+    summary = []
+    for name, seconds in times.items():
+        walls = [each.wall for each in seconds]
+        fastest, median, cpu = min(walls), statistics.median(walls), min(each.cpu for each in seconds)
+        summary.append((fastest, median, cpu))
+        rate = tokens / median
+        print(f"{name:14} fastest {fastest:.3f} s  median {median:.3f} s  CPU {cpu:.3f} s  {rate:,.0f} tokens/s")
+    fastest, median, cpu = (ours / theirs for ours, theirs in zip(*summary, strict=True))
+    print(f"ratio ours / Hugging Face: fastest {fastest:.2f}, median {median:.2f}, CPU seconds {cpu:.2f}")
 
 
 def main() -> None:
