@@ -242,6 +242,18 @@ def test_setting_that_cannot_act_yet_is_no_excuse(tmp_path: Path):
     assert found.decision.verdict == "config"
 
 
+@pytest.mark.parametrize("setting", [{"dataset__random_seed": 7}, {"scheduler__lr_warmup_iters": 1}])
+def test_setting_whose_part_of_the_run_is_equal_is_no_excuse(tmp_path: Path, setting: dict[str, int]):
+    """The tokens and the learning rates are equal at every iteration, whatever the settings say."""
+    found = pair(tmp_path, put(5, "lm_loss", 11.0), tree=config(**setting))
+    assert found.decision.verdict == "bug"
+    assert "which cannot have caused this" in found.decision.cause
+    near = put(5, "lm_loss", train_lines()[4]["lm_loss"] + 1e-6)
+    found = compare_paths(tmp_path / "a", write(tmp_path / "c", change=near, tree=config(**setting)))
+    assert found.decision.verdict == "rounding"
+    assert any("cannot have caused this" in note for note in found.notes)
+
+
 def test_clipping_that_no_norm_reached_is_no_excuse(tmp_path: Path):
     tree = config(optimizer__clip_grad=2.0)
     assert pair(tmp_path, put(5, "lm_loss", 11.0), tree=tree).decision.verdict == "bug"
@@ -270,7 +282,7 @@ def test_derived_settings_give_way_to_their_source(tmp_path: Path):
         tmp_path / "b",
         tree=config(rng__seed=7, dataset__random_seed=7),
         origins={"dataset.random_seed": "derived (rng.seed)", "rng.seed": "command line (--seed)"},
-        train=[{**line, "lm_loss": line["lm_loss"] + 0.1} for line in train_lines()],
+        train=[{**x, "lm_loss": x["lm_loss"] + 0.1, "batch_hash": digest(x["batch_hash"])} for x in train_lines()],
     )
     found = compare_paths(a, b)
     assert found.decision.verdict == "config"

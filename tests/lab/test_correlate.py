@@ -9,7 +9,7 @@ from lockstep.config import ConfigContainer, all_fields
 from lockstep.config.resolve import resolve
 from lockstep.errors import UserError
 from lockstep.lab import correlate as module
-from lockstep.lab.correlate import DEFAULT_RECIPE, build_pair, correlate
+from lockstep.lab.correlate import DEFAULT_RECIPE, REFERENCE_FLAGS, REFERENCE_OVERRIDES, build_pair, correlate
 from lockstep.lab.dormant import DORMANT
 from lockstep.megatron_lm.parser import parse_flags
 from lockstep.recipes.door import parse_recipe_args
@@ -56,6 +56,8 @@ def test_recipe_may_be_given_in_three_ways():
         ("--num-layers 2 --run-dir x", None, "leave --run-dir out"),
         (None, "run.dir=x", "leave run.dir=x out"),
         ("--mock-data --num-layers 2 --hidden-size 10 --num-attention-heads 4", None, "is not divisible"),
+        ("--num-layers 2 --mock-data", f"{DEFAULT_RECIPE} {REFERENCE_OVERRIDES}", "--hidden-size"),
+        (REFERENCE_FLAGS, f"{DEFAULT_RECIPE} {REFERENCE_OVERRIDES} model.hidden_size=255", "is not divisible"),
         ("--data-path 'x", None, "close the quotes"),
     ],
 )
