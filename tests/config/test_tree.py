@@ -32,11 +32,11 @@ def test_aliases_lead_to_keys_and_hide_none() -> None:
 def test_unknown_attribute_key_and_section_name_the_nearest() -> None:
     config = ConfigContainer()
     with pytest.raises(ConfigError, match=r"unknown key model\.num_layer\. Did you mean model\.num_layers"):
-        config.model.num_layer = 2  # type: ignore[attr-defined]
+        config.model.num_layer = 2
     with pytest.raises(ConfigError, match=r"unknown key optimizer\.learning_rate"):
         config.set("optimizer.learning_rate", 1.0, Origin())
     with pytest.raises(ConfigError, match=r"unknown section optimiser\. Did you mean optimizer"):
-        config.optimiser = None  # type: ignore[attr-defined]
+        config.optimiser = None
     with pytest.raises(ConfigError, match="is a section"):
         config.get("model")
 

@@ -243,6 +243,6 @@ class Architecture(Section):
 class ModelConfig(
     MultiTokenPrediction, MultiLatentAttention, MixtureOfExperts, ModelExecution, ModelParallel, Architecture
 ):
-    """The model: what is computed, and how it is spread and executed. Fields come in the order of the last base first."""
+    """The model: what is computed, and how it is spread and executed. The fields of the last base come first."""
 
     section_name: ClassVar[str] = "model"
