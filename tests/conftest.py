@@ -1,8 +1,13 @@
 """Fixtures every test folder shares."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+# Set before torch is imported: with more threads than free cores, each of a tiny model's many small operations waits
+# for a thread that does not run, and a test takes fifty times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lockstep.cli import INTERRUPTED, USER_ERROR, main, run
+from lockstep.cli import CLOSED_PIPE, INTERRUPTED, USER_ERROR, main, run
 from lockstep.errors import UserError
 from tests.commands import FLAGS, RECIPE, TINY
 
@@ -65,6 +65,16 @@ def test_the_resolved_tree_is_printed_with_origins(argv: list[str], capsys: pyte
     shown = capsys.readouterr().out
     assert "model.num_layers = 2  # command line (" in shown
     assert "model.kv_channels = 64  # derived (model.hidden_size // model.num_attention_heads)" in shown
+
+
+def test_a_closed_pipe_ends_quietly() -> None:
+    command = [sys.executable, "-m", "lockstep.cli", "train", *RECIPE, "--dry-run"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == CLOSED_PIPE
 
 
 def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """The ``lockstep`` command: one subcommand a job, each imported when it is asked for."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -9,6 +10,7 @@ from lockstep.errors import UserError
 
 USER_ERROR = 2
 INTERRUPTED = 130
+CLOSED_PIPE = 141
 
 
 def pretrain_gpt(argv: Sequence[str]) -> int:
@@ -65,6 +67,10 @@ def run(job: Callable[[], int]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
+    except BrokenPipeError:
+        # Whoever read the output has seen enough. What is still buffered has nowhere to go when the interpreter exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED_PIPE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
