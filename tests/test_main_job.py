@@ -1,4 +1,4 @@
-"""The main job at a tiny size, from the command line to the verdict, and what users get wrong about data and folders."""
+"""The main job at a tiny size, from the command line to the verdict, and mistakes about data and folders."""
 
 import json
 from pathlib import Path
