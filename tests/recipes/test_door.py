@@ -5,8 +5,8 @@ import pytest
 from lockstep.config import all_fields, resolve
 from lockstep.errors import ConfigError
 from lockstep.megatron_lm.parser import parse_flags
+from lockstep.recipes.catalog import describe_recipes, get_recipe
 from lockstep.recipes.door import parse_recipe_args
-from lockstep.recipes.registry import describe_recipes, get_recipe
 from tests.commands import FLAGS, RECIPE
 
 VANILLA = ["--recipe", "vanilla_gpt_pretrain_config"]
