@@ -59,8 +59,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor | None]:
         """Return the output [b, s, h] for x [b, s, h], and its bias [h], not yet added."""
-        batch, length = x.shape[:2]
         query, key, value = (self._as_matrices(part) for part in self._query_key_value(x, context.cos_sin))
+        batch, length = x.shape[0], query.shape[1]
         if self.recompute_core and self.training:
             result = recomputed(self._core, query, key, value, context, streams=context.streams)
         else:
