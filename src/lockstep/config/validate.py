@@ -25,6 +25,7 @@ def problems(config: ConfigContainer, world_size: int = 1) -> list[str]:
         _data,
     ):
         found.extend(check(config))
+    found.extend(_profiling(config, world_size))
     if world_size != 1:
         found.append(f"{world_size} processes were started, but one process trains for now; use --nproc_per_node=1")
     return found
@@ -324,3 +325,39 @@ def _data(c: ConfigContainer) -> Iterator[str]:
         yield "dataset.dataloader_type = external is not supported; use single or cyclic"
     if c.tokenizer.tokenizer_type == "NullTokenizer" and c.tokenizer.vocab_size is None:
         yield "NullTokenizer needs tokenizer.vocab_size (--vocab-size)"
+
+
+_TRACE_OPTIONS = (
+    "profiling.profile_step_start",
+    "profiling.profile_step_end",
+    "profiling.pytorch_profiler_collect_shapes",
+    "profiling.pytorch_profiler_collect_callstack",
+)
+
+
+def _profiling(c: ConfigContainer, world_size: int) -> Iterator[str]:
+    p, switch = c.profiling, "profiling.use_pytorch_profiler (--use-pytorch-profiler)"
+    if not p.use_pytorch_profiler:
+        if p.use_nsys_profiler:
+            yield f"{_name(c, 'profiling.use_nsys_profiler')}: Nsight Systems is not supported; add {switch}"
+        for path in _TRACE_OPTIONS:
+            section, _, name = path.partition(".")
+            if not p.use_nsys_profiler and c.get(path) != c.section(section).fields()[name].default:
+                yield f"{_name(c, path)} has no effect without {switch}; add that or drop this one"
+        # Megatron Bridge's default is [0], and its saved settings say so.
+        if not p.use_nsys_profiler and p.profile_ranks not in ([], [0]):
+            yield f"{_name(c, 'profiling.profile_ranks')} has no effect without {switch}; add that or drop this one"
+        return
+    start, end = _name(c, "profiling.profile_step_start"), _name(c, "profiling.profile_step_end")
+    if p.profile_step_start < 0:
+        yield f"{start} = {p.profile_step_start}: give 0 or more"
+    least = max(p.profile_step_start, 1) + 1
+    if p.profile_step_end < least:
+        yield f"{end} = {p.profile_step_end} leaves no iteration to trace; give {least} or more"
+    if c.train.train_iters is not None and p.profile_step_start > c.train.train_iters:
+        yield f"{start} = {p.profile_step_start}: the run ends with iteration {c.train.train_iters}; start earlier"
+    if c.validation.skip_train:
+        yield f"{_name(c, 'profiling.use_pytorch_profiler')} traces training iterations, and this run only evaluates"
+    for rank in p.profile_ranks:
+        if not 0 <= rank < world_size:
+            yield f"{_name(c, 'profiling.profile_ranks')}: there is no rank {rank}; ranks are 0 to {world_size - 1}"
