@@ -38,6 +38,7 @@ _DOORS: dict[str, Callable[[Sequence[str]], int]] = {"pretrain-gpt": pretrain_gp
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of everything but the doors, whose words are their own."""
     from lockstep.data.cli import register as register_data
+    from lockstep.jobfile.cli import register as register_jobfile
     from lockstep.lab.cli import register as register_lab
     from lockstep.record.cli import register as register_record
 
@@ -52,6 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     register_lab(subparsers)
     register_record(subparsers)
     register_data(subparsers)
+    register_jobfile(subparsers)
     return parser
 
 
