@@ -64,7 +64,7 @@ def test_abbreviated_flags_are_unknown() -> None:
         (["stray"], "unexpected word 'stray'"),
         (["--num-query-groups", "2"], "no effect without --group-query-attention"),
         (["--swiglu", "--squared-relu"], "contradict each other"),
-        (["--use-dist-ckpt"], "checkpoints are not supported yet"),
+        (["--use-dist-ckpt"], "checkpoints have one format"),
     ],
 )
 def test_bad_words_give_one_message(words: list[str], message: str) -> None:

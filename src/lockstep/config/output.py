@@ -27,96 +27,131 @@ class CheckpointConfig(Section):
 
     section_name: ClassVar[str] = "checkpoint"
 
-    save: str | None = opt(None, "--save", refused="checkpoints are not supported yet", effect="path")
+    save: str | None = opt(
+        None, "--save", help="Folder that checkpoints are written to; nothing is saved when unset.", effect="path"
+    )
     save_interval: int | None = opt(
         None,
         "--save-interval",
         "--persistent-save-interval",
-        refused="checkpoints are not supported yet",
+        help="Iterations between checkpoints.",
         effect="path",
     )
     save_retain_interval: int | None = opt(
-        None, "--save-retain-interval", refused="checkpoints are not supported yet", effect="path"
+        None,
+        "--save-retain-interval",
+        help="Keep checkpoints of iterations divisible by this, and the newest; a multiple of save_interval.",
+        effect="path",
     )
-    load: str | None = opt(None, "--load", refused="checkpoints are not supported yet", effect="path")
+    most_recent_k: int = opt(-1, help="Keep so many of the newest checkpoints; -1 keeps all.", effect="path")
+    load: str | None = opt(
+        None, "--load", help="Folder of checkpoints to resume from; a run starts fresh when unset.", effect="path"
+    )
     load_main_params_from_ckpt: bool = opt(
         False,
         "--load-main-params-from-ckpt",
         refused="only Adam and SGD with FP32 state on the training device are supported",
     )
     non_persistent_save_interval: int | None = opt(
-        None, "--non-persistent-save-interval", refused="checkpoints are not supported yet", effect="path"
+        None,
+        "--non-persistent-save-interval",
+        refused="non-persistent checkpoints are not supported yet",
+        effect="path",
     )
     non_persistent_ckpt_type: Literal["global", "local", "in_memory"] | None = opt(
-        None, "--non-persistent-ckpt-type", refused="checkpoints are not supported yet", effect="path"
+        None, "--non-persistent-ckpt-type", refused="non-persistent checkpoints are not supported yet", effect="path"
     )
     non_persistent_global_ckpt_dir: str | None = opt(
-        None, "--non-persistent-global-ckpt-dir", refused="checkpoints are not supported yet", effect="path"
+        None,
+        "--non-persistent-global-ckpt-dir",
+        refused="non-persistent checkpoints are not supported yet",
+        effect="path",
     )
     non_persistent_local_ckpt_dir: str | None = opt(
-        None, "--non-persistent-local-ckpt-dir", refused="checkpoints are not supported yet", effect="path"
+        None,
+        "--non-persistent-local-ckpt-dir",
+        refused="non-persistent checkpoints are not supported yet",
+        effect="path",
     )
     non_persistent_local_ckpt_algo: Literal["fully_parallel", "atomic"] = opt(
-        "fully_parallel", "--non-persistent-local-ckpt-algo", refused="checkpoints are not supported yet", effect="path"
+        "fully_parallel",
+        "--non-persistent-local-ckpt-algo",
+        refused="non-persistent checkpoints are not supported yet",
+        effect="path",
     )
-    finetune: bool = opt(False, "--finetune", refused="checkpoints are not supported yet", effect="path")
+    finetune: bool = opt(False, "--finetune", help="Load the weights alone and start at iteration 0.")
     pretrained_checkpoint: str | None = opt(
-        None, "--pretrained-checkpoint", refused="checkpoints are not supported yet", effect="path"
+        None, "--pretrained-checkpoint", refused="not supported yet; use load with finetune", effect="path"
     )
-    ckpt_step: int | None = opt(None, "--ckpt-step", refused="checkpoints are not supported yet", effect="path")
+    ckpt_step: int | None = opt(None, "--ckpt-step", help="Iteration to load instead of the newest.", effect="path")
     use_checkpoint_args: bool = opt(
-        False, "--use-checkpoint-args", refused="checkpoints are not supported yet", effect="path"
+        False,
+        "--use-checkpoint-args",
+        refused="settings are not taken from a checkpoint yet; give them on the command line",
+        effect="path",
     )
     use_mp_args_from_checkpoint_args: bool = opt(
-        False, "--use-mp-args-from-checkpoint-args", refused="checkpoints are not supported yet", effect="path"
+        False,
+        "--use-mp-args-from-checkpoint-args",
+        refused="settings are not taken from a checkpoint yet; give them on the command line",
+        effect="path",
     )
     use_tokenizer_model_from_checkpoint_args: bool = opt(
         True,
         "--no-use-tokenizer-model-from-checkpoint-args",
         "--disable-use-tokenizer-model-from-checkpoint-args",
         negated=True,
-        refused="checkpoints are not supported yet",
+        refused="settings are not taken from a checkpoint yet; give them on the command line",
         effect="path",
     )
     exit_on_missing_checkpoint: bool = opt(
-        False, "--exit-on-missing-checkpoint", refused="checkpoints are not supported yet", effect="path"
+        False,
+        "--exit-on-missing-checkpoint",
+        holds="a checkpoint that was named and cannot be loaded always ends the run",
+        effect="path",
     )
     ckpt_format: Literal["torch", "torch_dist", "torch_dcp", "fsdp_dtensor"] = opt(
-        "torch_dist", "--ckpt-format", only=("torch_dist",), refused="checkpoints are not supported yet", effect="path"
+        "torch_dist",
+        "--ckpt-format",
+        only=("torch_dist",),
+        refused="checkpoints are written by torch.distributed.checkpoint as safetensors files",
+        effect="path",
     )
     auto_detect_ckpt_format: bool = opt(
-        False, "--auto-detect-ckpt-format", refused="checkpoints are not supported yet", effect="path"
+        False, "--auto-detect-ckpt-format", refused="only checkpoints of Lockstep itself are read", effect="path"
     )
     ckpt_convert_format: Literal["torch", "torch_dist"] | None = opt(
-        None, "--ckpt-convert-format", refused="checkpoints are not supported yet", effect="path"
+        None, "--ckpt-convert-format", refused="only checkpoints of Lockstep itself are read", effect="path"
     )
     ckpt_convert_save: str | None = opt(
-        None, "--ckpt-convert-save", refused="checkpoints are not supported yet", effect="path"
+        None, "--ckpt-convert-save", refused="only checkpoints of Lockstep itself are read", effect="path"
     )
     ckpt_convert_update_legacy_dist_opt_format: bool = opt(
         False,
         "--ckpt-convert-update-legacy-dist-opt-format",
-        refused="checkpoints are not supported yet",
+        refused="only checkpoints of Lockstep itself are read",
         effect="path",
     )
     fully_parallel_save: bool = opt(
         True, "--no-ckpt-fully-parallel-save", negated=True, refused="layouts beyond one process are not supported yet"
     )
-    async_save: bool = opt(False, "--async-save", refused="checkpoints are not supported yet", effect="path")
+    async_save: bool = opt(
+        False, "--async-save", help="Write checkpoints in the background while training goes on.", effect="path"
+    )
     async_strategy: Literal["nvrx", "mcore"] = opt(
-        "nvrx", "--async-strategy", refused="checkpoints are not supported yet", effect="path"
+        "nvrx", "--async-strategy", refused="a thread of the process writes in the background", effect="path"
     )
     use_persistent_ckpt_worker: bool = opt(
-        False, "--use-persistent-ckpt-worker", refused="checkpoints are not supported yet", effect="path"
+        False, "--use-persistent-ckpt-worker", refused="a thread of the process writes in the background", effect="path"
     )
     async_ckpt_cpu_priority: int = opt(
-        10, "--async-ckpt-cpu-priority", refused="checkpoints are not supported yet", effect="path"
+        10, "--async-ckpt-cpu-priority", refused="a thread of the process writes in the background", effect="path"
     )
     async_ckpt_io_priority: int = opt(
-        3, "--async-ckpt-io-priority", refused="checkpoints are not supported yet", effect="path"
+        3, "--async-ckpt-io-priority", refused="a thread of the process writes in the background", effect="path"
     )
     async_ckpt_use_cpu_shm: bool = opt(
-        False, "--async-ckpt-use-cpu-shm", refused="checkpoints are not supported yet", effect="path"
+        False, "--async-ckpt-use-cpu-shm", refused="a thread of the process writes in the background", effect="path"
     )
     fully_parallel_load: bool = opt(
         False, "--ckpt-fully-parallel-load", refused="layouts beyond one process are not supported yet"
@@ -136,20 +171,29 @@ class CheckpointConfig(Section):
         "dp", "--ckpt-fully-parallel-load-process-group", refused="layouts beyond one process are not supported yet"
     )
     ckpt_assume_constant_structure: bool = opt(
-        False, "--ckpt-assume-constant-structure", refused="checkpoints are not supported yet", effect="path"
+        False,
+        "--ckpt-assume-constant-structure",
+        refused="this tunes Megatron-LM's checkpoint format, which is not used here",
+        effect="path",
     )
     ckpt_pg_tensors_cache_path: str | None = opt(
-        None, "--ckpt-pg-tensors-cache-path", refused="checkpoints are not supported yet", effect="path"
+        None,
+        "--ckpt-pg-tensors-cache-path",
+        refused="this tunes Megatron-LM's checkpoint format, which is not used here",
+        effect="path",
     )
     ckpt_pg_tensors_cache_create: bool = opt(
-        False, "--ckpt-pg-tensors-cache-create", refused="checkpoints are not supported yet", effect="path"
+        False,
+        "--ckpt-pg-tensors-cache-create",
+        refused="this tunes Megatron-LM's checkpoint format, which is not used here",
+        effect="path",
     )
     ckpt_load_validate_sharding_integrity: bool = opt(
         True,
         "--no-ckpt-load-validate-sharding-integrity",
         "--disable-ckpt-load-validate-sharding-integrity",
         negated=True,
-        refused="checkpoints are not supported yet",
+        refused="this tunes Megatron-LM's checkpoint format, which is not used here",
         effect="path",
     )
     strict_fsdp_dtensor_load: bool = opt(
@@ -170,18 +214,27 @@ class CheckpointConfig(Section):
         "return_all",
         "ignore_all",
     ] = opt(
-        "assume_ok_unexpected", "--dist-ckpt-strictness", refused="checkpoints are not supported yet", effect="path"
+        "assume_ok_unexpected",
+        "--dist-ckpt-strictness",
+        refused="this tunes Megatron-LM's checkpoint format, which is not used here",
+        effect="path",
     )
     dist_ckpt_save_pre_mcore_014: bool = opt(
-        False, "--dist-ckpt-save-pre-mcore-014", refused="checkpoints are not supported yet", effect="path"
+        False,
+        "--dist-ckpt-save-pre-mcore-014",
+        refused="this tunes Megatron-LM's checkpoint format, which is not used here",
+        effect="path",
     )
     dist_ckpt_optim_fully_reshardable: bool = opt(
-        False, "--dist-ckpt-optim-fully-reshardable", refused="checkpoints are not supported yet", effect="path"
+        False,
+        "--dist-ckpt-optim-fully-reshardable",
+        refused="this tunes Megatron-LM's checkpoint format, which is not used here",
+        effect="path",
     )
     distrib_optim_fully_reshardable_mem_efficient: bool = opt(
         False,
         "--distrib-optim-fully-reshardable-mem-efficient",
-        refused="checkpoints are not supported yet",
+        refused="this tunes Megatron-LM's checkpoint format, which is not used here",
         effect="path",
     )
     save_tokenizer_assets: bool = opt(
@@ -189,35 +242,39 @@ class CheckpointConfig(Section):
         "--no-save-tokenizer-assets",
         "--disable-save-tokenizer-assets",
         negated=True,
-        refused="checkpoints are not supported yet",
+        holds="tokenizer files are not copied; the run record names the tokenizer by its hash",
         effect="path",
     )
-    replication: bool = opt(False, "--replication", refused="checkpoints are not supported yet", effect="path")
+    replication: bool = opt(False, "--replication", refused="replicated checkpoints are not supported", effect="path")
     replication_jump: int | None = opt(
-        None, "--replication-jump", refused="checkpoints are not supported yet", effect="path"
+        None, "--replication-jump", refused="replicated checkpoints are not supported", effect="path"
     )
-    replication_factor: int = opt(2, "--replication-factor", refused="checkpoints are not supported yet", effect="path")
+    replication_factor: int = opt(
+        2, "--replication-factor", refused="replicated checkpoints are not supported", effect="path"
+    )
     verify_integrity: bool = opt(
-        False, "--verify-integrity", refused="checkpoints are not supported yet", effect="path"
+        False, "--verify-integrity", holds="the hash of every file is checked before it is loaded", effect="path"
     )
-    save_optim: bool = opt(
-        True, "--no-save-optim", negated=True, refused="checkpoints are not supported yet", effect="path"
-    )
-    save_rng: bool = opt(
-        True, "--no-save-rng", negated=True, refused="checkpoints are not supported yet", effect="path"
-    )
+    save_optim: bool = opt(True, "--no-save-optim", negated=True, help="Save the optimizer state.", effect="path")
+    save_rng: bool = opt(True, "--no-save-rng", negated=True, help="Save the random streams of dropout.", effect="path")
     load_optim: bool = opt(
-        True, "--no-load-optim", negated=True, refused="checkpoints are not supported yet", effect="path"
+        True, "--no-load-optim", negated=True, help="Load the optimizer state and the position in the schedules."
     )
-    load_rng: bool = opt(
-        True, "--no-load-rng", negated=True, refused="checkpoints are not supported yet", effect="path"
-    )
+    load_rng: bool = opt(True, "--no-load-rng", negated=True, help="Load the random streams of dropout.")
     override_ckpt_iteration: int | None = opt(
-        None, "--override-ckpt-iteration", refused="checkpoints are not supported yet", effect="path"
+        None, "--override-ckpt-iteration", refused="not supported; use ckpt_step", effect="path"
     )
-    dist_ckpt_workers: int = opt(1, "--dist-ckpt-workers", refused="checkpoints are not supported yet", effect="path")
+    dist_ckpt_workers: int = opt(
+        1,
+        "--dist-ckpt-workers",
+        refused="this tunes Megatron-LM's checkpoint format, which is not used here",
+        effect="path",
+    )
     ckpt_drop_redundant_extra_state: bool = opt(
-        False, "--ckpt-drop-redundant-extra-state", refused="checkpoints are not supported yet", effect="path"
+        False,
+        "--ckpt-drop-redundant-extra-state",
+        refused="this tunes Megatron-LM's checkpoint format, which is not used here",
+        effect="path",
     )
 
 

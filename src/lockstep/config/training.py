@@ -57,8 +57,16 @@ class TrainConfig(Section):
     exit_duration_in_mins: int | None = opt(
         None, "--exit-duration-in-mins", help="Stop after this many minutes.", effect="log"
     )
-    exit_signal_handler: bool = opt(False, "--exit-signal-handler", refused="this training option is not supported yet")
-    exit_signal: str = opt("SIGTERM", "--exit-signal", refused="this training option is not supported yet")
+    exit_signal_handler: bool = opt(
+        False, "--exit-signal-handler", help="On a signal, finish the iteration, save and exit with 0.", effect="log"
+    )
+    exit_signal: str = opt(
+        "SIGTERM",
+        "--exit-signal",
+        choices=("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"),
+        help="The signal that exit_signal_handler waits for.",
+        effect="log",
+    )
     exit_signal_handler_for_dataloader: bool = opt(
         False, "--exit-signal-handler-for-dataloader", refused="this training option is not supported yet"
     )
@@ -274,13 +282,13 @@ class SchedulerConfig(Section):
         False,
         "--override-opt_param-scheduler",
         "--override-opt-param-scheduler",
-        refused="a decoupled learning rate is not supported yet",
+        help="Resume with the schedules of this run where those of the checkpoint differ.",
     )
     use_checkpoint_opt_param_scheduler: bool = opt(
         False,
         "--use-checkpoint-opt_param-scheduler",
         "--use-checkpoint-opt-param-scheduler",
-        refused="a decoupled learning rate is not supported yet",
+        help="Resume with the schedules of the checkpoint.",
     )
     start_weight_decay: float | None = opt(
         None, "--start-weight-decay", help="First weight decay of an increasing style."

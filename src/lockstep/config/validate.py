@@ -23,6 +23,7 @@ def problems(config: ConfigContainer, world_size: int = 1) -> list[str]:
         _schedule,
         _precision,
         _data,
+        _checkpoint,
     ):
         found.extend(check(config))
     found.extend(_profiling(config, world_size))
@@ -86,6 +87,9 @@ _POSITIVE = (
     "train.train_iters",
     "train.train_samples",
     "train.exit_interval",
+    "checkpoint.save_interval",
+    "checkpoint.save_retain_interval",
+    "checkpoint.ckpt_step",
     "train.exit_duration_in_mins",
     "validation.eval_interval",
     "validation.eval_global_batch_size",
@@ -361,3 +365,38 @@ def _profiling(c: ConfigContainer, world_size: int) -> Iterator[str]:
     for rank in p.profile_ranks:
         if not 0 <= rank < world_size:
             yield f"{_name(c, 'profiling.profile_ranks')}: there is no rank {rank}; ranks are 0 to {world_size - 1}"
+
+
+def _checkpoint(c: ConfigContainer) -> Iterator[str]:
+    k, s = c.checkpoint, c.scheduler
+    if k.save is not None and k.save_interval is None:
+        yield f"{_name(c, 'checkpoint.save')} needs checkpoint.save_interval (--save-interval)"
+    saving = {
+        "checkpoint.save_interval": k.save_interval is not None,
+        "checkpoint.save_retain_interval": k.save_retain_interval is not None,
+        "checkpoint.most_recent_k": k.most_recent_k >= 0,
+        "checkpoint.async_save": k.async_save,
+        "checkpoint.save_optim": not k.save_optim,
+        "checkpoint.save_rng": not k.save_rng,
+    }
+    loading = {
+        "checkpoint.ckpt_step": k.ckpt_step is not None,
+        "checkpoint.finetune": k.finetune,
+        "checkpoint.load_optim": not k.load_optim,
+        "checkpoint.load_rng": not k.load_rng,
+        "scheduler.override_opt_param_scheduler": s.override_opt_param_scheduler,
+        "scheduler.use_checkpoint_opt_param_scheduler": s.use_checkpoint_opt_param_scheduler,
+    }
+    for needed, given in (("save", saving), ("load", loading)):
+        if getattr(k, needed) is None:
+            for path in (path for path, asked in given.items() if asked):
+                yield f"{_name(c, path)} has no effect without checkpoint.{needed} (--{needed}); give it or drop this"
+    if k.save_interval and k.save_retain_interval and k.save_retain_interval % k.save_interval:
+        yield (
+            f"{_name(c, 'checkpoint.save_retain_interval')} = {k.save_retain_interval} is not a multiple of "
+            f"checkpoint.save_interval = {k.save_interval}; use one, so that such iterations are saved"
+        )
+    if k.most_recent_k < -1 or k.most_recent_k == 0:
+        yield f"{_name(c, 'checkpoint.most_recent_k')} = {k.most_recent_k}: give 1 or more, or -1 to keep all"
+    if s.override_opt_param_scheduler and s.use_checkpoint_opt_param_scheduler:
+        yield "--override-opt_param-scheduler and --use-checkpoint-opt_param-scheduler exclude each other; drop one"

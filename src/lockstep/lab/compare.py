@@ -115,6 +115,8 @@ def _notes(found: Findings) -> list[str]:
     for side in (found.a, found.b):
         if side.run and side.run.status != "finished":
             notes.append(f"{side.label} has the status {side.run.status}: it did not come to its end")
+        if side.past:
+            notes.append(f"{side.label} {side.past}")
     idle = [d for d in found.differences or [] if d.role != "active"]
     if idle:
         notes.append(f"settings that differ without effect: {', '.join(d.path for d in idle)}")

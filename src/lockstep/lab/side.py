@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lockstep.lab.lineage import past_note, with_past
 from lockstep.lab.logs import Log, parse_log
 from lockstep.record import Run, load_run
 
@@ -38,7 +39,10 @@ class Point:
 
 @dataclass(frozen=True)
 class Side:
-    """A side of a comparison; ``run`` is None for a log, ``interval`` is the number of iterations a line averages."""
+    """A side of a comparison; ``run`` is None for a log, ``interval`` is the number of iterations a line averages.
+
+    ``past`` says where a resumed run began.
+    """
 
     label: str
     path: Path
@@ -48,6 +52,7 @@ class Side:
     evaluations: dict[EvaluationKey, float | None]
     samples: dict[EvaluationKey, int | None]
     run: Run | None = None
+    past: str | None = None
 
     @property
     def printed(self) -> bool:
@@ -70,7 +75,7 @@ class Side:
 
 
 def load_side(path: Path | str, label: str) -> Side:
-    """Read a run directory or a console log.
+    """Read a run directory or a console log; a resumed run comes with the runs it continues.
 
     Raises:
         UserError: neither of the two, or damaged.
@@ -79,7 +84,8 @@ def load_side(path: Path | str, label: str) -> Side:
     return _from_log(parse_log(place), label) if place.is_file() else _from_run(load_run(place), label)
 
 
-def _from_run(run: Run, label: str) -> Side:
+def _from_run(record: Run, label: str) -> Side:
+    run = with_past(record)
     points = {
         line.iteration: Point(
             iteration=line.iteration,
@@ -108,6 +114,7 @@ def _from_run(run: Run, label: str) -> Side:
         evaluations={key: line.lm_loss for key, line in keyed.items()},
         samples={key: line.samples for key, line in keyed.items()},
         run=run,
+        past=past_note(record),
     )
 
 

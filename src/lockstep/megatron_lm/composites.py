@@ -66,7 +66,7 @@ COMPOSITES: tuple[Composite, ...] = (
         takes_value=True,
     ),
     Composite("--ckpt-fully-parallel-save", refused="checkpoints are not supported yet"),
-    Composite("--use-dist-ckpt", refused="checkpoints are not supported yet"),
+    Composite("--use-dist-ckpt", refused="checkpoints have one format, see --ckpt-format; drop it"),
     Composite("--dist-ckpt-format", refused="checkpoints are not supported yet", takes_value=True),
     Composite("--moe-router-padding-for-fp8", refused="mixture-of-experts models are not supported yet"),
     Composite("--moe-layer-recompute", refused="mixture-of-experts models are not supported yet"),

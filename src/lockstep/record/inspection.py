@@ -57,7 +57,7 @@ def _show_head(run: Run, console: Console) -> None:
     code = facts["code"]
     commit = f"{code.get('commit') or 'unknown'}{' (with local changes)' if code.get('dirty') else ''}"
     ended = f", ended {facts['finished']}" if facts["finished"] else ""
-    weights = facts["initial_weights"]
+    weights, source = facts["initial_weights"], facts.get("resumed_from")
     rows = {
         "Run": f"{facts['name']} ({run.path})",
         "Status": f"{facts['status']}, started {facts['started']}{ended}",
@@ -66,6 +66,7 @@ def _show_head(run: Run, console: Console) -> None:
         "As a recipe": facts["command"].get("overrides"),
         "Code": f"lockstep {facts['lockstep_version']}, commit {commit}",
         "Packages": ", ".join(f"{name} {version}" for name, version in facts["packages"].items()),
+        "Resumed from": source and f"{source['checkpoint']}, iteration {source['iteration']}",
         "Initial weights": weights and f"{weights['fingerprint']} ({len(weights['parameters'])} parameters)",
     }
     for name, value in rows.items():

@@ -13,6 +13,7 @@ from lockstep.errors import UserError
 from lockstep.record.schema import (
     FACTS,
     METRICS_FILE,
+    OPTIONAL,
     RUN_FILE,
     SCHEMA,
     EvaluationLine,
@@ -77,6 +78,8 @@ def _read_facts(file: Path) -> dict[str, Any]:
         )
     for name, kind in FACTS.items():
         if name not in facts:
+            if name in OPTIONAL:
+                continue
             raise UserError(f"{file} is damaged: the entry {name} is missing")
         if not isinstance(facts[name], kind):
             raise UserError(f"{file} is damaged: the entry {name} holds {type(facts[name]).__name__}")

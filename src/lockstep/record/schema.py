@@ -34,8 +34,12 @@ FACTS: dict[str, type | tuple[type, ...]] = {
     "initial_weights": (dict, type(None)),
     "features": dict,
     "summary": dict,
+    "resumed_from": dict,
 }
-"""The entries of ``run.json`` and their JSON types; all are present in a finished record."""
+"""The entries of ``run.json`` and their JSON types; all but ``OPTIONAL`` ones are present in a finished record."""
+
+OPTIONAL = ("resumed_from",)
+"""Entries that only some runs have: the checkpoint, iteration and run directory that a run continued from."""
 
 
 @dataclass(frozen=True, kw_only=True)

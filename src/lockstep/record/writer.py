@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import lockstep
-from lockstep.record.schema import FACTS, LINES, METRICS_FILE, RUN_FILE, SCHEMA, Status, encode, shape_problem
+from lockstep.record.schema import FACTS, LINES, METRICS_FILE, OPTIONAL, RUN_FILE, SCHEMA, Status, encode, shape_problem
 
 
 class RunWriter:
@@ -31,7 +31,7 @@ class RunWriter:
         """
         if (self.run_dir / RUN_FILE).exists():
             raise FileExistsError(f"{self.run_dir} already holds a run")
-        empty: dict[str, Any] = {name: {} for name, kind in FACTS.items() if kind is dict}
+        empty: dict[str, Any] = {name: {} for name, kind in FACTS.items() if kind is dict and name not in OPTIONAL}
         self._facts = {
             "schema": SCHEMA,
             "lockstep_version": lockstep.__version__,

@@ -42,6 +42,11 @@ class Interval:
         """Let the time run."""
         self._since = self._clock()
 
+    def resume(self) -> None:
+        """Let the time run where it is held."""
+        if self._since is None:
+            self.start()
+
     def stop(self) -> None:
         """Hold the time, as during evaluations."""
         if self._since is not None:
@@ -160,6 +165,14 @@ class ConsoleHook(Hook):
         if not self._first:
             self._interval.reset()
         self._first = False
+
+    def after_iteration(self, progress: Progress, stopping: bool) -> None:
+        """Hold the time, as checkpoints are saved now."""
+        self._interval.stop()
+
+    def before_step(self, iteration: int) -> None:
+        """Let the time run on."""
+        self._interval.resume()
 
     def before_evaluation(self, split: str, iteration: int, final: bool, samples: int, batches: int) -> None:
         """Hold the time; announce an evaluation after training."""

@@ -1,7 +1,7 @@
 """Evaluation on the validation and test splits."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
@@ -48,6 +48,16 @@ class Evaluator:
     def splits(self) -> list[Split]:
         """The splits there is data for, in the order they are evaluated after training."""
         return list(self._feeds)
+
+    @property
+    def taken(self) -> dict[Split, int]:
+        """Samples that the evaluations of each split have taken so far."""
+        return {split: feed.taken for split, feed in self._feeds.items()}
+
+    def seek(self, taken: Mapping[Split, int]) -> None:
+        """Go on after so many samples of each split; a split that ``taken`` lacks starts at its first."""
+        for split, feed in self._feeds.items():
+            feed.seek(taken.get(split, 0))
 
     @property
     def samples(self) -> int:

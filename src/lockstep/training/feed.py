@@ -3,7 +3,7 @@
 Shapes: b samples of a batch, s tokens of a sample.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
@@ -56,14 +56,26 @@ class Batch:
 class Feed:
     """Takes batches from a dataset in the order of a sampler, on the host.
 
-    ``split`` names the data in messages.
+    ``order`` returns the sample numbers of each micro-batch that follows so many samples; ``split`` names the data in
+    messages. ``taken`` counts the samples that were taken.
     """
 
-    def __init__(self, dataset: Samples, indices: Iterator[Sequence[int]], split: str) -> None:
+    def __init__(self, dataset: Samples, order: Callable[[int], Iterator[Sequence[int]]], split: str) -> None:
         self._dataset = dataset
-        self._indices = indices
+        self._order = order
         self._split = split
-        self._taken = 0
+        self._indices = order(0)
+        self.taken = 0
+
+    def seek(self, taken: int) -> None:
+        """Go on after ``taken`` samples from the start of the order."""
+        if taken == self.taken:
+            return
+        # The first sample of the order leaves its mark on the masks of all later ones; see ``GPTDataset``.
+        for index in next(self._order(0), ())[:1]:
+            self._dataset[index]
+        self._indices = self._order(taken)
+        self.taken = taken
 
     def next(self, micro_batches: int) -> Batch:
         """Return the next ``micro_batches`` micro-batches as one batch.
@@ -76,15 +88,23 @@ class Feed:
             chunk = next(self._indices, None)
             if chunk is None:
                 raise UserError(
-                    f"the {self._split} split ended after {self._taken} samples of the {len(self._dataset)} it has; "
+                    f"the {self._split} split ended after {self.taken} samples of the {len(self._dataset)} it has; "
                     "give more data, a shorter run, or dataset.dataloader_type=cyclic"
                 )
             samples.extend(self._dataset[index] for index in chunk)
-            self._taken += len(chunk)
+            self.taken += len(chunk)
         return Batch(**collate(samples))
 
 
-def sample_order(kind: str | None, total: int, micro_batch_size: int) -> Iterator[Sequence[int]]:
-    """Return the sample numbers of each micro-batch: ``cyclic`` reshuffles every epoch, else the dataset's order."""
-    sampler = CyclicSampler if kind == "cyclic" else SequentialSampler
-    return iter(sampler(total, 0, micro_batch_size))
+def sample_order(
+    kind: str | None, total: int, micro_batch_size: int, consumed_samples: int = 0
+) -> Iterator[Sequence[int]]:
+    """Return the sample numbers of each micro-batch: ``cyclic`` reshuffles every epoch, else the dataset's order.
+
+    ``consumed_samples`` of them are behind; a run that has taken all goes on with none.
+    """
+    if kind == "cyclic":
+        return iter(CyclicSampler(total, consumed_samples, micro_batch_size))
+    if consumed_samples and total - consumed_samples < micro_batch_size:
+        return iter(())
+    return iter(SequentialSampler(total, consumed_samples, micro_batch_size))

@@ -83,6 +83,12 @@ class Hook:
     def after_evaluation(self, evaluation: Evaluation | None, progress: Progress) -> None:
         """An evaluation is finished; None when the time of the run ended it."""
 
+    def after_iteration(self, progress: Progress, stopping: bool) -> None:
+        """An iteration and what follows it is done; ``stopping`` tells that the run ends early here."""
+
+    def after_training(self, progress: Progress) -> None:
+        """The last iteration is done; the final evaluation follows."""
+
     def on_finish(self, result: RunResult) -> None:
         """The run ended as it should."""
 

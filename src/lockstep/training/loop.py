@@ -48,6 +48,8 @@ def train(
         if evaluator is not None and evaluation_due(info.config, progress.iteration):
             run_evaluation(evaluator, "valid", hooks, progress, final=False)
         reason = exit_rule.reason(progress.iteration)
+        for hook in hooks:
+            hook.after_iteration(progress, stopping=reason is not None)
         if reason is not None:
             return reason
     return None

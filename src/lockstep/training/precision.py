@@ -1,5 +1,6 @@
 """Precision: weight dtype, FP32 main weights and gradients beside low-precision ones, loss scaling."""
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -88,6 +89,12 @@ class LossScaler(Protocol):
     def update(self, overflow: bool) -> None:
         """Adjust the scale after a step whose gradients did or did not overflow."""
 
+    def state_dict(self) -> dict[str, float]:
+        """Return what a resumed run needs to scale on alike."""
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Continue where ``state_dict`` was taken."""
+
 
 class ConstantLossScaler:
     """A loss scale that never changes."""
@@ -97,6 +104,13 @@ class ConstantLossScaler:
 
     def update(self, overflow: bool) -> None:
         """Change nothing."""
+
+    def state_dict(self) -> dict[str, float]:
+        """Return nothing: the scale is a setting."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Keep the scale that was set."""
 
 
 class DynamicLossScaler:
@@ -129,6 +143,17 @@ class DynamicLossScaler:
             self._clean_steps = 0
             self._tolerance = self._hysteresis
             self.scale *= self.growth_factor
+
+    def state_dict(self) -> dict[str, float]:
+        """Return scale, overflows still tolerated and steps since the last one."""
+        return {"scale": self.scale, "tolerance": self._tolerance, "clean_steps": self._clean_steps}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Continue where ``state_dict`` was taken; the state of a constant scale changes nothing."""
+        if state:
+            self.scale = float(state["scale"])
+            self._tolerance = int(state["tolerance"])
+            self._clean_steps = int(state["clean_steps"])
 
 
 def build_loss_scaler(precision: MixedPrecisionConfig) -> LossScaler | None:

@@ -4,6 +4,8 @@ import contextlib
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +19,11 @@ from lockstep.record.environment import code_version, device_facts, environment_
 from lockstep.record.paths import create_run_dir
 from lockstep.record.schema import RUN_FILE
 from lockstep.record.writer import RunWriter
+from lockstep.training.checkpoint_load import Source, announce, check_save_folder, open_source, restore
+from lockstep.training.checkpoint_save import CheckpointHook, take_snapshot
 from lockstep.training.console import ConsoleHook, say, timestamped
 from lockstep.training.device import check_single_process, choose_device, switches
-from lockstep.training.exits import ExitRule
+from lockstep.training.exits import ExitRule, ExitSignal
 from lockstep.training.hooks import CacheHook, FiniteCheck, GarbageHook, Hook, Progress, RecordHook, RunInfo
 from lockstep.training.loop import run_evaluation, train
 from lockstep.training.precision import params_dtype
@@ -38,31 +42,46 @@ def run(config: ConfigContainer, *, door: str, command: Command, name: str) -> R
         UserError: the configuration, the data or the machine cannot do what is asked, or a loss is not finite. Where
             training had not begun, no run directory is left behind.
     """
-    exit_rule = ExitRule(time.monotonic(), config.train.exit_interval, config.train.exit_duration_in_mins)
+    signal = ExitSignal(config.train.exit_signal) if config.train.exit_signal_handler else None
+    exit_rule = ExitRule(time.monotonic(), config.train.exit_interval, config.train.exit_duration_in_mins, signal)
     config = config.copy()
     check_single_process()
     device = choose_device(config.run.device)
+    check_save_folder(config)
+    source = open_source(config)
     if config.logger.logging_level is not None:
         logging.getLogger("lockstep").setLevel(config.logger.logging_level)
-    with switches(config, device):
+    with switches(config, device), signal.watched() if signal is not None else contextlib.nullcontext():
+        if source is not None:
+            announce(source, config)
         writer = RunWriter(create_run_dir(config.run.dir, name))
         hooks: list[Hook] = [RecordHook(writer)]
         try:
-            _start_record(writer, config, device, door=door, command=vars(command), name=name)
+            _start_record(writer, config, device, source, door=door, command=vars(command), name=name)
             parts = build(config, device, exit_rule)
+            progress = Progress()
+            if source is not None:
+                trainer = restore(source, config, parts.model, parts.trainer, parts.evaluator, progress)
+                parts = replace(parts, trainer=trainer)
             _complete_record(writer, config, device, parts)
             hooks += _build_hooks(config, device, name, writer)
+            hooks += _checkpoint_hooks(config, parts, writer)
         except BaseException as error:
             _abandon(writer, hooks, error)
             raise
         info = RunInfo(config, name, writer.run_dir, device, parts.train_iters, parts.flops_per_sample)
-        return _go(info, parts, hooks, exit_rule)
+        return _go(info, parts, hooks, exit_rule, progress)
 
 
-def _start_record(writer: RunWriter, config: ConfigContainer, device: torch.device, **facts: Any) -> None:
+def _start_record(
+    writer: RunWriter, config: ConfigContainer, device: torch.device, source: Source | None, **facts: Any
+) -> None:
     machine = device_facts(str(device))
     say(f"run directory: {writer.run_dir}")
-    say(f"fresh run from initial weights, seed {config.rng.seed}")
+    if source is None:
+        say(f"fresh run from initial weights, seed {config.rng.seed}")
+    else:
+        facts["resumed_from"] = source.as_fact() | {"finetune": config.checkpoint.finetune}
     say(f"device: {device} ({machine['name']})")
     writer.start(
         **facts,
@@ -125,9 +144,17 @@ def _build_hooks(config: ConfigContainer, device: torch.device, name: str, write
     return hooks
 
 
-def _go(info: RunInfo, parts: Parts, hooks: Sequence[Hook], exit_rule: ExitRule) -> RunResult:
+def _checkpoint_hooks(config: ConfigContainer, parts: Parts, writer: RunWriter) -> list[Hook]:
+    """Return the hook that saves checkpoints, where they are asked for."""
+    trainer = parts.trainer
+    if config.checkpoint.save is None or trainer is None:
+        return []
+    snapshot = partial(take_snapshot, config, parts.model, trainer, parts.evaluator)
+    return [CheckpointHook(config, snapshot, {"run_dir": str(writer.run_dir.absolute())})]
+
+
+def _go(info: RunInfo, parts: Parts, hooks: Sequence[Hook], exit_rule: ExitRule, progress: Progress) -> RunResult:
     """Run the loop and the final evaluation."""
-    progress = Progress()
     reason = None
     try:
         for hook in hooks:
@@ -135,6 +162,9 @@ def _go(info: RunInfo, parts: Parts, hooks: Sequence[Hook], exit_rule: ExitRule)
         if parts.trainer is not None:
             reason = train(info, parts.trainer, parts.evaluator, hooks, progress, exit_rule)
             say(timestamped(reason or "after training is done"))
+            if reason is None:
+                for hook in hooks:
+                    hook.after_training(progress)
         # Megatron-LM leaves at once when it stops early: no final evaluation.
         if reason is None and parts.evaluator is not None:
             for split in parts.evaluator.splits:

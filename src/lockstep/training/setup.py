@@ -1,6 +1,7 @@
 """What a run is built from, in order: vocabulary, data, model, optimizer, evaluation."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -146,4 +147,5 @@ def _feed(config: ConfigContainer, dataset: Dataset | None, split: str, micro_ba
     if dataset is None:
         remedy = "" if split == "train" else ", or set validation.eval_iters=0"
         raise UserError(f"the {split} split has no data (dataset.split = {config.dataset.split}); give it some{remedy}")
-    return Feed(dataset, sample_order(config.dataset.dataloader_type, len(dataset), micro_batch_size), split)
+    order = partial(sample_order, config.dataset.dataloader_type, len(dataset), micro_batch_size)
+    return Feed(dataset, order, split)

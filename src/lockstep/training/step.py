@@ -63,16 +63,16 @@ class TrainStep:
         self, model: nn.Module, optimizer: Optimizer, dropout: DropoutStreams | None = None, per_token: bool = False
     ) -> None:
         self._model = model
-        self._optimizer = optimizer
-        self._dropout = dropout
+        self.optimizer = optimizer
+        self.dropout = dropout
         self._per_token = per_token
 
     def __call__(self, batch: Batch, micro_batch_size: int, lr: float, weight_decay: float) -> StepResult:
         """Take one step on a global batch with a learning rate and weight decay."""
-        self._optimizer.start_step()
+        self.optimizer.start_step()
         sums = self._accumulate(batch, micro_batch_size)  # [micro-batches, 2]
         factor = 1.0 / sums[:, 1].sum().clamp(min=1) if self._per_token else None
-        update = self._optimizer.step(lr, weight_decay, factor)
+        update = self.optimizer.step(lr, weight_decay, factor)
         # Only here does the host wait for a GPU: everything above was queued.
         losses, tokens = zip(*sums.tolist(), strict=True)
         return StepResult(
@@ -81,16 +81,16 @@ class TrainStep:
             grad_norm=float(update.grad_norm) if update.grad_norm is not None else None,
             num_zeros=update.num_zeros,
             skipped=update.skipped,
-            loss_scale=self._optimizer.loss_scale,
+            loss_scale=self.optimizer.loss_scale,
         )
 
     def _accumulate(self, batch: Batch, micro_batch_size: int) -> torch.Tensor:
         """Run all backward passes; return the loss sum and valid tokens of each micro-batch [micro-batches, 2]."""
         count = len(batch) // micro_batch_size
-        scale = self._optimizer.loss_scale
+        scale = self.optimizer.loss_scale
         sums = []
         for micro_batch in batch.split(micro_batch_size):
-            loss_sum, tokens = masked_loss(self._model, micro_batch, self._dropout)
+            loss_sum, tokens = masked_loss(self._model, micro_batch, self.dropout)
             objective = loss_sum if self._per_token else loss_sum / tokens.clamp(min=1) / count
             (objective * scale if scale != 1.0 else objective).backward()
             sums.append(torch.stack([loss_sum.detach(), tokens]))

@@ -1,0 +1,82 @@
+"""Saves that are cut off: at every step of publishing, and by SIGKILL at random moments."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lockstep.training import checkpoint_files as files
+
+
+def _write(root: Path, iteration: int, content: str) -> Path:
+    scratch = files.scratch_dir(root, iteration)
+    (scratch / "data").write_text(content)
+    facts: dict[str, dict[str, Any]] = {"progress": {}, "schedules": {}, "tensors": {}}
+    files.write_json(
+        scratch / files.MANIFEST,
+        {"format": 1, "iteration": iteration, "lockstep": "x", **facts, "files": files.file_facts(scratch)},
+    )
+    return scratch
+
+
+class _Killed(BaseException):
+    """Stands for SIGKILL: nothing runs after it."""
+
+
+@pytest.mark.parametrize("second", [2, 1], ids=["next", "replacing"])
+def test_publishing_can_be_cut_off_at_any_step(second, tmp_path, monkeypatch) -> None:
+    calls = {"rename": os.rename, "replace": os.replace, "fsync": os.fsync, "rmdir": os.rmdir}
+    published = []
+    for steps in range(50):
+        root = tmp_path / str(steps)
+        files.publish(root, _write(root, 1, "old"), 1)
+        scratch = _write(root, second, "new")
+        left = steps
+
+        def counted(call: Any) -> Any:
+            def wrapper(*args: Any, **kwargs: Any) -> Any:
+                nonlocal left
+                if left == 0:
+                    raise _Killed
+                left -= 1
+                return call(*args, **kwargs)
+
+            return wrapper
+
+        killed = False
+        with monkeypatch.context() as patch:
+            for name, call in calls.items():
+                patch.setattr(os, name, counted(call))
+            try:
+                files.publish(root, scratch, second)
+            except _Killed:
+                killed = True
+        found = files.find(root, None)
+        files.verify(found, files.read_manifest(found))
+        assert (found / "data").read_text() in ("old", "new")
+        files.remove_leftovers(root)
+        found = files.find(root, None)
+        files.verify(found, files.read_manifest(found))
+        assert all(path.name.startswith("iter_") or path.is_file() for path in root.iterdir())
+        published.append((found / "data").read_text())
+        if not killed:
+            break
+    assert published[0] == "old"
+    assert published[-1] == "new"
+    assert published == sorted(published, reverse=True), "once the new one is found it stays found"
+    assert steps >= 6
+
+
+@pytest.mark.parametrize("kills", [5, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_usable_checkpoint_remains_after_kill_9(kills, tmp_path) -> None:
+    command = [sys.executable, "-m", "tests.training.kill_saves", str(tmp_path), str(kills), "7"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    outcome = json.loads(done.stdout.splitlines()[-1])
+    assert outcome["kills"] == kills
+    assert outcome["taken"] == sorted(set(outcome["taken"])), "each run went on from what the one before had saved"
+    assert outcome["while_writing"] > 0, "no kill hit a save"
