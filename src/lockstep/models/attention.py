@@ -14,7 +14,7 @@ from lockstep.config.model import ModelConfig
 from lockstep.models.dropout import DropoutStreams, dropout, kept_scale
 from lockstep.models.layers import Linear, required
 from lockstep.models.norms import Norm
-from lockstep.models.ops import matmul_mode
+from lockstep.models.ops import matmul_mode, widened
 from lockstep.models.positions import rotate
 
 # What Megatron-LM writes over scores that must not be attended to; its exponential is zero in every dtype.
@@ -57,8 +57,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor | None]:
         """Return the output [b, s, h] for x [b, s, h], and its bias [h], not yet added."""
-        batch, length = x.shape[:2]
         query, key, value = (self._as_matrices(part) for part in self._query_key_value(x, context.cos_sin))
+        batch, length = x.shape[0], query.shape[1]
         dropped = None
         if self.training and context.streams is not None and self.dropout_probability > 0:
             shape = (batch * self.heads, length, length)
@@ -122,7 +122,7 @@ def core_attention(
         )
     scores = torch.baddbmm(query.new_empty(1, 1, 1), query, key.transpose(1, 2), beta=0.0, alpha=scale)
     if softmax_in_fp32:
-        scores = scores.float()
+        scores = widened(scores)
     probabilities = torch.softmax(scores.masked_fill(hidden_positions, _MASKED_SCORE), dim=-1).to(query.dtype)
     return torch.bmm(dropout(probabilities, dropped, dropout_probability), value)
 

@@ -1,6 +1,7 @@
 """When a run stops before its last iteration."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -9,15 +10,17 @@ class ExitRule:
     """Stops a run after an iteration divisible by ``interval``, or ``minutes`` after ``started``.
 
     ``started`` is on the clock of ``time.monotonic``; None means no limit of that kind.
+    Clocks differ: ``agree`` turns what this process sees into what all of them act on.
     """
 
     started: float
     interval: int | None = None
     minutes: int | None = None
+    agree: Callable[[bool], bool] = lambda over: over
 
     def out_of_time(self) -> bool:
         """Tell whether the time of the run is over."""
-        return self.minutes is not None and time.monotonic() - self.started > self.minutes * 60
+        return self.minutes is not None and self.agree(time.monotonic() - self.started > self.minutes * 60)
 
     def reason(self, iteration: int) -> str | None:
         """Return why the run stops after an iteration; None when it goes on."""

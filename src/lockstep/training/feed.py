@@ -9,9 +9,10 @@ from typing import Any, Protocol
 
 import torch
 
-from lockstep.data.build import collate
+from lockstep.data.build import batch_hash, collate
 from lockstep.data.samplers import CyclicSampler, SequentialSampler
 from lockstep.errors import UserError
+from lockstep.parallel import Axis
 
 
 class Samples(Protocol):
@@ -84,7 +85,30 @@ class Feed:
         return Batch(**collate(samples))
 
 
-def sample_order(kind: str | None, total: int, micro_batch_size: int) -> Iterator[Sequence[int]]:
-    """Return the sample numbers of each micro-batch: ``cyclic`` reshuffles every epoch, else the dataset's order."""
+def global_batch_hash(batch: Batch, micro_batch_size: int, dp: Axis, device: torch.device) -> str:
+    """Return the hash of the global batch of which every data-parallel process has its micro-batches."""
+    if dp.size == 1:
+        return batch_hash(batch.tokens, batch.labels)
+    text = torch.cat([batch.tokens, batch.labels[:, -1:]], dim=1)  # [b, s + 1]
+    micro_batches = text.unflatten(0, (-1, micro_batch_size)).to(device)
+    ordered = in_global_order(micro_batches, dp).flatten(0, 1).cpu()
+    return batch_hash(ordered[:, :-1], ordered[:, -1:])
+
+
+def in_global_order(local: torch.Tensor, dp: Axis) -> torch.Tensor:
+    """Return what every data-parallel process has for its micro-batches [m, ...], in the order one would have.
+
+    The processes take turns: the first micro-batch of each, then the second of each.
+    """
+    return dp.stacked(local).transpose(0, 1).flatten(0, 1)
+
+
+def sample_order(
+    kind: str | None, total: int, micro_batch_size: int, dp_rank: int = 0, dp_size: int = 1
+) -> Iterator[Sequence[int]]:
+    """Return the sample numbers of each micro-batch of a data-parallel process.
+
+    ``cyclic`` reshuffles every epoch, else the dataset's order.
+    """
     sampler = CyclicSampler if kind == "cyclic" else SequentialSampler
-    return iter(sampler(total, 0, micro_batch_size))
+    return iter(sampler(total, 0, micro_batch_size, dp_rank, dp_size))

@@ -7,6 +7,7 @@ from torch import nn
 
 from lockstep.config import ConfigContainer
 from lockstep.config.training import MixedPrecisionConfig
+from lockstep.models.ops import widened
 
 
 def params_dtype(config: ConfigContainer) -> torch.dtype:
@@ -20,16 +21,16 @@ def params_dtype(config: ConfigContainer) -> torch.dtype:
 class MainWeights:
     """The FP32 weights an optimizer updates, and the gradients summed over micro-batches.
 
-    An FP32 model is its own main weights. For a low-precision model they are FP32 copies; its gradients are summed in
-    ``grad_dtype``: in buffers that hooks fill after each backward pass where that dtype differs from the weights', in
-    ``param.grad`` where it does not.
+    An FP32 or FP64 model is its own main weights. For a low-precision model they are FP32 copies; its gradients are
+    summed in ``grad_dtype``: in buffers that hooks fill after each backward pass where that dtype differs from the
+    weights', in ``param.grad`` where it does not.
     """
 
     def __init__(self, model: nn.Module, grad_dtype: torch.dtype) -> None:
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.names = [name for name, _ in named]
         self.model_params = [p for _, p in named]
-        self.main_params = [p if p.dtype == torch.float32 else _main_copy(p) for p in self.model_params]
+        self.main_params = [p if widened(p).dtype == p.dtype else _main_copy(p) for p in self.model_params]
         self._pairs = [(m, p) for m, p in zip(self.main_params, self.model_params, strict=True) if m is not p]
         self._buffers: dict[nn.Parameter, torch.Tensor] = {}
         self._filled: set[nn.Parameter] = set()
@@ -65,7 +66,7 @@ class MainWeights:
                 grad = param.grad if param.grad is not None else torch.zeros_like(param)
             else:
                 grad = buffer if param in self._filled else buffer.zero_()
-            main.grad = grad.float()
+            main.grad = widened(grad)
             grads.append(main.grad)
         return grads
 
