@@ -97,9 +97,17 @@ def test_a_long_warmup_of_a_longer_schedule_is_fine() -> None:
 @pytest.mark.parametrize(
     ("processes", "flags", "part"),
     [
-        (3, ["--tensor-model-parallel-size", "2"], "3 processes are not a multiple of --tensor-model-parallel-size = 2"),
+        (
+            3,
+            ["--tensor-model-parallel-size", "2"],
+            "3 processes are not a multiple of --tensor-model-parallel-size = 2",
+        ),
         (4, ["--tensor-model-parallel-size", "4"], "--num-attention-heads = 2 is not divisible by"),
-        (2, ["--tensor-model-parallel-size", "2", "--ffn-hidden-size", "33"], "--ffn-hidden-size = 33 is not divisible"),
+        (
+            2,
+            ["--tensor-model-parallel-size", "2", "--ffn-hidden-size", "33"],
+            "--ffn-hidden-size = 33 is not divisible",
+        ),
         (
             2,
             ["--tensor-model-parallel-size", "2", "--group-query-attention", "--num-query-groups", "1"],

@@ -6,8 +6,6 @@ first step, put together from its parts; the gradient norm before clipping; and 
 """
 
 import argparse
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from lockstep.config import ConfigContainer, Origin, resolve
 from lockstep.models import GPTModel, build_model
@@ -25,9 +22,9 @@ from lockstep.parallel.plan import shard_of
 from lockstep.training.feed import Batch
 from lockstep.training.optimizer import Optimizer
 from lockstep.training.step import TrainStep
+from tests.parallel.spawn import on_processes
 
 LIMIT = 1e-10
-PROCESSES = 4
 _STEPS = 2
 _LENGTH = 16
 
@@ -213,30 +210,18 @@ def run_cases(cases: Sequence[Case]) -> list[Row]:
     return rows
 
 
-def _worker(rank: int, processes: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ["RANK"] = str(rank)
-    meeting = f"file://{folder}/meeting-{processes}"
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=processes)
-    rows = run_cases(CASES)
-    # A layout passes where it does on every process.
-    everyone: list[Any] = [None] * processes
-    dist.all_gather_object(everyone, rows)
-    if rank == 0:
-        torch.save([[vars(row) for row in found] for found in everyone], f"{folder}/rows-{processes}.pt")
-    dist.destroy_process_group()
+def sweep_rows() -> list[Row]:
+    """Run all cases of the present number of processes."""
+    return run_cases(CASES)
 
 
 def sweep() -> list[Row]:
     """Start the processes, run every case and return its worst row over the processes."""
     rows: list[Row] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for processes in sorted({case.processes for case in CASES}):
-            mp.spawn(_worker, args=(processes, folder), nprocs=processes)
-            everyone = torch.load(f"{folder}/rows-{processes}.pt", weights_only=True)
-            for found in zip(*everyone, strict=True):
-                worst = {key: max(row[key] for row in found) for key in ("grads", "norm", "weights")}
-                rows.append(Row(found[0]["kind"], found[0]["layout"], **worst))
+    for processes in sorted({case.processes for case in CASES}):
+        for found in zip(*on_processes(sweep_rows, processes), strict=True):
+            worst = {key: max(getattr(row, key) for row in found) for key in ("grads", "norm", "weights")}
+            rows.append(Row(found[0].kind, found[0].layout, **worst))
     return sorted(rows, key=lambda row: list(KINDS).index(row.kind))
 
 

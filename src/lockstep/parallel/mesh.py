@@ -13,11 +13,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as funcol
 from torch.distributed.device_mesh import init_device_mesh
 
 from lockstep.config import ConfigContainer
 from lockstep.errors import UserError
+
+# torch 2.13 renamed both and warns of the names that 2.11 has.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 @dataclass(frozen=True)
@@ -44,13 +47,17 @@ class Axis:
         """Return the tensors of all processes [size, ...], in the order of their ranks; they have one shape."""
         if self.group is None:
             return tensor[None]
-        return funcol.wait_tensor(funcol.all_gather_tensor(tensor[None].contiguous(), 0, self.group))
+        result = tensor.new_empty((self.size, *tensor.shape))
+        _all_gather(result.view(-1), tensor.reshape(-1), group=self.group)
+        return result
 
     def split_sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Add up a tensor [size, ...] over the axis and return the row [...] of this process."""
         if self.group is None:
             return tensor[0]
-        return funcol.wait_tensor(funcol.reduce_scatter_tensor(tensor.contiguous(), "sum", 0, self.group))[0]
+        result = torch.empty_like(tensor[0], memory_format=torch.contiguous_format)
+        _reduce_scatter(result.view(-1), tensor.reshape(-1), group=self.group)
+        return result
 
 
 @dataclass(frozen=True)
