@@ -17,6 +17,7 @@ import torch.distributed as dist
 from lockstep.config import ConfigContainer, Origin, resolve
 from lockstep.models import GPTModel, build_model
 from lockstep.parallel.apply import parallelize
+from lockstep.parallel.dropout import LayoutDropoutStreams
 from lockstep.parallel.mesh import Axis, Mesh, build_mesh
 from lockstep.parallel.plan import shard_of
 from lockstep.training.feed import Batch
@@ -72,6 +73,8 @@ def _tensor(size: int, sequence: bool = False) -> dict[str, Any]:
     return {"model.tensor_model_parallel_size": size, "model.sequence_parallel": sequence}
 
 
+_DROPOUT = {"model.hidden_dropout": 0.1, "model.attention_dropout": 0.1}
+
 CASES: tuple[Case, ...] = (
     Case("DP2", 2),
     Case("DP4", 4),
@@ -81,6 +84,9 @@ CASES: tuple[Case, ...] = (
     Case("TP4+SP", 4, _tensor(4, True)),
     Case("TP2 x DP2", 4, _tensor(2)),
     Case("TP2+SP x DP2", 4, _tensor(2, True)),
+    Case("TP2, dropout", 2, {**_tensor(2), **_DROPOUT}),
+    Case("TP2+SP, dropout", 2, {**_tensor(2, True), **_DROPOUT}),
+    Case("TP4+SP, dropout", 4, {**_tensor(4, True), **_DROPOUT}),
 )
 KINDS: dict[str, dict[str, Any]] = {"GPT": {}, "Llama-like": _LLAMA}
 
@@ -146,7 +152,9 @@ def play(
     model = build_model(config.model, seed=1234, params_dtype=dtype, device=torch.device("cpu"))
     parallelize(model, mesh)
     optimizer = Optimizer(model, config, mesh)
-    step = TrainStep(model, optimizer, per_token=config.model.calculate_per_token_loss, dp=mesh.dp)
+    heads = config.model.num_attention_heads or 1
+    dropout = LayoutDropoutStreams(1234, torch.device("cpu"), mesh, heads)
+    step = TrainStep(model, optimizer, dropout, per_token=config.model.calculate_per_token_loss, dp=mesh.dp)
     if sabotage is not None:
         sabotage(model, step, optimizer)
     grads: dict[str, torch.Tensor] = {}
@@ -203,8 +211,9 @@ def run_cases(cases: Sequence[Case]) -> list[Row]:
     mine = [(case, mesh_of(case)) for case in cases if case.processes == dist.get_world_size()]
     rows = []
     for kind, changes in KINDS.items():
-        expected = play(configure(changes, 1), Mesh())
+        alone = {on: play(configure({**changes, **(_DROPOUT if on else {})}, 1), Mesh()) for on in (False, True)}
         for case, mesh in mine:
+            expected = alone["model.hidden_dropout" in case.changes]
             config = configure({**changes, **case.changes}, case.processes)
             rows.append(compare(kind, case.name, play(config, mesh), expected))
     return rows

@@ -9,7 +9,6 @@ from fnmatch import fnmatchcase
 import torch
 
 from lockstep.config.model import ModelConfig
-from lockstep.parallel.mesh import Mesh
 
 
 @dataclass(frozen=True)
@@ -66,14 +65,3 @@ def has_partial_gradient(name: str, sequence_parallel: bool) -> bool:
     """Tell whether each tensor-parallel process finds only its part of the gradient of a whole parameter."""
     patterns = _OF_HEADS + (_OF_SEQUENCE if sequence_parallel else ())
     return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def stream_ranks(mesh: Mesh) -> dict[str, int]:
-    """Return the number that each dropout stream of this process is seeded with, by name of the stream.
-
-    Processes with the same part of the same samples have the same number, and so the same masks.
-    """
-    own = mesh.dp.rank * mesh.tp.size + mesh.tp.rank
-    shared = mesh.dp.rank * mesh.tp.size
-    residual = own if mesh.sequence_parallel else shared
-    return {"embedding": residual, "hidden": residual, "attention": own}

@@ -11,10 +11,10 @@ from lockstep.data.build import Datasets, build_datasets
 from lockstep.data.gpt_dataset import Dataset
 from lockstep.data.tokenizers import Tokenizer, build_tokenizer, padded_vocab_size
 from lockstep.errors import UserError
-from lockstep.models import DropoutStreams, GPTModel, build_model, fingerprint
+from lockstep.models import GPTModel, build_model, fingerprint
 from lockstep.models.flops import flops_per_sequence
 from lockstep.parallel import Mesh, parallelize
-from lockstep.parallel.plan import stream_ranks
+from lockstep.parallel.dropout import LayoutDropoutStreams
 from lockstep.training.batches import build_batch_schedule, eval_batch_size, num_samples, train_iterations
 from lockstep.training.console import dataset_size_lines, parameters_line, say
 from lockstep.training.evaluate import Evaluator, Split
@@ -117,7 +117,8 @@ def build_trainer(
     batches = build_batch_schedule(config, mesh.dp.size)
     rate, decay = build_schedules(config)
     optimizer = Optimizer(model, config, mesh)
-    dropout = DropoutStreams(config.rng.seed, device, stream_ranks(mesh))
+    assert config.model.num_attention_heads is not None, "a resolved tree has heads"
+    dropout = LayoutDropoutStreams(config.rng.seed, device, mesh, config.model.num_attention_heads)
     return Trainer(
         feed=_feed(config, datasets.train, "train", batches.micro_batch_size, mesh),
         step=TrainStep(model, optimizer, dropout, per_token=config.model.calculate_per_token_loss, dp=mesh.dp),
