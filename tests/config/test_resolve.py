@@ -119,7 +119,7 @@ def test_a_long_warmup_of_a_longer_schedule_is_fine() -> None:
             "--seq-length = 7 is not divisible by --tensor-model-parallel-size = 2",
         ),
         (4, ["--global-batch-size", "4"], "micro-batch size 2 times 4 data-parallel processes; use a multiple of 8"),
-        (2, ["--use-distributed-optimizer"], "--use-distributed-optimizer is supported with one process only"),
+        (2, ["--data-parallel-random-init"], "--data-parallel-random-init is supported with one process only"),
     ],
 )
 def test_a_layout_that_cannot_be_is_one_short_error(processes: int, flags: list[str], part: str) -> None:

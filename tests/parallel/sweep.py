@@ -22,6 +22,7 @@ from lockstep.parallel.mesh import Axis, Mesh, build_mesh
 from lockstep.parallel.plan import shard_of
 from lockstep.training.feed import Batch
 from lockstep.training.optimizer import Optimizer
+from lockstep.training.sharded import ShardedMainWeights
 from lockstep.training.step import TrainStep
 from tests.parallel.spawn import on_processes
 
@@ -73,6 +74,7 @@ def _tensor(size: int, sequence: bool = False) -> dict[str, Any]:
     return {"model.tensor_model_parallel_size": size, "model.sequence_parallel": sequence}
 
 
+_SHARDED = {"ddp.use_distributed_optimizer": True}
 _DROPOUT = {"model.hidden_dropout": 0.1, "model.attention_dropout": 0.1}
 
 CASES: tuple[Case, ...] = (
@@ -84,6 +86,10 @@ CASES: tuple[Case, ...] = (
     Case("TP4+SP", 4, _tensor(4, True)),
     Case("TP2 x DP2", 4, _tensor(2)),
     Case("TP2+SP x DP2", 4, _tensor(2, True)),
+    Case("sharded DP2", 2, _SHARDED),
+    Case("sharded DP4", 4, _SHARDED),
+    Case("TP2 x sharded DP2", 4, {**_tensor(2), **_SHARDED}),
+    Case("TP2+SP x sharded DP2", 4, {**_tensor(2, True), **_SHARDED}),
     Case("TP2, dropout", 2, {**_tensor(2), **_DROPOUT}),
     Case("TP2+SP, dropout", 2, {**_tensor(2, True), **_DROPOUT}),
     Case("TP4+SP, dropout", 4, {**_tensor(4, True), **_DROPOUT}),
@@ -166,10 +172,18 @@ def play(
         if number == 0:
             # Clipping has scaled them; the norm brings back their size.
             factor = max(1.0, (norms[0] + 1e-6) / config.optimizer.clip_grad)
-            main = dict(zip(optimizer.weights.names, optimizer.weights.main_params, strict=True))
-            grads = logical({name: p.grad * factor for name, p in main.items() if p.grad is not None}, config, mesh)
+            grads = logical({name: grad * factor for name, grad in _grads(optimizer)}, config, mesh)
     weights = logical({name: p.detach() for name, p in model.named_parameters()}, config, mesh)
     return Outcome(grads, norms, weights)
+
+
+def _grads(optimizer: Optimizer) -> list[tuple[str, torch.Tensor]]:
+    weights = optimizer.weights
+    if isinstance(weights, ShardedMainWeights):
+        found = weights.gathered(weights.part_grad, weights.part_grad.dtype)
+    else:
+        found = [p.grad for p in weights.main_params if p.grad is not None]
+    return list(zip(weights.names, found, strict=True))
 
 
 def logical(tensors: dict[str, torch.Tensor], config: ConfigContainer, mesh: Mesh) -> dict[str, torch.Tensor]:

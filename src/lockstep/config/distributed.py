@@ -64,20 +64,20 @@ class DDPConfig(Section):
     overlap_param_gather: bool = opt(
         False,
         "--overlap-param-gather",
-        holds="every process has all weights of its part of the model, so there is nothing to gather",
+        holds="updated weights are gathered at once after the update; when does not change them",
         effect="speed",
     )
     align_param_gather: bool = opt(
         True,
         "--no-align-param-gather",
         negated=True,
-        holds="every process has all weights of its part of the model, so there is nothing to gather",
+        holds="updated weights are gathered at once after the update; when does not change them",
         effect="speed",
     )
     use_distributed_optimizer: bool = opt(
         False,
         "--use-distributed-optimizer",
-        holds="with one process it changes nothing; several are refused with it",
+        help="Share main weights and optimizer state out to the data-parallel processes.",
         effect="speed",
     )
     nccl_ub: bool = opt(False, "--use-nccl-ub", refused="this option of data parallelism is not supported yet")

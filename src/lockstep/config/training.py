@@ -224,7 +224,7 @@ class OptimizerConfig(Section):
     overlap_param_gather_with_optimizer_step: bool = opt(
         False,
         "--overlap-param-gather-with-optimizer-step",
-        holds="every process has all weights of its part of the model, so there is nothing to gather",
+        holds="updated weights are gathered at once after the update; when does not change them",
         effect="speed",
     )
     use_precision_aware_optimizer: bool = opt(

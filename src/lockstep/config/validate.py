@@ -48,7 +48,6 @@ _ALONE = (
     "train.decrease_batch_size_if_needed",
     "train.check_weight_hash_across_dp_replicas_interval",
     "rng.data_parallel_random_init",
-    "ddp.use_distributed_optimizer",
     "dist.distributed_timeout_seconds_after_init",
     "checkpoint.save",
     "checkpoint.load",

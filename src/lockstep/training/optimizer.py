@@ -10,6 +10,7 @@ from lockstep.config.training import OptimizerConfig
 from lockstep.parallel import Mesh
 from lockstep.parallel.gradients import Gradients
 from lockstep.training.precision import LossScaler, MainWeights, build_loss_scaler
+from lockstep.training.sharded import ShardedMainWeights, build_main_weights
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,11 @@ class Update:
     num_zeros: int | None
 
 
-def is_decayed(name: str, param: torch.Tensor, apply_wd_to_qk_layernorm: bool) -> bool:
+def is_decayed(name: str, shape: torch.Size, apply_wd_to_qk_layernorm: bool) -> bool:
     """Tell whether weight decay applies: not to biases and vectors, unless of query and key norms when asked for."""
     if apply_wd_to_qk_layernorm and ("q_layernorm." in name or "k_layernorm." in name):
         return True
-    return not name.endswith(".bias") and param.ndim != 1
+    return not name.endswith(".bias") and len(shape) != 1
 
 
 class Optimizer:
@@ -40,11 +41,11 @@ class Optimizer:
     """
 
     def __init__(self, model: nn.Module, config: ConfigContainer, mesh: Mesh | None = None) -> None:
-        fp32_grads = config.ddp.grad_reduce_in_fp32 is not False
-        model_dtype = next(model.parameters()).dtype
-        self.weights = MainWeights(model, torch.float32 if fp32_grads else model_dtype)
-        self._gradients = Gradients(self.weights.names, config.model, mesh or Mesh())
-        self._reduce_dtype = None if fp32_grads else model_dtype
+        mesh = mesh or Mesh()
+        self.weights = build_main_weights(model, config, mesh.dp)
+        sharded = self.weights.main_names if isinstance(self.weights, ShardedMainWeights) else None
+        self._gradients = Gradients(self.weights.names, config.model, mesh, sharded)
+        self._reduce_dtype = next(model.parameters()).dtype if config.ddp.grad_reduce_in_fp32 is False else None
         self.scaler: LossScaler | None = build_loss_scaler(config.mixed_precision)
         self._settings = config.optimizer
         self._count_zeros = config.logger.log_num_zeros_in_grad
@@ -69,6 +70,7 @@ class Optimizer:
         """
         grads = self.weights.collect_grads()
         self._gradients.reduce_(grads, self._reduce_dtype)
+        grads = self.weights.hand_over(grads)
         if grad_factor is not None:
             for grad in grads:
                 grad.mul_(grad_factor)
@@ -106,8 +108,8 @@ class Optimizer:
 def _groups(weights: MainWeights, apply_wd_to_qk_layernorm: bool) -> list[dict[str, object]]:
     """Return the parameter groups, decayed weights first; an empty group is left out."""
     split: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for name, param in zip(weights.names, weights.main_params, strict=True):
-        split[is_decayed(name, param, apply_wd_to_qk_layernorm)].append(param)
+    for name, shape, param in zip(weights.main_names, weights.main_shapes, weights.main_params, strict=True):
+        split[is_decayed(name, shape, apply_wd_to_qk_layernorm)].append(param)
     return [{"params": params, "decayed": decayed} for decayed, params in split.items() if params]
 
 
