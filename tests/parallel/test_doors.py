@@ -41,9 +41,9 @@ def test_both_doors_on_two_processes_and_against_one(tmp_path: Path) -> None:
     overrides = overrides_from_config(parse_flags(TENSOR))
     done = torchrun(2, *recipe, *overrides, f"run.dir={tmp_path / 'recipe'}")
     assert done.returncode == 0, done.stderr
-    assert compare_paths(tmp_path / "flags", tmp_path / "recipe").verdict.kind == "identical"
+    assert compare_paths(tmp_path / "flags", tmp_path / "recipe").decision.verdict == "identical"
     flags(1, tmp_path / "one", *JOB)
-    assert compare_paths(tmp_path / "flags", tmp_path / "one").verdict.kind == "rounding"
+    assert compare_paths(tmp_path / "flags", tmp_path / "one").decision.verdict == "rounding"
 
 
 @pytest.mark.slow
@@ -51,8 +51,8 @@ def test_data_parallel_runs_differ_by_rounding(tmp_path: Path) -> None:
     flags(1, tmp_path / "one", *PLAIN)
     flags(2, tmp_path / "two", *PLAIN)
     flags(2, tmp_path / "sharded", *PLAIN, "--use-distributed-optimizer")
-    assert compare_paths(tmp_path / "two", tmp_path / "sharded").verdict.kind in ("identical", "rounding")
-    assert compare_paths(tmp_path / "one", tmp_path / "two").verdict.kind in ("identical", "rounding")
+    assert compare_paths(tmp_path / "two", tmp_path / "sharded").decision.verdict in ("identical", "rounding")
+    assert compare_paths(tmp_path / "one", tmp_path / "two").decision.verdict in ("identical", "rounding")
 
 
 @pytest.mark.slow

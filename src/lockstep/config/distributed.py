@@ -136,7 +136,7 @@ class DistributedConfig(Section):
     distributed_backend: Literal["nccl", "gloo"] = opt(
         "nccl",
         "--distributed-backend",
-        help="How GPUs talk to each other; CPUs always use gloo.",
+        help="nccl with GPUs, which refuse gloo; CPUs use gloo whatever is given.",
         effect="speed",
     )
     distributed_timeout_minutes: int = opt(

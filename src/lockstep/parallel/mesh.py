@@ -101,7 +101,7 @@ def start_processes(config: ConfigContainer, device: torch.device) -> Iterator[M
     """Join the other processes of the launcher for the duration of a run; alone, start nothing.
 
     Raises:
-        UserError: the launcher did not say where the processes meet.
+        UserError: the launcher did not say where the processes meet, or GPUs are to use gloo.
     """
     world_size = int(os.environ.get("WORLD_SIZE") or 1)
     if world_size == 1:
@@ -110,7 +110,9 @@ def start_processes(config: ConfigContainer, device: torch.device) -> Iterator[M
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
         raise UserError(f"WORLD_SIZE={world_size}, but {missing[0]} is not set; start with torchrun")
-    backend = "gloo" if device.type == "cpu" else config.dist.distributed_backend
+    if device.type == "cuda" and config.dist.distributed_backend == "gloo":
+        raise UserError("dist.distributed_backend (--distributed-backend) = gloo is for CPUs; use nccl with GPUs")
+    backend = "gloo" if device.type == "cpu" else "nccl"
     timeout = timedelta(minutes=config.dist.distributed_timeout_minutes)
     dist.init_process_group(backend, timeout=timeout, device_id=device if backend == "nccl" else None)
     try:
