@@ -42,7 +42,7 @@ _JOB: dict[str, Any] = {
     "model.attention_dropout": 0.0,
     "model.use_cpu_initialization": True,
     "train.micro_batch_size": 2,
-    "train.global_batch_size": 16,
+    "train.global_batch_size": 8,
     "train.train_iters": _STEPS,
     "optimizer.lr": 1e-2,
     "optimizer.clip_grad": 0.1,
