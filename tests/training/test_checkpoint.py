@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import threading
@@ -396,3 +397,19 @@ def test_a_save_in_the_background_is_not_touched_by_training(configure, tmp_path
     _run(configure(saving), tmp_path / "second")
     before, after = (load_file(tmp_path / kind / "iter_0000001" / _SHARD) for kind in ("sync", "async"))
     assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_full_disk_is_one_line(configure, tmp_path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    changes = {"checkpoint.save": str(tmp_path / "ckpt"), "checkpoint.save_interval": 1, "tokenizer.vocab_size": 9000}
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
+    try:
+        with pytest.raises(UserError) as caught:
+            _run(configure(changes), tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    text = str(caught.value)
+    assert "saving the checkpoint of iteration 1 to" in text
+    assert "File too large" in text
+    assert "\n" not in text
+    assert list((tmp_path / "ckpt").iterdir()) == []
