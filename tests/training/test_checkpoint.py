@@ -2,8 +2,10 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from safetensors.torch import load_file
 
 from lockstep.config import ConfigContainer
 from lockstep.errors import ConfigError, UserError
-from lockstep.training import Command, RunResult, run
+from lockstep.training import Command, RunResult, checkpoint_save, run
 from lockstep.training.step import TrainStep
 
 _CLOCKED = ("seconds", "tokens_per_second", "memory_bytes")
@@ -167,12 +169,14 @@ def test_ckpt_step_takes_an_older_checkpoint(configure, tmp_path) -> None:
     assert _lines(tmp_path / "run") == _lines(tmp_path / "whole")[1:]
 
 
-def test_resuming_a_finished_run_only_evaluates(configure, tmp_path) -> None:
+def test_resuming_a_finished_run_only_evaluates(configure, tmp_path, capsys) -> None:
     root = str(tmp_path / "ckpt")
     saving = {"checkpoint.save": root, "checkpoint.save_interval": 3}
     _run(configure(saving), tmp_path / "whole")
+    capsys.readouterr()
     result = _run(configure({**saving, "checkpoint.load": root}), tmp_path / "again")
     assert result.iterations == 4
+    assert "saving checkpoint" not in capsys.readouterr().out
     assert _lines(tmp_path / "again") == _lines(tmp_path / "whole")[-2:]
 
 
@@ -190,6 +194,18 @@ def test_finetune_takes_the_weights_alone(configure, saved, tmp_path, capsys) ->
     weights = json.loads((tmp_path / "run" / "run.json").read_text())["initial_weights"]
     parent = json.loads((saved / "r" / "run.json").read_text())["initial_weights"]
     assert weights["fingerprint"] != parent["fingerprint"]
+
+
+def test_finetuning_in_another_precision_starts_from_the_rounded_weights(configure, saved, tmp_path) -> None:
+    changes = {"checkpoint.load": str(saved), "checkpoint.finetune": True, "optimizer.lr": 0.0}
+    changes |= {"mixed_precision.bf16": True, "checkpoint.save": str(tmp_path / "ckpt"), "checkpoint.save_interval": 4}
+    _run(configure(changes), tmp_path / "run")
+    before, after = load_file(saved / "iter_0000002" / _SHARD), load_file(tmp_path / "ckpt" / "iter_0000004" / _SHARD)
+    names = [name.removeprefix("model.") for name in after if name.startswith("model.")]
+    for name in names:
+        rounded = before[f"model.{name}"].bfloat16()
+        assert torch.equal(after[f"model.{name}"], rounded)
+        assert torch.equal(after[f"optimizer.main.{name}"], rounded.float())
 
 
 def test_no_load_optim_and_no_load_rng_start_those_afresh(configure, tmp_path) -> None:
@@ -358,3 +374,42 @@ def test_a_signal_ends_the_iteration_saves_and_stops(configure, tmp_path, capsys
     assert _tracked(root) == "1"
     assert "[exiting program after receiving SIGUSR1.] datetime" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGUSR1) is before
+
+
+def test_a_save_in_the_background_is_not_touched_by_training(configure, tmp_path, monkeypatch) -> None:
+    saving: dict[str, Any] = {"checkpoint.save_interval": 1, "train.train_iters": 2, "validation.eval_iters": 0}
+    _run(configure({**saving, "checkpoint.save": str(tmp_path / "sync")}), tmp_path / "first")
+    trained, step, write = threading.Event(), TrainStep.__call__, checkpoint_save._write_tensors
+
+    def stepping(self: TrainStep, *args: Any) -> Any:
+        result = step(self, *args)
+        if (tmp_path / "async").exists() and any((tmp_path / "async").iterdir()):
+            trained.set()
+        return result
+
+    def waiting(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+        assert trained.wait(30)
+        write(folder, tensors)
+
+    monkeypatch.setattr(TrainStep, "__call__", stepping)
+    monkeypatch.setattr(checkpoint_save, "_write_tensors", waiting)
+    saving |= {"checkpoint.save": str(tmp_path / "async"), "checkpoint.async_save": True}
+    _run(configure(saving), tmp_path / "second")
+    before, after = (load_file(tmp_path / kind / "iter_0000001" / _SHARD) for kind in ("sync", "async"))
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_full_disk_is_one_line(configure, tmp_path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    changes = {"checkpoint.save": str(tmp_path / "ckpt"), "checkpoint.save_interval": 1, "tokenizer.vocab_size": 9000}
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
+    try:
+        with pytest.raises(UserError) as caught:
+            _run(configure(changes), tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    text = str(caught.value)
+    assert "saving the checkpoint of iteration 1 to" in text
+    assert "File too large" in text
+    assert "\n" not in text
+    assert list((tmp_path / "ckpt").iterdir()) == []

@@ -108,6 +108,20 @@ def test_evaluations_do_not_count_as_iteration_time() -> None:
     assert interval.seconds_per_iteration == 3.0
 
 
+def test_saving_a_checkpoint_does_not_count_as_iteration_time() -> None:
+    clock = Clock()
+    hook = ConsoleHook(1, False, clock)
+    hook._interval.start()
+    hook.before_step(1)
+    clock.now = 1.0
+    hook.after_iteration(Progress(iteration=1), stopping=False)
+    clock.now = 50.0
+    hook.before_step(2)
+    clock.now = 52.0
+    hook._interval.add(1.0, skipped=False)
+    assert hook._interval.seconds_per_iteration == 3.0
+
+
 @pytest.mark.parametrize(
     ("split", "final", "place"),
     [("valid", False, ""), ("valid", True, " on validation set"), ("test", True, " on test set")],

@@ -18,6 +18,7 @@ from lockstep.record.schema import encode
 from lockstep.training import checkpoint_files as files
 from lockstep.training.checkpoint_state import (
     OPTIMIZER,
+    cause,
     check_tensors,
     make_optimizer_state,
     model_tensors,
@@ -206,7 +207,7 @@ def _read_tensors(source: Source, wanted: dict[str, torch.Tensor]) -> None:
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
             dcp.load(wanted, storage_reader=reader, no_dist=True)
     except (dcp.CheckpointException, SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{source.folder} cannot be read: {error}; load another with --ckpt-step") from error
+        raise UserError(f"{source.folder} cannot be read: {cause(error)}; load another with --ckpt-step") from error
 
 
 def _restore_progress(source: Source, trainer: Trainer | None, evaluator: Evaluator | None, progress: Progress) -> None:

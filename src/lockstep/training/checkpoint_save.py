@@ -20,7 +20,7 @@ from lockstep.config import ConfigContainer
 from lockstep.errors import UserError
 from lockstep.record.schema import encode
 from lockstep.training import checkpoint_files as files
-from lockstep.training.checkpoint_state import describe, model_tensors, optimizer_step, optimizer_tensors
+from lockstep.training.checkpoint_state import cause, describe, model_tensors, optimizer_step, optimizer_tensors
 from lockstep.training.console import say
 from lockstep.training.evaluate import Evaluator
 from lockstep.training.hooks import Hook, Progress, RunInfo
@@ -199,7 +199,7 @@ class CheckpointHook(Hook):
             files.prune(self._root, snapshot.iteration, recent, settings.save_retain_interval)
         except (OSError, dcp.CheckpointException) as error:
             raise UserError(
-                f"saving the checkpoint of iteration {snapshot.iteration} to {self._root} failed: {error}; "
+                f"saving the checkpoint of iteration {snapshot.iteration} to {self._root} failed: {cause(error)}; "
                 "the checkpoints before it are as they were"
             ) from error
         say(

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.checkpoint import CheckpointException
 
 from lockstep.errors import UserError
 from lockstep.training.optimizer import Optimizer
@@ -82,6 +83,13 @@ def _main_copies(optimizer: Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
     for name, main, param in zip(weights.names, weights.main_params, weights.model_params, strict=True):
         if main is not param:
             yield name, main
+
+
+def cause(error: BaseException) -> str:
+    """Return what went wrong in one line: PyTorch wraps what a rank raised, with its traceback, in another error."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error, _ = next(iter(error.failures.values()))
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def describe(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
