@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from lockstep.cli import CLOSED_PIPE, INTERRUPTED, USER_ERROR, main, run
+from lockstep.cli import main
 from lockstep.errors import UserError
+from lockstep.guard import CLOSED_PIPE, INTERRUPTED, USER_ERROR, run
 from tests.commands import FLAGS, RECIPE, TINY
 
 ROOT = Path(__file__).resolve().parents[1]

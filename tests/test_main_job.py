@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lockstep.cli import USER_ERROR, main
+from lockstep.cli import main
 from lockstep.data.indexed import IndexedDatasetWriter
+from lockstep.guard import USER_ERROR
 from lockstep.megatron_lm.parser import parse_flags
 from lockstep.recipes.translate import overrides_from_config
 

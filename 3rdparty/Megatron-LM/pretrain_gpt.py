@@ -5,7 +5,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
-from lockstep.cli import pretrain_gpt, run
+from lockstep.cli import pretrain_gpt
+from lockstep.guard import run
 
 if __name__ == "__main__":
     sys.exit(run(lambda: pretrain_gpt(sys.argv[1:])))

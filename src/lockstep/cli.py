@@ -1,16 +1,11 @@
 """The ``lockstep`` command: one subcommand a job, each imported when it is asked for."""
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 
 from lockstep import __version__
-from lockstep.errors import UserError
-
-USER_ERROR = 2
-INTERRUPTED = 130
-CLOSED_PIPE = 141
+from lockstep.guard import run
 
 
 def pretrain_gpt(argv: Sequence[str]) -> int:
@@ -29,7 +24,7 @@ def train(argv: Sequence[str]) -> int:
 
 def recipes(argv: Sequence[str]) -> int:
     """List the recipes."""
-    from lockstep.recipes.registry import describe_recipes
+    from lockstep.recipes.catalog import describe_recipes
 
     argparse.ArgumentParser(prog="lockstep recipes", description="List the recipes.").parse_args(argv)
     for name, summary in describe_recipes():
@@ -43,6 +38,7 @@ _DOORS: dict[str, Callable[[Sequence[str]], int]] = {"pretrain-gpt": pretrain_gp
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of everything but the doors, whose words are their own."""
     from lockstep.data.cli import register as register_data
+    from lockstep.jobfile.cli import register as register_jobfile
     from lockstep.lab.cli import register as register_lab
     from lockstep.record.cli import register as register_record
 
@@ -57,23 +53,8 @@ def build_parser() -> argparse.ArgumentParser:
     register_lab(subparsers)
     register_record(subparsers)
     register_data(subparsers)
+    register_jobfile(subparsers)
     return parser
-
-
-def run(job: Callable[[], int]) -> int:
-    """Run a job and turn what the user can mend into one short message and an exit code."""
-    try:
-        return job()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
-    except BrokenPipeError:
-        # Whoever read the output has seen enough. What is still buffered has nowhere to go when the interpreter exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return CLOSED_PIPE
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,6 +5,8 @@ from lockstep.errors import ConfigError
 from lockstep.megatron_lm.parser import parse_flags
 from tests.commands import FLAGS, TINY
 
+TRACE = ["--profile", "--use-pytorch-profiler", "--profile-step-start", "1"]
+
 
 def tiny(*more: str) -> ConfigContainer:
     return parse_flags([*TINY, *more])
@@ -81,11 +83,53 @@ def test_all_problems_come_back_at_once() -> None:
         (["--no-position-embedding"], "needs --position-embedding-type rope"),
         (["--rampup-batch-size", "2", "2"], "takes three numbers"),
         (["--rerun-mode", "report_stats"], "no rerun state machine"),
+        (["--recompute-granularity", "full", "--recompute-num-layers", "1"], "full needs model.recompute_method"),
+        (["--recompute-granularity", "full", "--recompute-method", "block"], "needs model.recompute_num_layers"),
+        (
+            ["--recompute-activations", "--recompute-method", "block"],
+            "= block is for model.recompute_granularity = full",
+        ),
+        (["--recompute-activations", "--recompute-num-layers", "1"], "= 1 is for model.recompute_granularity = full"),
+        (["--recompute-method", "uniform"], "= uniform is for model.recompute_granularity = full; drop it"),
+        (["--recompute-activations", "--recompute-num-layers", "0"], "give a value above 0"),
+        (["--recompute-activations", "--recompute-modules", "mlp", "moe"], "moe is part of a kind of model"),
+        (["--recompute-activations", "--recompute-modules", "attention"], "there is no module attention; use some of"),
+        (["--recompute-activations", "--recompute-modules"], "nothing would be recomputed"),
+        (["--recompute-modules", "mlp"], "no effect without model.recompute_granularity = selective"),
+        (["--distribute-saved-activations"], "spreading kept activations over ranks is not supported"),
+        (["--profile"], "Nsight Systems is not supported; add profiling.use_pytorch_profiler"),
+        (["--profile-step-end", "3"], "no effect without profiling.use_pytorch_profiler"),
+        (["--profile-ranks", "1"], "no effect without profiling.use_pytorch_profiler"),
+        ([*TRACE, "--profile-step-end", "1"], "--profile-step-end = 1 leaves no iteration to trace; give 2 or more"),
+        ([*TRACE, "--profile-step-start", "3", "--profile-step-end", "3"], "give 4 or more"),
+        ([*TRACE, "--profile-step-start", "-1"], "--profile-step-start = -1: give 0 or more"),
+        (["--profile", "--use-pytorch-profiler"], "start) = 10: the run ends with iteration 3; start earlier"),
+        ([*TRACE, "--profile-ranks", "0", "1"], "there is no rank 1; ranks are 0 to 0"),
+        ([*TRACE, "--skip-train"], "this run only evaluates"),
+        ([*TRACE, "--nvtx-ranges"], "only traces by PyTorch's profiler are supported"),
         (["--lr-warmup-fraction", "0.5", "--lr-warmup-iters", "1"], "excludes lr_warmup_iters"),
     ],
 )
 def test_each_problem_names_what_and_remedy(flags: list[str], part: str) -> None:
     assert part in problem(*flags)
+
+
+def test_recomputation_of_every_kind_is_taken() -> None:
+    full = tiny("--recompute-granularity", "full", "--recompute-method", "block", "--recompute-num-layers", "4")
+    assert resolve(full).model.recompute_modules is None
+    selective = resolve(tiny("--recompute-activations"))
+    assert (selective.model.recompute_granularity, selective.model.recompute_modules) == ("selective", ["core_attn"])
+    assert resolve(tiny("--recompute-modules", "core_attn")).model.recompute_granularity is None
+    chosen = tiny("--recompute-granularity", "selective", "--recompute-modules", "layernorm", "mlp")
+    assert resolve(chosen).model.recompute_modules == ["layernorm", "mlp"]
+    with pytest.raises(ConfigError, match="contradict each other"):
+        tiny("--recompute-activations", "--recompute-granularity", "full")
+
+
+def test_a_trace_is_asked_for_as_either_peer_does() -> None:
+    assert resolve(tiny(*TRACE, "--profile-step-end", "3", "--profile-ranks", "0")).profiling.profile_ranks == [0]
+    assert resolve(tiny(*TRACE[1:])).profiling.use_pytorch_profiler
+    assert resolve(tiny("--profile-ranks", "0")).profiling.profile_ranks == [0]
 
 
 def test_a_long_warmup_of_a_longer_schedule_is_fine() -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from lockstep.lab.cells import THIN_ROWS, number_pair, thin
 from lockstep.lab.compare import compare_paths
-from lockstep.lab.report import THIN_ROWS, as_json, number_pair, show, thin, write_report
+from lockstep.lab.report import as_json, show, write_report
 from tests.lab.synthetic import config, train_lines, write
 
 

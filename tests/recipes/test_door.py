@@ -5,8 +5,8 @@ import pytest
 from lockstep.config import all_fields, resolve
 from lockstep.errors import ConfigError
 from lockstep.megatron_lm.parser import parse_flags
+from lockstep.recipes.catalog import describe_recipes, get_recipe
 from lockstep.recipes.door import parse_recipe_args
-from lockstep.recipes.registry import describe_recipes, get_recipe
 from tests.commands import FLAGS, RECIPE
 
 VANILLA = ["--recipe", "vanilla_gpt_pretrain_config"]
@@ -60,6 +60,7 @@ def test_model_stem_and_convenience_options_yield_to_overrides() -> None:
         ("train.eval_iters=3", "validation.eval_iters", 3),
         ("scheduler.lr_warmup_init=0.0", "scheduler.lr_warmup_init", 0.0),
         ("optimizer.lr=null", "optimizer.lr", None),
+        ("model.recompute_modules=[mlp,layernorm]", "model.recompute_modules", ["mlp", "layernorm"]),
     ],
 )
 def test_overrides_follow_the_grammar(word: str, path: str, value: object) -> None:

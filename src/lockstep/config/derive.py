@@ -101,6 +101,11 @@ _RULES: tuple[tuple[str, _Rule, str], ...] = (
     ("model.ffn_hidden_size", _ffn_hidden_size, "model.hidden_size"),
     ("model.kv_channels", _kv_channels, "model.hidden_size // model.num_attention_heads"),
     ("model.max_position_embeddings", lambda c, _: c.model.seq_length, "model.seq_length"),
+    (
+        "model.recompute_modules",
+        lambda c, _: ["core_attn"] if c.model.recompute_granularity == "selective" else None,
+        "default of selective recomputation",
+    ),
     ("model.embedding_init_method_std", lambda c, _: c.model.init_method_std, "model.init_method_std"),
     ("train.global_batch_size", _global_batch_size, "train.micro_batch_size * data-parallel size"),
     ("train.train_iters", _train_iters, "train.train_samples // train.global_batch_size"),

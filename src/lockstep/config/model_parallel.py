@@ -147,19 +147,37 @@ class ModelExecution(Section):
         False, "--cpu-offloading-retain-pinned-cpu-buffers", refused="CPU offloading is not supported", effect="speed"
     )
     recompute_granularity: Literal["full", "selective"] | None = opt(
-        None, "--recompute-granularity", refused="activation recomputation is not supported yet", effect="speed"
+        None,
+        "--recompute-granularity",
+        help="Compute activations again in the backward pass instead of keeping them: whole layers, or the modules "
+        "that recompute_modules names.",
+        effect="speed",
     )
     recompute_method: Literal["uniform", "block"] | None = opt(
-        None, "--recompute-method", refused="activation recomputation is not supported yet", effect="speed"
+        None,
+        "--recompute-method",
+        help="With full granularity: uniform keeps the input of every chunk of recompute_num_layers layers; block "
+        "recomputes the first recompute_num_layers layers of a stage and keeps all of the others.",
+        effect="speed",
     )
     recompute_num_layers: int | None = opt(
-        None, "--recompute-num-layers", refused="activation recomputation is not supported yet", effect="speed"
+        None,
+        "--recompute-num-layers",
+        help="With full granularity: layers in a chunk (uniform), or layers that are recomputed (block).",
+        effect="speed",
     )
     distribute_saved_activations: bool = opt(
-        False, "--distribute-saved-activations", refused="activation recomputation is not supported yet", effect="speed"
+        False,
+        "--distribute-saved-activations",
+        refused="spreading kept activations over ranks is not supported",
+        effect="speed",
     )
     recompute_modules: list[str] | None = opt(
-        None, "--recompute-modules", refused="activation recomputation is not supported yet", effect="speed"
+        None,
+        "--recompute-modules",
+        help="With selective granularity: modules that are recomputed, of core_attn, mlp and layernorm; core_attn when "
+        "unset.",
+        effect="speed",
     )
     fp8_interval: int = opt(1, "--fp8-interval", refused="FP8 and FP4 are not supported yet")
     fp8_output_proj: bool = opt(False, "--fp8-output-proj", refused="FP8 and FP4 are not supported yet")

@@ -351,30 +351,50 @@ class ProfilingConfig(Section):
 
     section_name: ClassVar[str] = "profiling"
 
-    use_nsys_profiler: bool = opt(False, "--profile", refused="profiling is not supported yet", effect="log")
-    profile_step_start: int = opt(10, "--profile-step-start", refused="profiling is not supported yet", effect="log")
-    profile_step_end: int = opt(12, "--profile-step-end", refused="profiling is not supported yet", effect="log")
+    use_nsys_profiler: bool = opt(
+        False,
+        "--profile",
+        help="Profile; only by PyTorch's profiler, with use_pytorch_profiler. Nsight Systems is not supported.",
+        effect="log",
+    )
+    profile_step_start: int = opt(10, "--profile-step-start", help="First iteration that is traced.", effect="log")
+    profile_step_end: int = opt(
+        12, "--profile-step-end", help="First iteration that is not traced any more.", effect="log"
+    )
     use_pytorch_profiler: bool = opt(
-        False, "--use-pytorch-profiler", refused="profiling is not supported yet", effect="log"
+        False,
+        "--use-pytorch-profiler",
+        help="Trace iterations by PyTorch's profiler into torch_profile/ of the run directory.",
+        effect="log",
     )
     pytorch_profiler_collect_shapes: bool = opt(
-        False, "--pytorch-profiler-collect-shapes", refused="profiling is not supported yet", effect="log"
+        False, "--pytorch-profiler-collect-shapes", help="Trace the shapes of tensors too.", effect="log"
     )
     pytorch_profiler_collect_callstack: bool = opt(
-        False, "--pytorch-profiler-collect-callstack", refused="profiling is not supported yet", effect="log"
+        False, "--pytorch-profiler-collect-callstack", help="Trace the Python call stack too.", effect="log"
     )
     pytorch_profiler_collect_chakra: bool = opt(
-        False, "--pytorch-profiler-collect-chakra", refused="profiling is not supported yet", effect="log"
+        False,
+        "--pytorch-profiler-collect-chakra",
+        refused="only traces by PyTorch's profiler are supported",
+        effect="log",
     )
-    profile_ranks: list[int] = opt([], "--profile-ranks", refused="profiling is not supported yet", effect="log")
+    profile_ranks: list[int] = opt([], "--profile-ranks", help="Ranks that are traced; all when empty.", effect="log")
     record_memory_history: bool = opt(
-        False, "--record-memory-history", refused="profiling is not supported yet", effect="log"
+        False, "--record-memory-history", refused="only traces by PyTorch's profiler are supported", effect="log"
     )
     memory_snapshot_path: str = opt(
-        "snapshot.pickle", "--memory-snapshot-path", refused="profiling is not supported yet", effect="log"
+        "snapshot.pickle",
+        "--memory-snapshot-path",
+        refused="only traces by PyTorch's profiler are supported",
+        effect="log",
     )
-    record_shapes: bool = opt(False, "--record-shapes", refused="profiling is not supported yet", effect="log")
-    nvtx_ranges: bool = opt(False, "--nvtx-ranges", refused="profiling is not supported yet", effect="log")
+    record_shapes: bool = opt(
+        False, "--record-shapes", refused="only traces by PyTorch's profiler are supported", effect="log"
+    )
+    nvtx_ranges: bool = opt(
+        False, "--nvtx-ranges", refused="only traces by PyTorch's profiler are supported", effect="log"
+    )
 
 
 @dataclass(kw_only=True)

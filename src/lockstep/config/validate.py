@@ -12,8 +12,21 @@ from lockstep.config.section import Origin
 def problems(config: ConfigContainer, world_size: int = 1) -> list[str]:
     """Return one sentence with its remedy for everything wrong with a resolved tree; empty when it can run."""
     found: list[str] = []
-    for check in (_refused, _required, _ranges, _model, _batches, _length, _schedule, _precision, _data, _checkpoint):
+    for check in (
+        _refused,
+        _required,
+        _ranges,
+        _model,
+        _recomputation,
+        _batches,
+        _length,
+        _schedule,
+        _precision,
+        _data,
+        _checkpoint,
+    ):
         found.extend(check(config))
+    found.extend(_profiling(config, world_size))
     if world_size != 1:
         found.append(f"{world_size} processes were started, but one process trains for now; use --nproc_per_node=1")
     return found
@@ -67,6 +80,7 @@ _POSITIVE = (
     "model.max_position_embeddings",
     "model.vocab_size",
     "model.make_vocab_size_divisible_by",
+    "model.recompute_num_layers",
     "model.rotary_base",
     "train.micro_batch_size",
     "train.global_batch_size",
@@ -159,6 +173,52 @@ def _model(c: ConfigContainer) -> Iterator[str]:
         )
     if m.transformer_impl == "inference_optimized":
         yield f"{_name(c, 'model.transformer_impl')} = inference_optimized: Lockstep trains; use local"
+
+
+_RECOMPUTED_MODULES = ("core_attn", "mlp", "layernorm")
+# Megatron-LM has these too, for kinds of layers that Lockstep does not have.
+_FOREIGN_MODULES = (
+    "moe_act",
+    "mla_up_proj",
+    "moe",
+    "shared_experts",
+    "gdn_norm_out",
+    "gdp_in_proj",
+    "gdp_qkv",
+    "mhc",
+)
+
+
+def _recomputation(c: ConfigContainer) -> Iterator[str]:
+    m = c.model
+    granularity, modules = _name(c, "model.recompute_granularity"), _name(c, "model.recompute_modules")
+    if m.recompute_granularity == "full":
+        if m.recompute_method is None:
+            yield f"{granularity} = full needs {_name(c, 'model.recompute_method')}: uniform or block"
+        if m.recompute_num_layers is None:
+            yield (
+                f"{granularity} = full needs {_name(c, 'model.recompute_num_layers')}: from 1 to the number of layers"
+            )
+    else:
+        for path in ("model.recompute_method", "model.recompute_num_layers"):
+            if c.get(path) is not None:
+                yield f"{_name(c, path)} = {c.get(path)} is for model.recompute_granularity = full; drop it"
+    if m.recompute_granularity == "selective":
+        yield from _recomputed_modules(m.recompute_modules or [], modules)
+    # Megatron-LM fills in core_attn even where nothing is recomputed, and its saved settings say so.
+    elif m.recompute_modules not in (None, ["core_attn"]):
+        yield f"{modules} has no effect without model.recompute_granularity = selective; add that or drop this"
+
+
+def _recomputed_modules(given: list[str], name: str) -> Iterator[str]:
+    known = ", ".join(_RECOMPUTED_MODULES)
+    if not given:
+        yield f"{name} is empty, so nothing would be recomputed; name some of {known}"
+    for module in given:
+        if module in _FOREIGN_MODULES:
+            yield f"{name}: {module} is part of a kind of model that is not supported yet; use some of {known}"
+        elif module not in _RECOMPUTED_MODULES:
+            yield f"{name}: there is no module {module}; use some of {known}"
 
 
 def _batches(c: ConfigContainer) -> Iterator[str]:
@@ -304,3 +364,39 @@ def _checkpoint(c: ConfigContainer) -> Iterator[str]:
         yield f"{_name(c, 'checkpoint.most_recent_k')} = {k.most_recent_k}: give 1 or more, or -1 to keep all"
     if s.override_opt_param_scheduler and s.use_checkpoint_opt_param_scheduler:
         yield "--override-opt_param-scheduler and --use-checkpoint-opt_param-scheduler exclude each other; drop one"
+
+
+_TRACE_OPTIONS = (
+    "profiling.profile_step_start",
+    "profiling.profile_step_end",
+    "profiling.pytorch_profiler_collect_shapes",
+    "profiling.pytorch_profiler_collect_callstack",
+)
+
+
+def _profiling(c: ConfigContainer, world_size: int) -> Iterator[str]:
+    p, switch = c.profiling, "profiling.use_pytorch_profiler (--use-pytorch-profiler)"
+    if not p.use_pytorch_profiler:
+        if p.use_nsys_profiler:
+            yield f"{_name(c, 'profiling.use_nsys_profiler')}: Nsight Systems is not supported; add {switch}"
+        for path in _TRACE_OPTIONS:
+            section, _, name = path.partition(".")
+            if not p.use_nsys_profiler and c.get(path) != c.section(section).fields()[name].default:
+                yield f"{_name(c, path)} has no effect without {switch}; add that or drop this one"
+        # Megatron Bridge's default is [0], and its saved settings say so.
+        if not p.use_nsys_profiler and p.profile_ranks not in ([], [0]):
+            yield f"{_name(c, 'profiling.profile_ranks')} has no effect without {switch}; add that or drop this one"
+        return
+    start, end = _name(c, "profiling.profile_step_start"), _name(c, "profiling.profile_step_end")
+    if p.profile_step_start < 0:
+        yield f"{start} = {p.profile_step_start}: give 0 or more"
+    least = max(p.profile_step_start, 1) + 1
+    if p.profile_step_end < least:
+        yield f"{end} = {p.profile_step_end} leaves no iteration to trace; give {least} or more"
+    if c.train.train_iters is not None and p.profile_step_start > c.train.train_iters:
+        yield f"{start} = {p.profile_step_start}: the run ends with iteration {c.train.train_iters}; start earlier"
+    if c.validation.skip_train:
+        yield f"{_name(c, 'profiling.use_pytorch_profiler')} traces training iterations, and this run only evaluates"
+    for rank in p.profile_ranks:
+        if not 0 <= rank < world_size:
+            yield f"{_name(c, 'profiling.profile_ranks')}: there is no rank {rank}; ranks are 0 to {world_size - 1}"

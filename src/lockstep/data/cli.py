@@ -140,7 +140,7 @@ def run_verify(args: argparse.Namespace) -> int:
 
 def preprocess_main(argv: Sequence[str] | None = None) -> int:
     """Run ``prepare`` with exactly the flags of Megatron-LM's preprocess_data.py; returns the exit code."""
-    from lockstep.cli import run
+    from lockstep.guard import run
 
     parser = argparse.ArgumentParser(description="Tokenize JSON lines into .bin/.idx files.", allow_abbrev=False)
     add_prepare_arguments(parser, positional_input=False)

@@ -230,11 +230,11 @@ def _check_not_empty(
     seq_length: int,
 ) -> None:
     total = len(source.sequence_lengths)
-    wanted = "one pass over it" if num_samples is None else f"{num_samples} sample(s)"
+    wanted = "one pass over it is" if num_samples is None else f"{num_samples} sample(s) are"
     remedy = f"give it a larger share (--split), more documents, or ask for no {split} samples"
     if not len(documents):
         raise UserError(
-            f"the {split} split of {source.name} has no documents (0 of {total}), but {wanted} is asked for; {remedy}"
+            f"the {split} split of {source.name} has no documents (0 of {total}), but {wanted} asked for; {remedy}"
         )
     too_few = tokens < seq_length + 1 if num_samples is None else tokens < 2
     if too_few:

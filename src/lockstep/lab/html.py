@@ -4,9 +4,9 @@ import base64
 from collections.abc import Iterable, Sequence
 from html import escape
 
+from lockstep.lab.cells import ROW_HEADINGS, difference_text, number_pair, row_cells, spell, thin
 from lockstep.lab.compare import Comparison
 from lockstep.lab.numbers import evaluation_name
-from lockstep.lab.report import ROW_HEADINGS, difference_text, number_pair, row_cells, spell, thin
 from lockstep.lab.side import Side
 
 _STYLE = """

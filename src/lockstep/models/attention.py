@@ -16,6 +16,7 @@ from lockstep.models.layers import Linear, required
 from lockstep.models.norms import Norm
 from lockstep.models.ops import matmul_mode
 from lockstep.models.positions import rotate
+from lockstep.models.recompute import recomputed, recomputes
 
 # What Megatron-LM writes over scores that must not be attended to; its exponential is zero in every dtype.
 _MASKED_SCORE = -10000.0
@@ -44,6 +45,7 @@ class SelfAttention(nn.Module):
         self.interleaved = config.rotary_interleaved
         self.dropout_probability = config.attention_dropout
         self.softmax_in_fp32 = config.attention_softmax_in_fp32
+        self.recompute_core = recomputes(config, "core_attn")
         width = self.heads * self.head_dim
         qkv_width = width + 2 * self.groups * self.head_dim
         qkv_bias = config.add_bias_linear or config.add_qkv_bias
@@ -57,13 +59,22 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor | None]:
         """Return the output [b, s, h] for x [b, s, h], and its bias [h], not yet added."""
-        batch, length = x.shape[:2]
         query, key, value = (self._as_matrices(part) for part in self._query_key_value(x, context.cos_sin))
+        batch, length = x.shape[0], query.shape[1]
+        if self.recompute_core and self.training:
+            result = recomputed(self._core, query, key, value, context, streams=context.streams)
+        else:
+            result = self._core(query, key, value, context)
+        result = result.view(batch, self.heads, length, self.head_dim).transpose(1, 2).flatten(2)
+        return self.linear_proj.product(result), self.linear_proj.bias
+
+    def _core(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
+        """Return what the heads attend to, [m, s, d] as query, key and value; draws the dropout mask."""
         dropped = None
         if self.training and context.streams is not None and self.dropout_probability > 0:
-            shape = (batch * self.heads, length, length)
+            shape = (query.shape[0], query.shape[1], key.shape[1])
             dropped = context.streams.dropped("attention", shape, self.dropout_probability)
-        result = core_attention(
+        return core_attention(
             query,
             key,
             value,
@@ -72,8 +83,6 @@ class SelfAttention(nn.Module):
             dropout_probability=self.dropout_probability,
             softmax_in_fp32=self.softmax_in_fp32,
         )
-        result = result.view(batch, self.heads, length, self.head_dim).transpose(1, 2).flatten(2)
-        return self.linear_proj.product(result), self.linear_proj.bias
 
     def _query_key_value(self, x: Tensor, cos_sin: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return query, key and value, each [b, s, n, d].

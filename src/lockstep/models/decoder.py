@@ -5,6 +5,8 @@ Parameters have the names Megatron-core gives them in its local implementation.
 Shape legend: b batch, s sequence, h hidden, v vocabulary (padded).
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +19,9 @@ from lockstep.models.mlp import MLP
 from lockstep.models.norms import Norm
 from lockstep.models.ops import embedding, linear
 from lockstep.models.positions import rotary_cos_sin
+from lockstep.models.recompute import rebuilt_for_backward, recomputed, recomputed_chunks, recomputes
+
+_Block = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
 
 class GPTModel(nn.Module):
@@ -106,15 +111,24 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device):
         super().__init__()
+        self.config = config
         layers = range(required(config.num_layers))
         self.layers = nn.ModuleList(Layer(config, dtype=dtype, device=device) for _ in layers)
         self.final_layernorm = Norm(config, required(config.hidden_size), dtype=dtype, device=device)
 
     def forward(self, hidden: Tensor, context: AttentionContext) -> Tensor:
         """Return the normalised hidden states [b, s, h]."""
-        for layer in self.layers:
-            hidden = layer(hidden, context)
+        for chunk, again in recomputed_chunks(self.config, len(self.layers)):
+            if again and self.training:
+                hidden = recomputed(self._through, chunk, hidden, context, streams=context.streams)
+            else:
+                hidden = self._through(chunk, hidden, context)
         return self.final_layernorm(hidden)
+
+    def _through(self, chunk: range, hidden: Tensor, context: AttentionContext) -> Tensor:
+        for index in chunk:
+            hidden = self.layers[index](hidden, context)
+        return hidden
 
 
 class Layer(nn.Module):
@@ -129,15 +143,41 @@ class Layer(nn.Module):
         self.self_attention = SelfAttention(config, dtype=dtype, device=device)
         self.pre_mlp_layernorm = Norm(config, hidden, dtype=dtype, device=device)
         self.mlp = MLP(config, dtype=dtype, device=device)
+        self.recompute_norms = recomputes(config, "layernorm")
+        self.recompute_mlp = recomputes(config, "mlp")
 
     def forward(self, hidden: Tensor, context: AttentionContext) -> Tensor:
         """Return the residual stream [b, s, h] after this layer."""
-        normalised = self.input_layernorm(hidden)
-        output, bias = self.self_attention(normalised, context)
+        output, bias, normalised = self._normalised_and(
+            lambda x: self.self_attention(x, context), self.input_layernorm, hidden
+        )
         hidden = self._added(output, bias, hidden, normalised, context.streams)
-        normalised = self.pre_mlp_layernorm(hidden)
-        output, bias = self.mlp(normalised)
+        if self.recompute_mlp and self.training:
+            output, bias, normalised = self._recomputed_mlp(hidden)
+        else:
+            output, bias, normalised = self._normalised_and(self.mlp, self.pre_mlp_layernorm, hidden)
         return self._added(output, bias, hidden, normalised, context.streams)
+
+    def _normalised_and(self, block: _Block, norm: Norm, hidden: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Return a block's output [b, s, h] and bias for the norm of hidden [b, s, h], and that norm."""
+        if not (self.recompute_norms and self.training):
+            normalised = norm(hidden)
+            return *block(normalised), normalised
+        normalised = recomputed(norm, hidden)
+        with rebuilt_for_backward(normalised, lambda: norm(hidden)):
+            return *block(normalised), normalised
+
+    def _recomputed_mlp(self, hidden: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Return the same for the MLP, which keeps its input only, or the input of its norm if that is not kept."""
+
+        def both(x: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+            normalised = self.pre_mlp_layernorm(x)
+            return *self.mlp(normalised), normalised
+
+        if self.recompute_norms:
+            return recomputed(both, hidden)
+        normalised = self.pre_mlp_layernorm(hidden)
+        return *recomputed(self.mlp, normalised), normalised
 
     def _added(
         self, output: Tensor, bias: Tensor | None, stream: Tensor, normalised: Tensor, streams: DropoutStreams | None

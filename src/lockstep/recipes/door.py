@@ -9,8 +9,8 @@ from lockstep.config import ConfigContainer, Origin, all_fields, canonical
 from lockstep.config.fields import coerce, describe, members
 from lockstep.errors import ConfigError, nearest
 from lockstep.launch import launch
+from lockstep.recipes.catalog import get_recipe
 from lockstep.recipes.overrides import apply_overrides, apply_yaml
-from lockstep.recipes.registry import get_recipe
 
 _CONVENIENCE: dict[str, tuple[tuple[str, ...], str]] = {
     "max_steps": (("-ms", "--max_steps"), "train.train_iters"),

@@ -5,7 +5,7 @@ from typing import Any
 
 from lockstep.config import ConfigContainer
 from lockstep.config.derive import interpolate
-from lockstep.recipes.registry import get_recipe
+from lockstep.recipes.catalog import get_recipe
 
 _PLAIN = re.compile(r"[A-Za-z_/.][A-Za-z0-9_/.@%+-]*")
 _WORDS_OF_THE_GRAMMAR = {"true", "false", "null", "nan", "inf"}

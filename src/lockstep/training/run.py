@@ -27,6 +27,7 @@ from lockstep.training.exits import ExitRule, ExitSignal
 from lockstep.training.hooks import CacheHook, FiniteCheck, GarbageHook, Hook, Progress, RecordHook, RunInfo
 from lockstep.training.loop import run_evaluation, train
 from lockstep.training.precision import params_dtype
+from lockstep.training.profiling import ProfileHook
 from lockstep.training.result import Command, RunResult, RunStatus
 from lockstep.training.setup import Parts, build
 from lockstep.training.trackers import build_trackers
@@ -138,6 +139,8 @@ def _build_hooks(config: ConfigContainer, device: torch.device, name: str, write
         hooks.append(CacheHook(config.train.empty_unused_memory_level))
     if config.train.manual_gc:
         hooks.append(GarbageHook(config.train.manual_gc_interval, config.train.manual_gc_eval))
+    if config.profiling.use_pytorch_profiler:
+        hooks.append(ProfileHook(config.profiling))
     return hooks
 
 

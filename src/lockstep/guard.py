@@ -1,0 +1,27 @@
+"""The outermost call of every command: errors of the user become one message and an exit code."""
+
+import os
+import sys
+from collections.abc import Callable
+
+from lockstep.errors import UserError
+
+USER_ERROR = 2
+INTERRUPTED = 130
+CLOSED_PIPE = 141
+
+
+def run(job: Callable[[], int]) -> int:
+    """Run a job and turn what the user can mend into one short message and an exit code."""
+    try:
+        return job()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except BrokenPipeError:
+        # Whoever read the output has seen enough. What is still buffered has nowhere to go when the interpreter exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED_PIPE
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED

@@ -1,0 +1,1 @@
+"""Job files for cluster schedulers: written and printed here, submitted by their user."""

@@ -1,0 +1,91 @@
+"""Traces: which iterations they hold, and that nothing else changes."""
+
+import gzip
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import record_function
+
+from lockstep.config import ConfigContainer
+from lockstep.config.output import ProfilingConfig
+from lockstep.training import Command, run
+from lockstep.training.profiling import ProfileHook
+
+
+def names_in(file: Path) -> list[str]:
+    with gzip.open(file, "rt", encoding="utf-8") as stream:
+        return [event["name"] for event in json.load(stream)["traceEvents"] if "name" in event]
+
+
+def traced(folder: Path, config: ProfilingConfig, iterations: range, ends: str = "on_finish") -> list[int]:
+    """Return which of the iterations a hook traced."""
+    hook, anything = ProfileHook(config), SimpleNamespace(run_dir=folder)
+    hook.on_start(anything)  # type: ignore[arg-type]
+    for iteration in iterations:
+        hook.before_step(iteration)
+        with record_function(f"iteration {iteration}"):
+            torch.ones(2).sum()
+        hook.after_step(SimpleNamespace(iteration=iteration))  # type: ignore[arg-type]
+    getattr(hook, ends)(None)
+    file = folder / "torch_profile" / "rank-0.json.gz"
+    if not file.exists():
+        return []
+    found = {name for name in names_in(file) if name.startswith("iteration ")}
+    return sorted(int(name.split()[1]) for name in found)
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "iterations", "expected"),
+    [
+        (3, 5, range(1, 8), [3, 4]),
+        (1, 3, range(1, 5), [1, 2]),
+        (0, 2, range(1, 5), [1]),
+        (2, 9, range(1, 4), [2, 3]),
+        (3, 6, range(5, 9), [5]),
+        (3, 6, range(6, 9), []),
+        (5, 6, range(1, 5), []),
+    ],
+)
+def test_the_iterations_of_the_span_are_traced(
+    start: int, end: int, iterations: range, expected: list[int], tmp_path: Path
+) -> None:
+    config = ProfilingConfig(use_pytorch_profiler=True, profile_step_start=start, profile_step_end=end)
+    assert traced(tmp_path, config, iterations) == expected
+
+
+def test_a_failed_run_leaves_what_it_traced_and_other_ranks_nothing(tmp_path: Path) -> None:
+    config = ProfilingConfig(use_pytorch_profiler=True, profile_step_start=2, profile_step_end=9)
+    assert traced(tmp_path / "a", config, range(1, 4), ends="on_failure") == [2, 3]
+    config.profile_ranks = [1]
+    assert traced(tmp_path / "b", config, range(1, 4)) == []
+
+
+def test_a_run_with_a_trace_is_the_run_without(configure: Any, tmp_path: Path, capsys: Any) -> None:
+    def losses(name: str, changes: dict[str, Any]) -> list[float]:
+        config: ConfigContainer = configure({"validation.eval_iters": 0, **changes})
+        config.run.dir = str(tmp_path / name)
+        run(config, door="python", command=Command([]), name="tiny")
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line)["lm_loss"] for line in lines]
+
+    profiling = {
+        "profiling.use_pytorch_profiler": True,
+        "profiling.profile_step_start": 2,
+        "profiling.profile_step_end": 4,
+        "profiling.pytorch_profiler_collect_shapes": True,
+    }
+    assert losses("plain", {}) == losses("traced", profiling)
+    assert not (tmp_path / "plain" / "torch_profile").exists()
+    names = names_in(tmp_path / "traced" / "torch_profile" / "rank-0.json.gz")
+    assert "aten::mm" in names
+    assert sorted(name for name in set(names) if name.startswith("ProfilerStep#")) == [
+        "ProfilerStep#1",
+        "ProfilerStep#2",
+    ]
+    with gzip.open(tmp_path / "traced" / "torch_profile" / "rank-0.json.gz", "rt") as stream:
+        assert "Input Dims" in stream.read()
+    assert "profile written: torch_profile/rank-0.json.gz" in capsys.readouterr().out
