@@ -7,7 +7,7 @@ STAMP := $(VENV)/.set-up
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-all check format docs benchmark clean
+.PHONY: help setup demo test test-slow test-all check format docs benchmark sweep clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -48,6 +48,9 @@ docs: setup ## write the generated reference pages
 
 benchmark: setup ## time training steps against Hugging Face GPT-2 of the same shape
 	$(BIN)/python benchmarks/vs_hf_gpt2.py
+
+sweep: setup ## train a tiny model in every layout and compare with one process, in float64
+	$(BIN)/python -m tests.parallel.sweep --write docs/layouts.md
 
 clean: ## remove the environment and caches; runs stay
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist

@@ -29,9 +29,10 @@ def launch(
     Raises:
         UserError: the tree cannot run, or the run met data it cannot use.
     """
-    resolved = resolve(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    resolved = resolve(config, world_size=int(os.environ.get("WORLD_SIZE") or 1))
     if print_only:
-        print(format_tree(resolved))
+        if os.environ.get("RANK", "0") == "0":
+            print(format_tree(resolved))
         return 0
     from lockstep.training import Command, run
 

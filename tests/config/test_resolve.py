@@ -69,7 +69,9 @@ def test_all_problems_come_back_at_once() -> None:
         (["--max-position-embeddings", "4"], "is below --seq-length = 8"),
         (["--num-attention-heads", "0"], "give a value above 0"),
         (["--hidden-dropout", "1.5"], "up to, but not including, 1"),
-        (["--tensor-model-parallel-size", "2"], "--tensor-model-parallel-size = 2: layouts beyond one process"),
+        (["--tensor-model-parallel-size", "2"], "1 processes are not a multiple of --tensor-model-parallel-size = 2"),
+        (["--pipeline-model-parallel-size", "2"], "--pipeline-model-parallel-size = 2: pipeline parallelism"),
+        (["--context-parallel-size", "2"], "--context-parallel-size = 2: context parallelism"),
         (["--save", "x"], "--save needs checkpoint.save_interval (--save-interval)"),
         (["--use-checkpoint-args"], "settings are not taken from a checkpoint yet"),
         (["--attention-backend", "flash"], "fused attention is not supported yet"),
@@ -137,9 +139,51 @@ def test_a_long_warmup_of_a_longer_schedule_is_fine() -> None:
     assert config.scheduler.lr_warmup_iters == 500
 
 
-def test_more_than_one_process_is_refused() -> None:
-    with pytest.raises(ConfigError, match="2 processes were started"):
-        resolve(tiny(), world_size=2)
+@pytest.mark.parametrize(
+    ("processes", "flags", "part"),
+    [
+        (
+            3,
+            ["--tensor-model-parallel-size", "2"],
+            "3 processes are not a multiple of --tensor-model-parallel-size = 2",
+        ),
+        (4, ["--tensor-model-parallel-size", "4"], "--num-attention-heads = 2 is not divisible by"),
+        (
+            2,
+            ["--tensor-model-parallel-size", "2", "--ffn-hidden-size", "33"],
+            "--ffn-hidden-size = 33 is not divisible",
+        ),
+        (
+            2,
+            ["--tensor-model-parallel-size", "2", "--group-query-attention", "--num-query-groups", "1"],
+            "--num-query-groups = 1 is not divisible by --tensor-model-parallel-size = 2",
+        ),
+        (
+            2,
+            ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--seq-length", "7"],
+            "--seq-length = 7 is not divisible by --tensor-model-parallel-size = 2",
+        ),
+        (4, ["--global-batch-size", "4"], "micro-batch size 2 times 4 data-parallel processes; use a multiple of 8"),
+        (2, ["--data-parallel-random-init"], "--data-parallel-random-init is supported with one process only"),
+    ],
+)
+def test_a_layout_that_cannot_be_is_one_short_error(processes: int, flags: list[str], part: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve(tiny(*flags), world_size=processes)
+    assert part in str(caught.value)
+
+
+def test_the_batch_follows_the_data_parallel_size() -> None:
+    flags = [word for word in TINY if word != "--global-batch-size" and word != "4"]
+    config = parse_flags([*flags, "--tensor-model-parallel-size", "2"])
+    config.train.global_batch_size = None
+    assert resolve(config, world_size=4).train.global_batch_size == 2 * config.train.micro_batch_size  # type: ignore[operator]
+
+
+def test_sequence_parallel_is_off_without_tensor_parallel() -> None:
+    config = resolve(tiny("--sequence-parallel"), world_size=2)
+    assert not config.model.sequence_parallel
+    assert config.origin("model.sequence_parallel").kind == "derived"
 
 
 def test_missing_values_are_listed_with_key_and_flag() -> None:

@@ -4,8 +4,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lockstep.cli import USER_ERROR, main
+from lockstep.cli import main
 from lockstep.errors import UserError
+from lockstep.guard import USER_ERROR
 from lockstep.jobfile.job import seconds_of
 from tests.commands import RECIPE, TINY
 

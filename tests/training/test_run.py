@@ -199,9 +199,9 @@ def test_a_taken_directory_is_refused(configure, tmp_path) -> None:
     assert _facts(tmp_path / "run") == before
 
 
-def test_several_processes_are_refused(configure, tmp_path, monkeypatch) -> None:
+def test_several_processes_without_a_meeting_point_are_refused(configure, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="one process trains for now"):
+    with pytest.raises(UserError, match="RANK is not set; start with torchrun"):
         _run(configure(), tmp_path / "run")
 
 
@@ -256,7 +256,7 @@ def test_tensorboard_tags(configure, tmp_path) -> None:
 def test_data_that_runs_out_is_one_message(configure, tmp_path, monkeypatch) -> None:
     from lockstep.training import setup
 
-    monkeypatch.setattr(setup, "sample_order", lambda kind, total, micro, consumed: iter([[0, 1], [2, 3]]))
+    monkeypatch.setattr(setup, "sample_order", lambda *_: iter([[0, 1], [2, 3]]))
     with pytest.raises(UserError, match=r"the train split ended after 4 samples of the \d+ it has"):
         _run(configure(), tmp_path / "run")
     assert _facts(tmp_path / "run")["status"] == "failed"

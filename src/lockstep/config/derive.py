@@ -39,6 +39,8 @@ def derive(config: ConfigContainer, world_size: int = 1) -> None:
         config.set("model.add_qkv_bias", True, Origin("derived", "model.add_bias_linear"))
     if config.dataset.mock and config.dataset.split != MOCK_SPLIT:
         config.set("dataset.split", MOCK_SPLIT, Origin("derived", "mock data is always split so"))
+    if config.model.sequence_parallel and config.model.tensor_model_parallel_size == 1:
+        config.set("model.sequence_parallel", False, Origin("derived", "one tensor-parallel process"))
     if config.mixed_precision.fp16 and config.mixed_precision.loss_scale is None:
         config.set("rerun_state_machine.check_for_nan_in_loss", False, Origin("derived", "dynamic loss scale"))
 
@@ -77,7 +79,8 @@ def _kv_channels(c: ConfigContainer, _: int) -> int | None:
 def _global_batch_size(c: ConfigContainer, world_size: int) -> int | None:
     if c.train.step_batch_size_schedule is not None:
         return None
-    return c.train.micro_batch_size * world_size if c.train.micro_batch_size else None
+    model_parallel = max(1, c.model.tensor_model_parallel_size)
+    return c.train.micro_batch_size * max(1, world_size // model_parallel) if c.train.micro_batch_size else None
 
 
 def _train_iters(c: ConfigContainer, _: int) -> int | None:

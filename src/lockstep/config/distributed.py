@@ -24,60 +24,68 @@ class DDPConfig(Section):
     overlap_grad_reduce: bool = opt(
         False,
         "--overlap-grad-reduce",
-        holds="one process trains, so there is nothing to exchange or shard",
+        holds="Lockstep reduces all gradients at once after the last backward pass; when does not change the sums",
         effect="speed",
     )
     num_buckets: int | None = opt(
-        None, "--ddp-num-buckets", holds="one process trains, so there is nothing to exchange or shard", effect="speed"
+        None,
+        "--ddp-num-buckets",
+        holds="Lockstep reduces all gradients at once after the last backward pass; when does not change the sums",
+        effect="speed",
     )
     bucket_size: int | None = opt(
-        None, "--ddp-bucket-size", holds="one process trains, so there is nothing to exchange or shard", effect="speed"
+        None,
+        "--ddp-bucket-size",
+        holds="Lockstep reduces all gradients at once after the last backward pass; when does not change the sums",
+        effect="speed",
     )
     pad_buckets_for_high_nccl_busbw: bool = opt(
         False,
         "--ddp-pad-buckets-for-high-nccl-busbw",
-        holds="one process trains, so there is nothing to exchange or shard",
+        holds="Lockstep reduces all gradients at once after the last backward pass; when does not change the sums",
         effect="speed",
     )
     reduce_scatter_with_fp32_accumulation: bool = opt(
-        False, "--ddp-reduce-scatter-with-fp32-accumulation", refused="layouts beyond one process are not supported yet"
+        False,
+        "--ddp-reduce-scatter-with-fp32-accumulation",
+        refused="this option of data parallelism is not supported yet",
     )
     param_name_patterns_for_fp32_local_accumulation: list[str] = opt(
         [],
         "--ddp-param-name-patterns-for-fp32-local-accumulation",
-        refused="layouts beyond one process are not supported yet",
+        refused="this option of data parallelism is not supported yet",
     )
     average_in_collective: bool = opt(
         False,
         "--ddp-average-in-collective",
-        holds="one process trains, so there is nothing to exchange or shard",
+        holds="losses are divided by global counts before the backward pass, so the reduction is a sum",
         effect="speed",
     )
     overlap_param_gather: bool = opt(
         False,
         "--overlap-param-gather",
-        holds="one process trains, so there is nothing to exchange or shard",
+        holds="updated weights are gathered at once after the update; when does not change them",
         effect="speed",
     )
     align_param_gather: bool = opt(
         True,
         "--no-align-param-gather",
         negated=True,
-        holds="one process trains, so there is nothing to exchange or shard",
+        holds="updated weights are gathered at once after the update; when does not change them",
         effect="speed",
     )
     use_distributed_optimizer: bool = opt(
         False,
         "--use-distributed-optimizer",
-        holds="one process trains, so there is nothing to exchange or shard",
+        help="Share main weights and optimizer state out to the data-parallel processes.",
         effect="speed",
     )
-    nccl_ub: bool = opt(False, "--use-nccl-ub", refused="layouts beyond one process are not supported yet")
+    nccl_ub: bool = opt(False, "--use-nccl-ub", refused="this option of data parallelism is not supported yet")
     disable_symmetric_registration: bool = opt(
-        False, "--disable-symmetric-registration", refused="layouts beyond one process are not supported yet"
+        False, "--disable-symmetric-registration", refused="this option of data parallelism is not supported yet"
     )
     create_all_gather_group: bool = opt(
-        False, "--create-all-gather-group", refused="layouts beyond one process are not supported yet"
+        False, "--create-all-gather-group", refused="this option of data parallelism is not supported yet"
     )
     data_parallel_sharding_strategy: Literal["no_shard", "optim", "optim_grads", "optim_grads_params"] = opt(
         "optim_grads_params",
@@ -95,11 +103,11 @@ class DDPConfig(Section):
         True,
         "--no-gradient-reduce-div-fusion",
         negated=True,
-        holds="one process trains, so there is nothing to exchange or shard",
+        holds="losses are divided by global counts before the backward pass, so the reduction is a sum",
         effect="speed",
     )
     suggested_communication_unit_size: int | None = opt(
-        None, "--suggested-communication-unit-size", refused="layouts beyond one process are not supported yet"
+        None, "--suggested-communication-unit-size", refused="this option of data parallelism is not supported yet"
     )
     keep_fp8_transpose_cache: bool = opt(
         False, "--keep-fp8-transpose-cache", refused="FP8 and FP4 are not supported yet"
@@ -108,7 +116,7 @@ class DDPConfig(Section):
         False, "--enable-full-sharding-in-hsdp", refused="sharded data parallelism is not supported yet", effect="speed"
     )
     num_distributed_optimizer_instances: int = opt(
-        1, "--num-distributed-optimizer-instances", refused="layouts beyond one process are not supported yet"
+        1, "--num-distributed-optimizer-instances", refused="this option of data parallelism is not supported yet"
     )
     torch_fsdp2_reshard_after_forward: bool = opt(
         True,
@@ -128,13 +136,13 @@ class DistributedConfig(Section):
     distributed_backend: Literal["nccl", "gloo"] = opt(
         "nccl",
         "--distributed-backend",
-        holds="one process trains, so there is nothing to exchange or shard",
+        help="nccl with GPUs, which refuse gloo; CPUs use gloo whatever is given.",
         effect="speed",
     )
     distributed_timeout_minutes: int = opt(
         10,
         "--distributed-timeout-minutes",
-        holds="one process trains, so there is nothing to exchange or shard",
+        help="Minutes after which a collective that does not end fails.",
         effect="speed",
     )
     align_grad_reduce: bool = opt(
@@ -142,7 +150,7 @@ class DistributedConfig(Section):
         "--no-align-grad-reduce",
         "--disable-align-grad-reduce",
         negated=True,
-        holds="one process trains, so there is nothing to exchange or shard",
+        holds="there is no pipeline parallelism yet, so all stages reduce at once",
         effect="speed",
     )
     local_rank: int = opt(0, "--local-rank", holds="the launcher sets LOCAL_RANK", effect="speed")
@@ -158,14 +166,14 @@ class DistributedConfig(Section):
     use_tp_pp_dp_mapping: bool = opt(
         False,
         "--use-tp-pp-dp-mapping",
-        holds="one process trains, so there is nothing to exchange or shard",
+        holds="without pipeline parallelism both orders of ranks are the same",
         effect="speed",
     )
     use_gloo_process_groups: bool = opt(
         True,
         "--disable-gloo-process-groups",
         negated=True,
-        holds="one process trains, so there is nothing to exchange or shard",
+        holds="GPUs exchange everything through NCCL",
         effect="speed",
     )
     use_sharp: bool = opt(
@@ -180,7 +188,7 @@ class DistributedConfig(Section):
     distributed_timeout_seconds_after_init: int | None = opt(
         None,
         "--distributed-timeout-seconds-after-init",
-        holds="one process trains, so there is nothing to exchange or shard",
+        holds="with one process it changes nothing; several are refused with it",
         effect="speed",
     )
     flight_recorder_dump_path: str | None = opt(

@@ -123,7 +123,7 @@ class Architecture(Section):
         "--no-clone-scatter-output-in-embedding",
         "--disable-clone-scatter-output-in-embedding",
         negated=True,
-        holds="one process trains, so there is nothing to exchange or shard",
+        holds="the embedding hands on a tensor of its own part of the sequence",
         effect="speed",
     )
     transformer_impl: Literal["local", "transformer_engine", "inference_optimized"] = opt(
@@ -234,7 +234,7 @@ class Architecture(Section):
         True,
         "--no-barrier-with-level-1-timing",
         negated=True,
-        holds="one process trains, so there is nothing to exchange or shard",
+        holds="timers do not synchronise the processes",
         effect="log",
     )
 

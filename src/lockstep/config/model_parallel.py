@@ -12,31 +12,32 @@ class ModelParallel(Section):
     """How the model is spread over processes."""
 
     tensor_model_parallel_size: int = opt(
-        1, "--tensor-model-parallel-size", refused="layouts beyond one process are not supported yet"
+        1,
+        "--tensor-model-parallel-size",
+        help="Processes that share each layer: attention heads, MLP and vocabulary are split over them.",
+        effect="speed",
     )
     pipeline_model_parallel_comm_backend: Literal["nccl", "ucc"] | None = opt(
-        None, "--pipeline-model-parallel-comm-backend", refused="layouts beyond one process are not supported yet"
+        None, "--pipeline-model-parallel-comm-backend", refused="pipeline parallelism is not supported yet"
     )
     pipeline_model_parallel_size: int = opt(
-        1, "--pipeline-model-parallel-size", refused="layouts beyond one process are not supported yet"
+        1, "--pipeline-model-parallel-size", refused="pipeline parallelism is not supported yet"
     )
     sequence_parallel: bool = opt(
         False,
         "--sequence-parallel",
-        holds="with one tensor-parallel rank there is no sequence to split, as in Megatron-LM",
+        help="Split the residual stream along the sequence between tensor-parallel layers; off without them.",
         effect="speed",
     )
-    context_parallel_size: int = opt(
-        1, "--context-parallel-size", refused="layouts beyond one process are not supported yet"
-    )
+    context_parallel_size: int = opt(1, "--context-parallel-size", refused="context parallelism is not supported yet")
     hierarchical_context_parallel_sizes: list[int] | None = opt(
-        None, "--hierarchical-context-parallel-sizes", refused="layouts beyond one process are not supported yet"
+        None, "--hierarchical-context-parallel-sizes", refused="context parallelism is not supported yet"
     )
     expert_model_parallel_size: int = opt(
-        1, "--expert-model-parallel-size", refused="layouts beyond one process are not supported yet"
+        1, "--expert-model-parallel-size", refused="expert parallelism is not supported yet"
     )
     expert_tensor_parallel_size: int | None = opt(
-        None, "--expert-tensor-parallel-size", refused="layouts beyond one process are not supported yet"
+        None, "--expert-tensor-parallel-size", refused="expert parallelism is not supported yet"
     )
     tp_comm_bulk_wgrad: bool = opt(
         True,
@@ -101,38 +102,41 @@ class ModelParallel(Section):
     microbatch_group_size_per_vp_stage: int | None = opt(
         None,
         "--microbatch-group-size-per-virtual-pipeline-stage",
-        refused="layouts beyond one process are not supported yet",
+        refused="pipeline parallelism is not supported yet",
     )
     account_for_embedding_in_pipeline_split: bool = opt(
-        False, "--account-for-embedding-in-pipeline-split", refused="layouts beyond one process are not supported yet"
+        False, "--account-for-embedding-in-pipeline-split", refused="pipeline parallelism is not supported yet"
     )
     account_for_loss_in_pipeline_split: bool = opt(
-        False, "--account-for-loss-in-pipeline-split", refused="layouts beyond one process are not supported yet"
+        False, "--account-for-loss-in-pipeline-split", refused="pipeline parallelism is not supported yet"
     )
     high_priority_a2a_comm_stream: bool = opt(
         False, "--high-priority-a2a-comm-stream", refused="communication overlap is not supported yet", effect="speed"
     )
     num_layers_in_first_pipeline_stage: int | None = opt(
-        None, "--decoder-first-pipeline-num-layers", refused="layouts beyond one process are not supported yet"
+        None, "--decoder-first-pipeline-num-layers", refused="pipeline parallelism is not supported yet"
     )
     num_layers_in_last_pipeline_stage: int | None = opt(
-        None, "--decoder-last-pipeline-num-layers", refused="layouts beyond one process are not supported yet"
+        None, "--decoder-last-pipeline-num-layers", refused="pipeline parallelism is not supported yet"
     )
     pipeline_model_parallel_layout: str | None = opt(
-        None, "--pipeline-model-parallel-layout", refused="layouts beyond one process are not supported yet"
+        None, "--pipeline-model-parallel-layout", refused="pipeline parallelism is not supported yet"
     )
     virtual_pipeline_model_parallel_size: int | None = opt(
-        None, "--num-virtual-stages-per-pipeline-rank", refused="layouts beyond one process are not supported yet"
+        None, "--num-virtual-stages-per-pipeline-rank", refused="pipeline parallelism is not supported yet"
     )
     overlap_p2p_comm: bool = opt(
         True,
         "--no-overlap-p2p-communication",
         negated=True,
-        holds="one process trains, so there is nothing to exchange or shard",
+        holds="there is no pipeline parallelism yet, so there is nothing to exchange",
         effect="speed",
     )
     cp_comm_type: list[str] = opt(
-        ["p2p"], "--cp-comm-type", holds="one process trains, so there is nothing to exchange or shard", effect="speed"
+        ["p2p"],
+        "--cp-comm-type",
+        holds="there is no context parallelism yet, so there is nothing to exchange",
+        effect="speed",
     )
 
 

@@ -28,7 +28,7 @@ class TrainConfig(Section):
     decrease_batch_size_if_needed: bool = opt(
         False,
         "--decrease-batch-size-if-needed",
-        holds="one process trains, so there is nothing to exchange or shard",
+        holds="with one process it changes nothing; several are refused with it",
         effect="speed",
     )
     empty_unused_memory_level: Literal[0, 1, 2] = opt(
@@ -40,13 +40,13 @@ class TrainConfig(Section):
     check_weight_hash_across_dp_replicas_interval: int | None = opt(
         None,
         "--check-weight-hash-across-dp-replicas-interval",
-        holds="one process trains, so there is nothing to exchange or shard",
+        holds="with one process it changes nothing; several are refused with it",
         effect="speed",
     )
     train_sync_interval: int | None = opt(
         None,
         "--train-sync-interval",
-        holds="one process trains, so there is nothing to exchange or shard",
+        holds="the host waits for the device once an iteration as it is",
         effect="speed",
     )
     train_iters: int | None = opt(None, "--train-iters", help="Iterations to train.")
@@ -232,7 +232,7 @@ class OptimizerConfig(Section):
     overlap_param_gather_with_optimizer_step: bool = opt(
         False,
         "--overlap-param-gather-with-optimizer-step",
-        holds="one process trains, so there is nothing to exchange or shard",
+        holds="updated weights are gathered at once after the update; when does not change them",
         effect="speed",
     )
     use_precision_aware_optimizer: bool = opt(
@@ -354,7 +354,7 @@ class RNGConfig(Section):
     data_parallel_random_init: bool = opt(
         False,
         "--data-parallel-random-init",
-        holds="one process trains, so there is nothing to exchange or shard",
+        holds="with one process it changes nothing; several are refused with it",
         effect="speed",
     )
 

@@ -27,9 +27,64 @@ def problems(config: ConfigContainer, world_size: int = 1) -> list[str]:
     ):
         found.extend(check(config))
     found.extend(_profiling(config, world_size))
-    if world_size != 1:
-        found.append(f"{world_size} processes were started, but one process trains for now; use --nproc_per_node=1")
+    found.extend(_layout(config, world_size))
     return found
+
+
+def _layout(c: ConfigContainer, world_size: int) -> Iterator[str]:
+    m, size = c.model, c.model.tensor_model_parallel_size
+    name = _name(c, "model.tensor_model_parallel_size")
+    if size < 1:
+        yield f"{name} = {size}: give 1 or more"
+        return
+    if world_size % size:
+        yield f"{world_size} processes are not a multiple of {name} = {size}; start {size} or a multiple of it"
+    for path in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+        value = getattr(m, path)
+        if value and value % size:
+            yield f"{_name(c, f'model.{path}')} = {value} is not divisible by {name} = {size}; change one of them"
+    if m.vocab_size and m.vocab_size < size:
+        yield f"{_name(c, 'model.vocab_size')} = {m.vocab_size} is below {name} = {size}; lower that"
+    if m.sequence_parallel and m.seq_length and m.seq_length % size:
+        yield (
+            f"{_name(c, 'model.seq_length')} = {m.seq_length} is not divisible by {name} = {size}, as "
+            "--sequence-parallel needs; change one of them"
+        )
+    if world_size > 1:
+        yield from _alone(c)
+    if world_size % size == 0:
+        yield from _shares(c, world_size // size)
+
+
+# What changes nothing in a run of one process and is not supported in one of several.
+_ALONE = (
+    "train.decrease_batch_size_if_needed",
+    "train.check_weight_hash_across_dp_replicas_interval",
+    "rng.data_parallel_random_init",
+    "dist.distributed_timeout_seconds_after_init",
+    "checkpoint.save",
+    "checkpoint.load",
+)
+
+
+def _alone(c: ConfigContainer) -> Iterator[str]:
+    for path in _ALONE:
+        if c.get(path):
+            yield f"{_name(c, path)} is supported with one process only for now; drop it, or start one"
+
+
+def _shares(c: ConfigContainer, dp: int) -> Iterator[str]:
+    """Check that the data-parallel processes get whole micro-batches."""
+    t, v = c.train, c.validation
+    pairs = [("train.global_batch_size", t.global_batch_size, t.micro_batch_size)]
+    if (v.eval_global_batch_size, v.eval_micro_batch_size) != (t.global_batch_size, t.micro_batch_size):
+        pairs.append(("validation.eval_global_batch_size", v.eval_global_batch_size, v.eval_micro_batch_size))
+    for path, whole, micro in pairs:
+        if dp > 1 and whole and micro and whole % micro == 0 and whole % (micro * dp):
+            yield (
+                f"{_name(c, path)} = {whole} is not divisible by the micro-batch size {micro} times {dp} "
+                f"data-parallel processes; use a multiple of {micro * dp}"
+            )
 
 
 def spelled(info: FieldInfo, origin: Origin) -> str:
@@ -331,41 +386,6 @@ def _data(c: ConfigContainer) -> Iterator[str]:
         yield "NullTokenizer needs tokenizer.vocab_size (--vocab-size)"
 
 
-def _checkpoint(c: ConfigContainer) -> Iterator[str]:
-    k, s = c.checkpoint, c.scheduler
-    if k.save is not None and k.save_interval is None:
-        yield f"{_name(c, 'checkpoint.save')} needs checkpoint.save_interval (--save-interval)"
-    saving = {
-        "checkpoint.save_interval": k.save_interval is not None,
-        "checkpoint.save_retain_interval": k.save_retain_interval is not None,
-        "checkpoint.most_recent_k": k.most_recent_k >= 0,
-        "checkpoint.async_save": k.async_save,
-        "checkpoint.save_optim": not k.save_optim,
-        "checkpoint.save_rng": not k.save_rng,
-    }
-    loading = {
-        "checkpoint.ckpt_step": k.ckpt_step is not None,
-        "checkpoint.finetune": k.finetune,
-        "checkpoint.load_optim": not k.load_optim,
-        "checkpoint.load_rng": not k.load_rng,
-        "scheduler.override_opt_param_scheduler": s.override_opt_param_scheduler,
-        "scheduler.use_checkpoint_opt_param_scheduler": s.use_checkpoint_opt_param_scheduler,
-    }
-    for needed, given in (("save", saving), ("load", loading)):
-        if getattr(k, needed) is None:
-            for path in (path for path, asked in given.items() if asked):
-                yield f"{_name(c, path)} has no effect without checkpoint.{needed} (--{needed}); give it or drop this"
-    if k.save_interval and k.save_retain_interval and k.save_retain_interval % k.save_interval:
-        yield (
-            f"{_name(c, 'checkpoint.save_retain_interval')} = {k.save_retain_interval} is not a multiple of "
-            f"checkpoint.save_interval = {k.save_interval}; use one, so that such iterations are saved"
-        )
-    if k.most_recent_k < -1 or k.most_recent_k == 0:
-        yield f"{_name(c, 'checkpoint.most_recent_k')} = {k.most_recent_k}: give 1 or more, or -1 to keep all"
-    if s.override_opt_param_scheduler and s.use_checkpoint_opt_param_scheduler:
-        yield "--override-opt_param-scheduler and --use-checkpoint-opt_param-scheduler exclude each other; drop one"
-
-
 _TRACE_OPTIONS = (
     "profiling.profile_step_start",
     "profiling.profile_step_end",
@@ -400,3 +420,38 @@ def _profiling(c: ConfigContainer, world_size: int) -> Iterator[str]:
     for rank in p.profile_ranks:
         if not 0 <= rank < world_size:
             yield f"{_name(c, 'profiling.profile_ranks')}: there is no rank {rank}; ranks are 0 to {world_size - 1}"
+
+
+def _checkpoint(c: ConfigContainer) -> Iterator[str]:
+    k, s = c.checkpoint, c.scheduler
+    if k.save is not None and k.save_interval is None:
+        yield f"{_name(c, 'checkpoint.save')} needs checkpoint.save_interval (--save-interval)"
+    saving = {
+        "checkpoint.save_interval": k.save_interval is not None,
+        "checkpoint.save_retain_interval": k.save_retain_interval is not None,
+        "checkpoint.most_recent_k": k.most_recent_k >= 0,
+        "checkpoint.async_save": k.async_save,
+        "checkpoint.save_optim": not k.save_optim,
+        "checkpoint.save_rng": not k.save_rng,
+    }
+    loading = {
+        "checkpoint.ckpt_step": k.ckpt_step is not None,
+        "checkpoint.finetune": k.finetune,
+        "checkpoint.load_optim": not k.load_optim,
+        "checkpoint.load_rng": not k.load_rng,
+        "scheduler.override_opt_param_scheduler": s.override_opt_param_scheduler,
+        "scheduler.use_checkpoint_opt_param_scheduler": s.use_checkpoint_opt_param_scheduler,
+    }
+    for needed, given in (("save", saving), ("load", loading)):
+        if getattr(k, needed) is None:
+            for path in (path for path, asked in given.items() if asked):
+                yield f"{_name(c, path)} has no effect without checkpoint.{needed} (--{needed}); give it or drop this"
+    if k.save_interval and k.save_retain_interval and k.save_retain_interval % k.save_interval:
+        yield (
+            f"{_name(c, 'checkpoint.save_retain_interval')} = {k.save_retain_interval} is not a multiple of "
+            f"checkpoint.save_interval = {k.save_interval}; use one, so that such iterations are saved"
+        )
+    if k.most_recent_k < -1 or k.most_recent_k == 0:
+        yield f"{_name(c, 'checkpoint.most_recent_k')} = {k.most_recent_k}: give 1 or more, or -1 to keep all"
+    if s.override_opt_param_scheduler and s.use_checkpoint_opt_param_scheduler:
+        yield "--override-opt_param-scheduler and --use-checkpoint-opt_param-scheduler exclude each other; drop one"

@@ -14,7 +14,7 @@ from lockstep.config.model import ModelConfig
 from lockstep.models.dropout import DropoutStreams, dropout, kept_scale
 from lockstep.models.layers import Linear, required
 from lockstep.models.norms import Norm
-from lockstep.models.ops import matmul_mode
+from lockstep.models.ops import matmul_mode, widened
 from lockstep.models.positions import rotate
 from lockstep.models.recompute import recomputed, recomputes
 
@@ -131,7 +131,7 @@ def core_attention(
         )
     scores = torch.baddbmm(query.new_empty(1, 1, 1), query, key.transpose(1, 2), beta=0.0, alpha=scale)
     if softmax_in_fp32:
-        scores = scores.float()
+        scores = widened(scores)
     probabilities = torch.softmax(scores.masked_fill(hidden_positions, _MASKED_SCORE), dim=-1).to(query.dtype)
     return torch.bmm(dropout(probabilities, dropped, dropout_probability), value)
 

@@ -7,31 +7,48 @@ that fit the cache are finished before the next ones are computed; this is most 
 Shape legend: t tokens (b * s), h hidden, v vocabulary.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lockstep.models.ops import matmul_mode
+from lockstep.models.ops import matmul_mode, widened
 
 _TILE_TOKENS = 2048
 _CPU_TILE_NUMBERS = 1 << 20  # 4 MiB of float32 logits at a time
 _GPU_TILE_NUMBERS = 1 << 28
 
+# Takes the log-sum of exponentials over the given rows of the vocabulary and the logit of each label, zero where the
+# label is not among them, [t] each; returns both for the whole vocabulary.
+Merge = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, tile_numbers: int | None = None) -> Tensor:
-    """Return the float32 loss of each token.
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    tile_numbers: int | None = None,
+    first_row: int = 0,
+    merge: Merge | None = None,
+) -> Tensor:
+    """Return the float32 loss of each token (float64 for a float64 model).
 
     hidden [..., h] and weight [v, h] have one dtype; labels [...] are int64 below v. The loss has the shape of
     labels. `tile_numbers` bounds how many float32 logits are held at a time; it changes rounding of sums only.
     Backward may be called once.
+
+    Where the weight has only the vocabulary's rows from `first_row` on, `merge` completes what was found for them, and
+    the gradient of hidden is that through these rows.
     """
     rows = hidden.reshape(-1, hidden.shape[-1])
     limit = tile_numbers or (_CPU_TILE_NUMBERS if rows.device.type == "cpu" else _GPU_TILE_NUMBERS)
     if _native(rows):
-        return _NativeLoss.apply(rows, weight, labels.reshape(-1), limit).view(labels.shape)
-    keep = rows.dtype != torch.float32 and torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad)
-    return _TiledLoss.apply(rows, weight, labels.reshape(-1), limit, keep).view(labels.shape)
+        return _NativeLoss.apply(rows, weight, labels.reshape(-1) - first_row, limit, merge).view(labels.shape)
+    low_precision = rows.dtype in (torch.bfloat16, torch.float16)
+    keep = low_precision and torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad)
+    return _TiledLoss.apply(rows, weight, labels.reshape(-1) - first_row, limit, keep, merge).view(labels.shape)
 
 
 def _native(rows: Tensor) -> bool:
@@ -46,11 +63,13 @@ class _TiledLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, tile_numbers: int, keep: bool) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, tile_numbers: int, keep: bool, merge: Merge | None
+    ) -> Tensor:
         tiles = _Tiles(hidden, weight, tile_numbers)
-        tile_log_sums, target = [], torch.empty(labels.shape, device=labels.device)
+        tile_log_sums, target = [], tiles.hidden32.new_zeros(labels.shape)
         for columns in tiles.columns:
-            log_sums = torch.empty(labels.shape, device=labels.device)
+            log_sums = torch.empty_like(target)
             for rows in tiles.rows:
                 logits = tiles.computed(rows, columns, keep=keep)
                 inside, position = _labels_inside(labels[rows], columns)
@@ -58,18 +77,20 @@ class _TiledLoss(torch.autograd.Function):
                 log_sums[rows] = _log_sum_exp_(logits)
             tile_log_sums.append(log_sums)
         log_sum = torch.logsumexp(torch.stack(tile_log_sums), dim=0)
+        if merge is not None:
+            log_sum, target = merge(log_sum, target)
         ctx.save_for_backward(labels, log_sum)
         ctx.tiles = tiles
         return log_sum - target
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         labels, log_sum = ctx.saved_tensors
         tiles: _Tiles = ctx.tiles
-        scale = grads[0].float()[:, None]
+        scale = widened(grads[0])[:, None]
         grad_hidden = torch.zeros_like(tiles.hidden32)
         grad_weight = torch.empty(tiles.weight32.shape, dtype=tiles.dtype, device=labels.device)
-        products = torch.empty(tiles.columns[0].stop, tiles.weight32.shape[1], device=labels.device)
+        products = tiles.weight32.new_empty(tiles.columns[0].stop, tiles.weight32.shape[1])
         for columns in tiles.columns:
             product = products[: columns.stop - columns.start]
             for rows in tiles.rows:
@@ -81,7 +102,7 @@ class _TiledLoss(torch.autograd.Function):
                 first = rows.start == 0
                 torch.addmm(product, gradient.t(), tiles.hidden32[rows], beta=0.0 if first else 1.0, out=product)
             grad_weight[columns] = product
-        return grad_hidden.to(tiles.dtype), grad_weight, None, None, None
+        return grad_hidden.to(tiles.dtype), grad_weight, None, None, None, None
 
 
 class _Tiles:
@@ -94,8 +115,8 @@ class _Tiles:
         self.rows = [slice(start, min(start + height, tokens)) for start in range(0, tokens, height)]
         self.columns = [slice(start, min(start + width, vocab)) for start in range(0, vocab, width)]
         self.dtype = hidden.dtype
-        self.hidden32, self.weight32 = hidden.float(), weight.float()
-        self.buffer = torch.empty(height * width, device=hidden.device)
+        self.hidden32, self.weight32 = widened(hidden), widened(weight)
+        self.buffer = self.hidden32.new_empty(height * width)
         self.low_buffer = torch.empty(height * width, dtype=hidden.dtype, device=hidden.device)
         self.kept: dict[tuple[int, int], Tensor] = {}
 
@@ -117,7 +138,7 @@ class _Tiles:
 
     def rounded_(self, tile: Tensor) -> Tensor:
         """Round a float32 tile in place to the values the dtype of the hidden states has."""
-        if self.dtype == torch.float32:
+        if self.dtype == self.buffer.dtype:
             return tile
         low = self.low_buffer[: tile.numel()].view(tile.shape)
         return tile.copy_(low.copy_(tile))
@@ -139,20 +160,31 @@ def _labels_inside(labels: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
     return inside, labels[inside] - columns.start
 
 
+def _clamped(labels: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
+    """Return which labels are rows of the weight, and all labels moved to the nearest row; a GPU is not waited for."""
+    return (labels >= 0) & (labels < vocab), labels.clamp(0, vocab - 1)
+
+
 class _NativeLoss(torch.autograd.Function):
     """Low-precision products of whole tensors; the float32 arithmetic in between is cut along the tokens."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, tile_numbers: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, tile_numbers: int, merge: Merge | None
+    ) -> Tensor:
         logits = hidden @ weight.t()
         height = max(1, tile_numbers // weight.shape[0])
         log_sum = torch.cat([_log_sum_exp_(block.float()) for block in logits.split(height)])
+        inside, position = _clamped(labels, weight.shape[0])
+        target = logits.gather(1, position[:, None])[:, 0].float().masked_fill(~inside, 0.0)
+        if merge is not None:
+            log_sum, target = merge(log_sum, target)
         ctx.save_for_backward(hidden, weight, labels, log_sum)
         ctx.logits, ctx.height = logits, height
-        return log_sum - logits.gather(1, labels[:, None])[:, 0].float()
+        return log_sum - target
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         hidden, weight, labels, log_sum = ctx.saved_tensors
         logits: Tensor = ctx.logits
         ctx.logits = None
@@ -160,6 +192,7 @@ class _NativeLoss(torch.autograd.Function):
         for rows in index.split(ctx.height):
             span = slice(int(rows[0]), int(rows[-1]) + 1)
             gradient = logits[span].float().sub_(log_sum[span, None]).exp_()
-            gradient[rows - rows[0], labels[span]] -= 1.0
+            inside, position = _clamped(labels[span], weight.shape[0])
+            gradient[rows - rows[0], position] -= inside.float()
             logits[span] = gradient.mul_(grads[0][span, None])  # the gradient takes the place of the logits
-        return logits @ weight, logits.t() @ hidden, None, None
+        return logits @ weight, logits.t() @ hidden, None, None, None

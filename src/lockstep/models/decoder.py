@@ -17,11 +17,13 @@ from lockstep.models.dropout import DropoutStreams, bias_dropout_add, dropout
 from lockstep.models.layers import Linear, Table, required
 from lockstep.models.mlp import MLP
 from lockstep.models.norms import Norm
-from lockstep.models.ops import embedding, linear
+from lockstep.models.ops import linear
 from lockstep.models.positions import rotary_cos_sin
 from lockstep.models.recompute import rebuilt_for_backward, recomputed, recomputed_chunks, recomputes
 
 _Block = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+
+Head = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 class GPTModel(nn.Module):
@@ -35,6 +37,7 @@ class GPTModel(nn.Module):
         self.config = config
         self.embedding = Embedding(config, dtype=dtype, device=device)
         self.decoder = Decoder(config, dtype=dtype, device=device)
+        self.head: Head = head
         self.output_layer: Linear | None = None
         if not config.share_embeddings_and_output_weights:
             hidden, vocab = required(config.hidden_size), required(config.vocab_size)
@@ -63,9 +66,7 @@ class GPTModel(nn.Module):
             hidden_positions(tokens, document_ids), self._cos_sin(tokens.shape[1], hidden), streams
         )
         hidden = self.decoder(hidden, context)
-        if labels is None:
-            return linear(hidden, self.output_weight)
-        return linear_cross_entropy(hidden, self.output_weight, labels)
+        return self.head(hidden, self.output_weight, labels)
 
     @property
     def output_weight(self) -> Tensor:
@@ -76,6 +77,11 @@ class GPTModel(nn.Module):
         if self.config.position_embedding_type != "rope":
             return None
         return rotary_cos_sin(self.config, length, hidden.dtype, hidden.device)
+
+
+def head(hidden: Tensor, weight: Tensor, labels: Tensor | None) -> Tensor:
+    """Return the loss of each token [b, s] for hidden states [b, s, h], or without labels the logits [b, s, v]."""
+    return linear(hidden, weight) if labels is None else linear_cross_entropy(hidden, weight, labels)
 
 
 def hidden_positions(tokens: Tensor, document_ids: Tensor | None) -> Tensor:
@@ -100,9 +106,9 @@ class Embedding(nn.Module):
 
     def forward(self, tokens: Tensor, position_ids: Tensor, streams: DropoutStreams | None) -> Tensor:
         """Return the embeddings [b, s, h] of tokens and position_ids [b, s]."""
-        hidden = embedding(tokens, self.word_embeddings.weight)
+        hidden = self.word_embeddings(tokens)
         if self.position_embeddings is not None:
-            hidden = hidden + embedding(position_ids, self.position_embeddings.weight)
+            hidden = hidden + self.position_embeddings(position_ids)
         return dropout(hidden, _mask(streams, "embedding", hidden, self.dropout_probability), self.dropout_probability)
 
 

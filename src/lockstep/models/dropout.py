@@ -5,10 +5,13 @@ code draws random numbers, and the states resume a run exactly.
 """
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from lockstep.models.ops import widened
 
 STREAM_NAMES = ("embedding", "hidden", "attention")
 
@@ -16,11 +19,18 @@ _MASK_BITS = 16
 
 
 class DropoutStreams:
-    """One random stream for each name of `STREAM_NAMES`, on one device."""
+    """One random stream for each name of `STREAM_NAMES`, on one device.
 
-    def __init__(self, seed: int, device: torch.device):
+    `numbers` tells streams of one name apart where several models draw; 0 where it has none.
+    """
+
+    def __init__(self, seed: int, device: torch.device, numbers: Mapping[str, int] | None = None):
         self.device = device
-        self._generators = {name: torch.Generator(device).manual_seed(stream_seed(seed, name)) for name in STREAM_NAMES}
+        numbers = numbers or {}
+        self._generators = {
+            name: torch.Generator(device).manual_seed(stream_seed(seed, name, numbers.get(name, 0)))
+            for name in STREAM_NAMES
+        }
 
     def dropped(self, name: str, shape: tuple[int, ...], probability: float) -> Tensor:
         """Draw a boolean tensor that is True where an element is dropped.
@@ -49,9 +59,13 @@ class DropoutStreams:
             generator.set_state(state[name])
 
 
-def stream_seed(seed: int, name: str) -> int:
-    """Return the seed of a stream: the first 63 bits of SHA-256 of `<seed>:<name>`, big-endian."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big") >> 1
+def stream_seed(seed: int, name: str, number: int = 0) -> int:
+    """Return the seed of a stream: the first 63 bits of SHA-256 of `<seed>:<name>`, big-endian.
+
+    The text ends in `:<number>` where that is not 0.
+    """
+    text = f"{seed}:{name}:{number}" if number else f"{seed}:{name}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def dropout(x: Tensor, dropped: Tensor | None, probability: float) -> Tensor:
@@ -76,7 +90,7 @@ class _BiasDropoutAdd(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(dropped)
         ctx.scale, ctx.has_bias = scale, bias is not None
-        total = x.float() if bias is None else x.float() + bias.float()
+        total = widened(x) if bias is None else widened(x) + widened(bias)
         if dropped is not None:
             total = (total * scale).masked_fill_(dropped, 0.0)
         return (total + residual).to(residual.dtype)
@@ -85,7 +99,7 @@ class _BiasDropoutAdd(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, Tensor, None, None]:
         (dropped,) = ctx.saved_tensors
         grad = grads[0]
-        grad_x = grad.float()
+        grad_x = widened(grad)
         if dropped is not None:
             grad_x = (grad_x * ctx.scale).masked_fill_(dropped, 0.0)
         grad_bias = grad_x.flatten(0, -2).sum(dim=0).to(grad.dtype) if ctx.has_bias else None

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from lockstep.models.ops import linear
+from lockstep.models.ops import embedding, linear
 
 
 class Linear(nn.Module):
@@ -29,6 +29,10 @@ class Table(nn.Module):
     def __init__(self, rows: int, width: int, *, dtype: torch.dtype, device: torch.device):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(rows, width, dtype=dtype, device=device))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return the rows [b, s, h] of ids [b, s]."""
+        return embedding(ids, self.weight)
 
 
 def required(value: int | None) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lockstep.config.model import ModelConfig
 from lockstep.models.layers import Linear, required
+from lockstep.models.ops import widened
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -81,7 +82,7 @@ class MLP(nn.Module):
 
 
 def _rounded_once(activation: Activation, x: Tensor) -> Tensor:
-    return activation(x.float()).to(x.dtype)
+    return activation(widened(x)).to(x.dtype)
 
 
 class _FusedActivation(torch.autograd.Function):
@@ -99,14 +100,14 @@ class _FusedActivation(torch.autograd.Function):
         with torch.enable_grad():
             total = _biased(x, bias).detach().requires_grad_()
             result = _gated_activation(total, ctx.activation, ctx.gated)
-        (grad,) = torch.autograd.grad(result, total, grads[0].float())
+        (grad,) = torch.autograd.grad(result, total, widened(grads[0]))
         grad_x = grad.to(x.dtype)
         grad_bias = None if bias is None else grad_x.flatten(0, -2).sum(dim=0)
         return grad_x, grad_bias, None, None
 
 
 def _biased(x: Tensor, bias: Tensor | None) -> Tensor:
-    return x.float() if bias is None else x.float() + bias.float()
+    return widened(x) if bias is None else widened(x) + widened(bias)
 
 
 def _gated_activation(x: Tensor, activation: Activation, gated: bool) -> Tensor:

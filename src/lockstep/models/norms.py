@@ -5,6 +5,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from lockstep.config.model import ModelConfig
+from lockstep.models.ops import widened
 
 
 class Norm(nn.Module):
@@ -32,7 +33,7 @@ class Norm(nn.Module):
         weight: Tensor = self.weight + 1 if self.zero_centered_gamma else self.weight
         bias: Tensor | None = self.bias
         if x.device.type == "cpu":  # CPU kernels for low precision are slower and add up gradients in it
-            x, weight, bias = x.float(), weight.float(), None if bias is None else bias.float()
+            x, weight, bias = widened(x), widened(weight), None if bias is None else widened(bias)
         if self.centered:
             y = F.layer_norm(x, (self.size,), weight, bias, self.epsilon)
         else:

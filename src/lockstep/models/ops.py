@@ -67,6 +67,11 @@ def _seconds(job: Callable[[], Tensor], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
+def widened(x: Tensor) -> Tensor:
+    """Return x in float32, the least that sums and elementwise functions are computed in; float64 stays."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x [..., h] times weight [o, h] transposed, rounded, then plus bias [o], rounded again."""
     native = matmul_mode(x.device, x.dtype) == "native"

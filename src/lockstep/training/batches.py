@@ -16,19 +16,21 @@ class BatchSchedule:
 
     ``stages`` are (first consumed sample, global batch size) in rising order, the first at 0; every size is a
     multiple of ``micro_batch_size``. ``round_up`` tells whether a run of so many samples ends with the batch that
-    reaches them or with the last one that fits.
+    reaches them or with the last one that fits. ``dp_size`` processes share out the micro-batches of an iteration.
     """
 
     stages: tuple[tuple[int, int], ...]
     micro_batch_size: int
     round_up: bool = False
+    dp_size: int = 1
 
     def __post_init__(self) -> None:
         for start, size in self.stages:
-            if size <= 0 or size % self.micro_batch_size:
+            if size <= 0 or size % (self.micro_batch_size * self.dp_size):
+                copies = f" times {self.dp_size} data-parallel processes" if self.dp_size > 1 else ""
                 raise ConfigError(
                     f"the global batch size {size} (from sample {start} on) is not a multiple of the micro-batch size "
-                    f"{self.micro_batch_size}; change one of them"
+                    f"{self.micro_batch_size}{copies}; change one of them"
                 )
 
     def size_at(self, consumed_samples: int) -> int:
@@ -41,8 +43,8 @@ class BatchSchedule:
         return current
 
     def micro_batches_at(self, consumed_samples: int) -> int:
-        """Return the number of micro-batches of the iteration that starts after ``consumed_samples`` samples."""
-        return self.size_at(consumed_samples) // self.micro_batch_size
+        """Return the micro-batches of one process in the iteration that starts after ``consumed_samples`` samples."""
+        return self.size_at(consumed_samples) // self.micro_batch_size // self.dp_size
 
     def iterations_for(self, samples: int) -> int:
         """Return the number of iterations of a run of ``samples`` samples."""
@@ -72,7 +74,7 @@ class BatchSchedule:
         return [(end, size) for end, (_, size) in zip(ends, reached, strict=False)]
 
 
-def build_batch_schedule(config: ConfigContainer) -> BatchSchedule:
+def build_batch_schedule(config: ConfigContainer, dp_size: int = 1) -> BatchSchedule:
     """Build the batch-size schedule of a resolved configuration: constant, ramp or steps.
 
     Raises:
@@ -87,7 +89,7 @@ def build_batch_schedule(config: ConfigContainer) -> BatchSchedule:
         stages = ramp_stages(t.rampup_batch_size, nominal_batch_size(config))
     else:
         stages = ((0, nominal_batch_size(config)),)
-    return BatchSchedule(stages, t.micro_batch_size, round_up=t.step_batch_size_schedule is not None)
+    return BatchSchedule(stages, t.micro_batch_size, round_up=t.step_batch_size_schedule is not None, dp_size=dp_size)
 
 
 def ramp_stages(ramp: list[int], final: int) -> tuple[tuple[int, int], ...]:

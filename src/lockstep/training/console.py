@@ -1,5 +1,6 @@
 """What a run prints: Megatron-LM's lines, after a few of its own that say what runs where."""
 
+import os
 import time
 from collections.abc import Callable
 from datetime import datetime
@@ -11,8 +12,9 @@ LOSS_KEY = "lm loss"
 
 
 def say(text: str) -> None:
-    """Print a line at once, also into a pipe."""
-    print(text, flush=True)
+    """Print a line at once, also into a pipe; of several processes under a launcher, the first one prints."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
 
 
 class Interval:
@@ -160,6 +162,7 @@ class ConsoleHook(Hook):
         if not self._first and report.iteration % self._log_interval:
             return
         flops = self._info.flops_per_sample * report.global_batch_size
+        flops /= self._info.processes
         tflops = flops / self._interval.seconds_per_iteration / 1e12 if self._log_throughput else None
         say(train_line(report, self._interval, self._info.train_iters, datetime.now(), tflops))
         if not self._first:

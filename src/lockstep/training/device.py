@@ -15,27 +15,25 @@ _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 _WORKSPACES = (":4096:8", ":16:8")
 
 
-def check_single_process() -> None:
-    """Refuse to run as one of several processes.
-
-    Raises:
-        UserError: the launcher started more than one.
-    """
-    world_size = os.environ.get("WORLD_SIZE", "1")
-    if world_size not in ("", "1"):
-        raise UserError(f"WORLD_SIZE={world_size}: one process trains for now; start with --nproc_per_node=1")
-
-
 def choose_device(wanted: str) -> torch.device:
-    """Return the device of ``run.device``: auto takes a GPU when there is one.
+    """Return the device of ``run.device``: auto takes a GPU when there is one, that of LOCAL_RANK under a launcher.
 
     Raises:
-        UserError: a GPU is asked for and PyTorch sees none.
+        UserError: a GPU is asked for and PyTorch sees none, or fewer than there are processes.
     """
     available = torch.cuda.is_available()
     if wanted == "cuda" and not available:
         raise UserError("run.device=cuda, but PyTorch sees no GPU; use run.device=cpu or auto")
-    return torch.device("cuda", torch.cuda.current_device()) if available and wanted != "cpu" else torch.device("cpu")
+    if not available or wanted == "cpu":
+        return torch.device("cpu")
+    number = int(os.environ.get("LOCAL_RANK") or torch.cuda.current_device())
+    if number >= torch.cuda.device_count():
+        raise UserError(
+            f"process {number} of this host has no GPU, PyTorch sees {torch.cuda.device_count()}; "
+            "start fewer with --nproc_per_node, or use run.device=cpu"
+        )
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
 
 
 @contextmanager

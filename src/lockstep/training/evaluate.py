@@ -7,7 +7,8 @@ from typing import Literal
 import torch
 from torch import nn
 
-from lockstep.training.feed import Feed
+from lockstep.parallel import Axis
+from lockstep.training.feed import Feed, in_global_order
 from lockstep.training.result import Evaluation
 from lockstep.training.step import masked_loss
 
@@ -22,7 +23,8 @@ def perplexity(loss: float) -> float:
 class Evaluator:
     """Evaluates a model on ``eval_iters`` batches at a time; each evaluation goes on where the split's last one ended.
 
-    ``size`` is the number of samples of a batch, ``micro_size`` of a forward pass.
+    ``size`` is the number of samples of a batch, ``micro_size`` of a forward pass;
+    the processes of ``dp`` share them out.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class Evaluator:
         micro_size: int,
         device: torch.device,
         out_of_time: Callable[[], bool] = lambda: False,
+        dp: Axis | None = None,
     ) -> None:
         self._model = model
         self._feeds = feeds
@@ -42,6 +45,7 @@ class Evaluator:
         self._micro_size = micro_size
         self._device = device
         self._out_of_time = out_of_time
+        self._dp = dp or Axis()
         self.eval_iters = eval_iters
 
     @property
@@ -91,6 +95,6 @@ class Evaluator:
     @torch.no_grad()
     def _batch(self, feed: Feed) -> list[list[float]]:
         """Return the loss sum and valid tokens of each forward pass of the next batch."""
-        batch = feed.next(self._size // self._micro_size).to(self._device)
+        batch = feed.next(self._size // self._micro_size // self._dp.size).to(self._device)
         sums = [torch.stack(masked_loss(self._model, part)) for part in batch.split(self._micro_size)]
-        return torch.stack(sums).tolist()
+        return in_global_order(torch.stack(sums), self._dp).tolist()

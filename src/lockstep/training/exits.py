@@ -4,7 +4,7 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
 
@@ -42,20 +42,22 @@ class ExitRule:
     """Stops a run on a signal, after an iteration divisible by ``interval``, or ``minutes`` after ``started``.
 
     ``started`` is on the clock of ``time.monotonic``; None means no limit of that kind.
+    Clocks differ: ``agree`` turns what this process sees into what all of them act on.
     """
 
     started: float
     interval: int | None = None
     minutes: int | None = None
     signal: ExitSignal | None = None
+    agree: Callable[[bool], bool] = lambda over: over
 
     def out_of_time(self) -> bool:
         """Tell whether the time of the run is over."""
-        return self.minutes is not None and time.monotonic() - self.started > self.minutes * 60
+        return self.minutes is not None and self.agree(time.monotonic() - self.started > self.minutes * 60)
 
     def reason(self, iteration: int) -> str | None:
         """Return why the run stops after an iteration; None when it goes on."""
-        if self.signal is not None and self.signal.received:
+        if self.signal is not None and self.agree(self.signal.received):
             return f"exiting program after receiving {self.signal.name}."
         if self.out_of_time():
             return f"exiting program after {(time.monotonic() - self.started) / 60} minutes"

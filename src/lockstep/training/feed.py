@@ -9,9 +9,10 @@ from typing import Any, Protocol
 
 import torch
 
-from lockstep.data.build import collate
+from lockstep.data.build import batch_hash, collate
 from lockstep.data.samplers import CyclicSampler, SequentialSampler
 from lockstep.errors import UserError
+from lockstep.parallel import Axis
 
 
 class Samples(Protocol):
@@ -96,15 +97,34 @@ class Feed:
         return Batch(**collate(samples))
 
 
-def sample_order(
-    kind: str | None, total: int, micro_batch_size: int, consumed_samples: int = 0
-) -> Iterator[Sequence[int]]:
-    """Return the sample numbers of each micro-batch: ``cyclic`` reshuffles every epoch, else the dataset's order.
+def global_batch_hash(batch: Batch, micro_batch_size: int, dp: Axis, device: torch.device) -> str:
+    """Return the hash of the global batch of which every data-parallel process has its micro-batches."""
+    if dp.size == 1:
+        return batch_hash(batch.tokens, batch.labels)
+    text = torch.cat([batch.tokens, batch.labels[:, -1:]], dim=1)  # [b, s + 1]
+    micro_batches = text.unflatten(0, (-1, micro_batch_size)).to(device)
+    ordered = in_global_order(micro_batches, dp).flatten(0, 1).cpu()
+    return batch_hash(ordered[:, :-1], ordered[:, -1:])
 
-    ``consumed_samples`` of them are behind; a run that has taken all goes on with none.
+
+def in_global_order(local: torch.Tensor, dp: Axis) -> torch.Tensor:
+    """Return what every data-parallel process has for its micro-batches [m, ...], in the order one would have.
+
+    The processes take turns: the first micro-batch of each, then the second of each.
+    """
+    return dp.stacked(local).transpose(0, 1).flatten(0, 1)
+
+
+def sample_order(
+    kind: str | None, total: int, micro_batch_size: int, dp: Axis, consumed_samples: int = 0
+) -> Iterator[Sequence[int]]:
+    """Return the sample numbers of each micro-batch of a data-parallel process.
+
+    ``cyclic`` reshuffles every epoch, else the order is the dataset's. ``consumed_samples`` of all processes together
+    are behind; a run that has taken all goes on with none.
     """
     if kind == "cyclic":
-        return iter(CyclicSampler(total, consumed_samples, micro_batch_size))
-    if consumed_samples and total - consumed_samples < micro_batch_size:
+        return iter(CyclicSampler(total, consumed_samples, micro_batch_size, dp.rank, dp.size))
+    if consumed_samples and total - consumed_samples < micro_batch_size * dp.size:
         return iter(())
-    return iter(SequentialSampler(total, consumed_samples, micro_batch_size))
+    return iter(SequentialSampler(total, consumed_samples, micro_batch_size, dp.rank, dp.size))

@@ -29,6 +29,7 @@ class RunInfo:
     device: torch.device
     train_iters: int
     flops_per_sample: float
+    processes: int = 1
 
 
 @dataclass

@@ -2,14 +2,14 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from lockstep.data.build import batch_hash
+from lockstep.parallel import Axis
 from lockstep.training.batches import BatchSchedule, evaluation_due
 from lockstep.training.device import peak_memory_bytes
 from lockstep.training.evaluate import Evaluator, Split
 from lockstep.training.exits import ExitRule
-from lockstep.training.feed import Feed
+from lockstep.training.feed import Feed, global_batch_hash
 from lockstep.training.hooks import Hook, IterationReport, Progress, RunInfo
 from lockstep.training.schedule import LearningRateSchedule, WeightDecaySchedule
 from lockstep.training.step import TrainStep
@@ -28,6 +28,7 @@ class Trainer:
     learning_rate: LearningRateSchedule
     weight_decay: WeightDecaySchedule
     params_norm: Callable[[], float] | None = None
+    dp: Axis = field(default_factory=Axis)
 
 
 def train(
@@ -61,17 +62,18 @@ def run_iteration(info: RunInfo, trainer: Trainer, progress: Progress) -> Iterat
     batches, done = trainer.batches, progress.stepped_samples
     lr, weight_decay = trainer.learning_rate(done), trainer.weight_decay(done)
     batch = trainer.feed.next(batches.micro_batches_at(progress.consumed_samples))
-    digest = batch_hash(batch.tokens, batch.labels)
+    samples = len(batch) * trainer.dp.size
+    digest = global_batch_hash(batch, batches.micro_batch_size, trainer.dp, info.device)
     result = trainer.step(batch.to(info.device), batches.micro_batch_size, lr, weight_decay)
     progress.iteration += 1
-    progress.consumed_samples += len(batch)
+    progress.consumed_samples += samples
     progress.lm_loss = result.lm_loss
     if not result.skipped:
-        progress.stepped_samples += len(batch)
+        progress.stepped_samples += samples
     return IterationReport(
         iteration=progress.iteration,
         consumed_samples=progress.consumed_samples,
-        global_batch_size=len(batch),
+        global_batch_size=samples,
         step=result,
         lr=lr,
         next_lr=trainer.learning_rate(progress.stepped_samples),

@@ -7,7 +7,10 @@ from torch import nn
 
 from lockstep.config import ConfigContainer
 from lockstep.config.training import OptimizerConfig
+from lockstep.parallel import Mesh
+from lockstep.parallel.gradients import Gradients
 from lockstep.training.precision import LossScaler, MainWeights, build_loss_scaler
+from lockstep.training.sharded import ShardedMainWeights, build_main_weights
 
 
 @dataclass(frozen=True)
@@ -24,32 +27,25 @@ class Update:
     num_zeros: int | None
 
 
-def is_decayed(name: str, param: torch.Tensor, apply_wd_to_qk_layernorm: bool) -> bool:
+def is_decayed(name: str, shape: torch.Size, apply_wd_to_qk_layernorm: bool) -> bool:
     """Tell whether weight decay applies: not to biases and vectors, unless of query and key norms when asked for."""
     if apply_wd_to_qk_layernorm and ("q_layernorm." in name or "k_layernorm." in name):
         return True
-    return not name.endswith(".bias") and param.ndim != 1
-
-
-def grad_norm_fp32(grads: list[torch.Tensor]) -> torch.Tensor:
-    """Return the L2 norm over all gradients as a scalar FP32 tensor.
-
-    Row norms first, and those in FP64: one FP32 sum over millions of squares would lose digits.
-    """
-    rows = [torch.linalg.vector_norm(grad, dim=-1, dtype=torch.float32).flatten() for grad in grads]
-    return torch.linalg.vector_norm(torch.cat(rows), dtype=torch.float64).float()
+    return not name.endswith(".bias") and len(shape) != 1
 
 
 class Optimizer:
-    """Updates a model's weights through FP32 main weights.
+    """Updates a model's weights through FP32 main weights; ``mesh`` is the layout of the model.
 
     ``step`` unscales, clips and applies the gradients that backward passes have left since ``start_step``.
     """
 
-    def __init__(self, model: nn.Module, config: ConfigContainer) -> None:
-        fp32_grads = config.ddp.grad_reduce_in_fp32 is not False
-        model_dtype = next(model.parameters()).dtype
-        self.weights = MainWeights(model, torch.float32 if fp32_grads else model_dtype)
+    def __init__(self, model: nn.Module, config: ConfigContainer, mesh: Mesh | None = None) -> None:
+        mesh = mesh or Mesh()
+        self.weights = build_main_weights(model, config, mesh.dp)
+        sharded = self.weights.main_names if isinstance(self.weights, ShardedMainWeights) else None
+        self._gradients = Gradients(self.weights.names, config.model, mesh, sharded)
+        self._reduce_dtype = next(model.parameters()).dtype if config.ddp.grad_reduce_in_fp32 is False else None
         self.scaler: LossScaler | None = build_loss_scaler(config.mixed_precision)
         self._settings = config.optimizer
         self._count_zeros = config.logger.log_num_zeros_in_grad
@@ -73,15 +69,17 @@ class Optimizer:
         they were and lower the loss scale.
         """
         grads = self.weights.collect_grads()
+        self._gradients.reduce_(grads, self._reduce_dtype)
+        grads = self.weights.hand_over(grads)
         if grad_factor is not None:
             for grad in grads:
                 grad.mul_(grad_factor)
         if self.scaler is not None and self._unscale(grads, self.scaler):
             return Update(skipped=True, grad_norm=None, num_zeros=None)
-        norm = grad_norm_fp32(grads)
+        norm = self._gradients.norm(grads)
         if self._settings.clip_grad > 0:
             nn.utils.clip_grads_with_norm_(self.weights.main_params, self._settings.clip_grad, norm)
-        zeros = sum(int(g.numel() - g.count_nonzero()) for g in grads) if self._count_zeros else None
+        zeros = self._zeros(grads) if self._count_zeros else None
         for group in self.inner.param_groups:
             group["lr"] = lr
             group["weight_decay"] = weight_decay if group["decayed"] else 0.0
@@ -94,20 +92,24 @@ class Optimizer:
         for grad in grads:
             grad.mul_(1.0 / scaler.scale)
         overflow = not torch.isfinite(nn.utils.get_total_norm(grads, norm_type=float("inf"))).item()
+        overflow = self._gradients.anywhere(overflow, grads[0].device)
         scaler.update(overflow)
         return overflow
+
+    def _zeros(self, grads: list[torch.Tensor]) -> int:
+        return self._gradients.count([int(g.numel() - g.count_nonzero()) for g in grads], grads[0].device)
 
     @torch.no_grad()
     def params_norm(self) -> float:
         """Return the L2 norm of the main weights."""
-        return float(grad_norm_fp32([p.detach() for p in self.weights.main_params]))
+        return float(self._gradients.norm([p.detach() for p in self.weights.main_params]))
 
 
 def _groups(weights: MainWeights, apply_wd_to_qk_layernorm: bool) -> list[dict[str, object]]:
     """Return the parameter groups, decayed weights first; an empty group is left out."""
     split: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for name, param in zip(weights.names, weights.main_params, strict=True):
-        split[is_decayed(name, param, apply_wd_to_qk_layernorm)].append(param)
+    for name, shape, param in zip(weights.main_names, weights.main_shapes, weights.main_params, strict=True):
+        split[is_decayed(name, shape, apply_wd_to_qk_layernorm)].append(param)
     return [{"params": params, "decayed": decayed} for decayed, params in split.items() if params]
 
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from lockstep.config import ConfigContainer
 from lockstep.config.training import MixedPrecisionConfig
+from lockstep.models.ops import widened
 
 
 def params_dtype(config: ConfigContainer) -> torch.dtype:
@@ -21,23 +22,28 @@ def params_dtype(config: ConfigContainer) -> torch.dtype:
 class MainWeights:
     """The FP32 weights an optimizer updates, and the gradients summed over micro-batches.
 
-    An FP32 model is its own main weights. For a low-precision model they are FP32 copies; its gradients are summed in
-    ``grad_dtype``: in buffers that hooks fill after each backward pass where that dtype differs from the weights', in
-    ``param.grad`` where it does not.
+    An FP32 or FP64 model is its own main weights. For a low-precision model they are FP32 copies; its gradients are
+    summed in ``grad_dtype``: in buffers that hooks fill after each backward pass where that dtype differs from the
+    weights', in ``param.grad`` where it does not.
     """
 
     def __init__(self, model: nn.Module, grad_dtype: torch.dtype) -> None:
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.names = [name for name, _ in named]
         self.model_params = [p for _, p in named]
-        self.main_params = [p if p.dtype == torch.float32 else _main_copy(p) for p in self.model_params]
-        self._pairs = [(m, p) for m, p in zip(self.main_params, self.model_params, strict=True) if m is not p]
         self._buffers: dict[nn.Parameter, torch.Tensor] = {}
         self._filled: set[nn.Parameter] = set()
-        for main, param in self._pairs:
-            if param.dtype != grad_dtype:
-                self._buffers[param] = torch.zeros_like(main, dtype=grad_dtype)
+        for param in self.model_params:
+            if _is_low(param.dtype) and param.dtype != grad_dtype:
+                self._buffers[param] = torch.zeros_like(param, dtype=grad_dtype)
                 param.register_post_accumulate_grad_hook(self._accumulate)
+        self._build_main()
+
+    def _build_main(self) -> None:
+        """Set the main weights, and for each the name and shape of the parameter it belongs to."""
+        self.main_names = self.names
+        self.main_shapes = [p.shape for p in self.model_params]
+        self.main_params = [_main_copy(p) if _is_low(p.dtype) else p for p in self.model_params]
 
     def _accumulate(self, param: torch.Tensor) -> None:
         """Add the gradient of one micro-batch to its buffer and drop it."""
@@ -58,23 +64,33 @@ class MainWeights:
             param.grad = None
 
     def collect_grads(self) -> list[torch.Tensor]:
-        """Give every main weight its FP32 gradient, zero where no micro-batch reached it; return the gradients."""
+        """Return the gradient of every parameter, at least FP32, zero where no micro-batch reached it."""
         grads = []
-        for main, param in zip(self.main_params, self.model_params, strict=True):
+        for param in self.model_params:
             buffer = self._buffers.get(param)
             if buffer is None:
                 grad = param.grad if param.grad is not None else torch.zeros_like(param)
             else:
                 grad = buffer if param in self._filled else buffer.zero_()
-            main.grad = grad.float()
-            grads.append(main.grad)
+            grads.append(widened(grad))
+        return grads
+
+    def hand_over(self, grads: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Give every main weight its gradient; return the gradients of the main weights."""
+        for main, grad in zip(self.main_params, grads, strict=True):
+            main.grad = grad
         return grads
 
     @torch.no_grad()
     def copy_to_model(self) -> None:
         """Round the main weights to the model's dtype."""
-        for main, param in self._pairs:
-            param.copy_(main)
+        for main, param in zip(self.main_params, self.model_params, strict=True):
+            if main is not param:
+                param.copy_(main)
+
+
+def _is_low(dtype: torch.dtype) -> bool:
+    return dtype in (torch.bfloat16, torch.float16)
 
 
 def _main_copy(param: nn.Parameter) -> nn.Parameter:

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,12 +10,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
 from lockstep.config import ConfigContainer
 from lockstep.errors import UserError
 from lockstep.models import fingerprint
 from lockstep.models.ops import matmul_mode
+from lockstep.parallel import Mesh, start_processes
 from lockstep.record.environment import code_version, device_facts, environment_variables, package_versions
 from lockstep.record.paths import create_run_dir
 from lockstep.record.schema import RUN_FILE
@@ -22,7 +23,7 @@ from lockstep.record.writer import RunWriter
 from lockstep.training.checkpoint_load import Source, announce, check_save_folder, open_source, restore
 from lockstep.training.checkpoint_save import CheckpointHook, take_snapshot
 from lockstep.training.console import ConsoleHook, say, timestamped
-from lockstep.training.device import check_single_process, choose_device, switches
+from lockstep.training.device import choose_device, switches
 from lockstep.training.exits import ExitRule, ExitSignal
 from lockstep.training.hooks import CacheHook, FiniteCheck, GarbageHook, Hook, Progress, RecordHook, RunInfo
 from lockstep.training.loop import run_evaluation, train
@@ -42,35 +43,50 @@ def run(config: ConfigContainer, *, door: str, command: Command, name: str) -> R
         UserError: the configuration, the data or the machine cannot do what is asked, or a loss is not finite. Where
             training had not begun, no run directory is left behind.
     """
-    signal = ExitSignal(config.train.exit_signal) if config.train.exit_signal_handler else None
-    exit_rule = ExitRule(time.monotonic(), config.train.exit_interval, config.train.exit_duration_in_mins, signal)
+    started = time.monotonic()
     config = config.copy()
-    check_single_process()
     device = choose_device(config.run.device)
     check_save_folder(config)
     source = open_source(config)
     if config.logger.logging_level is not None:
         logging.getLogger("lockstep").setLevel(config.logger.logging_level)
-    with switches(config, device), signal.watched() if signal is not None else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(switches(config, device))
+        signal = ExitSignal(config.train.exit_signal) if config.train.exit_signal_handler else None
+        if signal is not None:
+            stack.enter_context(signal.watched())
+        mesh = stack.enter_context(start_processes(config, device))
+        limits = config.train.exit_interval, config.train.exit_duration_in_mins
+        exit_rule = ExitRule(started, *limits, signal, agree=mesh.from_leader)
         if source is not None:
             announce(source, config)
-        writer = RunWriter(create_run_dir(config.run.dir, name))
-        hooks: list[Hook] = [RecordHook(writer)]
+        writer = RunWriter(create_run_dir(config.run.dir, name)) if mesh.leads else None
+        hooks: list[Hook] = [RecordHook(writer)] if writer is not None else []
+        progress = Progress()
         try:
-            _start_record(writer, config, device, source, door=door, command=vars(command), name=name)
-            parts = build(config, device, exit_rule)
-            progress = Progress()
+            if writer is not None:
+                _start_record(writer, config, device, source, door=door, command=vars(command), name=name)
+            parts = build(config, device, mesh, exit_rule)
             if source is not None:
-                trainer = restore(source, config, parts.model, parts.trainer, parts.evaluator, progress)
-                parts = replace(parts, trainer=trainer)
-            _complete_record(writer, config, device, parts)
+                parts = _restored(source, config, parts, progress)
+            if writer is not None:
+                _complete_record(writer, config, device, parts, mesh)
             hooks += _build_hooks(config, device, name, writer)
-            hooks += _checkpoint_hooks(config, parts, writer)
+            if writer is not None:
+                hooks += _checkpoint_hooks(config, parts, writer)
         except BaseException as error:
-            _abandon(writer, hooks, error)
+            if writer is not None:
+                _abandon(writer, hooks, error)
             raise
-        info = RunInfo(config, name, writer.run_dir, device, parts.train_iters, parts.flops_per_sample)
+        run_dir = mesh.from_leader(writer.run_dir if writer is not None else None)
+        info = RunInfo(config, name, run_dir, device, parts.train_iters, parts.flops_per_sample, mesh.world.size)
         return _go(info, parts, hooks, exit_rule, progress)
+
+
+def _restored(source: Source, config: ConfigContainer, parts: Parts, progress: Progress) -> Parts:
+    """Return the parts as the checkpoint left them, and set ``progress`` to where it was taken."""
+    trainer = restore(source, config, parts.model, parts.trainer, parts.evaluator, progress)
+    return replace(parts, trainer=trainer, initial_weights=fingerprint(parts.model))
 
 
 def _start_record(
@@ -94,11 +110,14 @@ def _start_record(
     )
 
 
-def _complete_record(writer: RunWriter, config: ConfigContainer, device: torch.device, parts: Parts) -> None:
+def _complete_record(
+    writer: RunWriter, config: ConfigContainer, device: torch.device, parts: Parts, mesh: Mesh
+) -> None:
     """Add what only the set-up could tell: vocabulary, data, initial weights, what computes what."""
-    features = _features(config, device, parts.model)
-    weights = fingerprint(parts.model)
+    weights = dict(parts.initial_weights)
     overall = weights.pop("all")["sha256"]
+    parameters = sum(math.prod(weight["shape"]) for weight in weights.values())
+    features = {**_features(config, device), "parameters": parameters, "layout": mesh.describe()}
     writer.update(
         data={"tokenizer": parts.tokenizer.identity(), **parts.datasets.describe()},
         initial_weights={"fingerprint": overall, "parameters": weights},
@@ -115,7 +134,7 @@ def _config_facts(config: ConfigContainer) -> dict[str, Any]:
     }
 
 
-def _features(config: ConfigContainer, device: torch.device, model: nn.Module) -> dict[str, Any]:
+def _features(config: ConfigContainer, device: torch.device) -> dict[str, Any]:
     dtype = params_dtype(config)
     return {
         "precision": str(dtype).removeprefix("torch."),
@@ -123,15 +142,16 @@ def _features(config: ConfigContainer, device: torch.device, model: nn.Module) -
         "optimizer": {"adam": "torch.optim.AdamW (fused)", "sgd": "torch.optim.SGD (fused)"}[
             config.optimizer.optimizer
         ],
-        "parameters": sum(p.numel() for p in model.parameters()),
         "deterministic": config.model.deterministic_mode,
     }
 
 
-def _build_hooks(config: ConfigContainer, device: torch.device, name: str, writer: RunWriter) -> list[Hook]:
-    """Return the hooks after the record's, in the order they are called."""
-    hooks = build_trackers(config, name, writer.run_dir)
-    hooks.append(ConsoleHook(config.logger.log_interval, config.logger.log_throughput))
+def _build_hooks(config: ConfigContainer, device: torch.device, name: str, writer: RunWriter | None) -> list[Hook]:
+    """Return the hooks after the record's, in the order they are called; those that report need the record."""
+    hooks: list[Hook] = []
+    if writer is not None:
+        hooks += build_trackers(config, name, writer.run_dir)
+        hooks.append(ConsoleHook(config.logger.log_interval, config.logger.log_throughput))
     dynamic_scale = config.mixed_precision.fp16 and config.mixed_precision.loss_scale is None
     if config.rerun_state_machine.check_for_nan_in_loss and not dynamic_scale:
         hooks.append(FiniteCheck())

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,8 +12,10 @@ from lockstep.data.build import Datasets, build_datasets
 from lockstep.data.gpt_dataset import Dataset
 from lockstep.data.tokenizers import Tokenizer, build_tokenizer, padded_vocab_size
 from lockstep.errors import UserError
-from lockstep.models import DropoutStreams, build_model
+from lockstep.models import GPTModel, build_model, fingerprint
 from lockstep.models.flops import flops_per_sequence
+from lockstep.parallel import Mesh, parallelize
+from lockstep.parallel.dropout import LayoutDropoutStreams
 from lockstep.training.batches import build_batch_schedule, eval_batch_size, num_samples, train_iterations
 from lockstep.training.console import dataset_size_lines, parameters_line, say
 from lockstep.training.evaluate import Evaluator, Split
@@ -27,24 +30,28 @@ from lockstep.training.step import TrainStep
 
 @dataclass(frozen=True)
 class Parts:
-    """Everything that was built: ``trainer`` is None without training, ``evaluator`` without evaluation."""
+    """Everything that was built: ``trainer`` is None without training, ``evaluator`` without evaluation.
+
+    ``initial_weights`` is the fingerprint of the whole model, taken on the process that keeps the record.
+    """
 
     tokenizer: Tokenizer
     datasets: Datasets
     model: nn.Module
+    initial_weights: dict[str, dict[str, Any]]
     train_iters: int
     flops_per_sample: float
     trainer: Trainer | None
     evaluator: Evaluator | None
 
 
-def build(config: ConfigContainer, device: torch.device, exit_rule: ExitRule) -> Parts:
+def build(config: ConfigContainer, device: torch.device, mesh: Mesh, exit_rule: ExitRule) -> Parts:
     """Build all parts of a run; sets ``model.vocab_size`` in ``config`` where it was unset.
 
     Raises:
         UserError: the configuration or the data cannot do what is asked.
     """
-    batches = build_batch_schedule(config)
+    batches = build_batch_schedule(config, mesh.dp.size)
     train_iters = train_iterations(config, batches)
     sizes = num_samples(config, batches, train_iters)
     if not config.validation.skip_train:
@@ -53,12 +60,15 @@ def build(config: ConfigContainer, device: torch.device, exit_rule: ExitRule) ->
     set_vocab_size(config, tokenizer.vocab_size)
     datasets = _build_datasets(config, tokenizer, sizes)
     model = _build_model(config, device)
+    initial_weights = fingerprint(model) if mesh.leads else {}
+    parallelize(model, mesh)
+    say(parameters_line(sum(p.numel() for p in model.parameters())))
     flops = flops_per_sequence(config.model)
     trainer = None
     if not config.validation.skip_train and train_iters > 0:
-        trainer = build_trainer(config, model, datasets, device)
-    evaluator = build_evaluator(config, model, datasets, device, exit_rule)
-    return Parts(tokenizer, datasets, model, train_iters, flops, trainer, evaluator)
+        trainer = build_trainer(config, model, datasets, device, mesh)
+    evaluator = build_evaluator(config, model, datasets, device, mesh, exit_rule)
+    return Parts(tokenizer, datasets, model, initial_weights, train_iters, flops, trainer, evaluator)
 
 
 def set_vocab_size(config: ConfigContainer, tokens: int) -> None:
@@ -96,31 +106,38 @@ def _build_datasets(config: ConfigContainer, tokenizer: Tokenizer, sizes: tuple[
     )
 
 
-def _build_model(config: ConfigContainer, device: torch.device) -> nn.Module:
+def _build_model(config: ConfigContainer, device: torch.device) -> GPTModel:
     say("> building the model ...")
-    model = build_model(config.model, seed=config.rng.seed, params_dtype=params_dtype(config), device=device)
-    say(parameters_line(sum(p.numel() for p in model.parameters())))
-    return model
+    return build_model(config.model, seed=config.rng.seed, params_dtype=params_dtype(config), device=device)
 
 
-def build_trainer(config: ConfigContainer, model: nn.Module, datasets: Datasets, device: torch.device) -> Trainer:
+def build_trainer(
+    config: ConfigContainer, model: nn.Module, datasets: Datasets, device: torch.device, mesh: Mesh
+) -> Trainer:
     """Build what the iterations need: data feed, optimizer, schedules, step."""
-    batches = build_batch_schedule(config)
+    batches = build_batch_schedule(config, mesh.dp.size)
     rate, decay = build_schedules(config)
-    optimizer = Optimizer(model, config)
-    dropout = DropoutStreams(config.rng.seed, device)
+    optimizer = Optimizer(model, config, mesh)
+    assert config.model.num_attention_heads is not None, "a resolved tree has heads"
+    dropout = LayoutDropoutStreams(config.rng.seed, device, mesh, config.model.num_attention_heads)
     return Trainer(
-        feed=_feed(config, datasets.train, "train", batches.micro_batch_size),
-        step=TrainStep(model, optimizer, dropout, per_token=config.model.calculate_per_token_loss),
+        feed=_feed(config, datasets.train, "train", batches.micro_batch_size, mesh),
+        step=TrainStep(model, optimizer, dropout, per_token=config.model.calculate_per_token_loss, dp=mesh.dp),
         batches=batches,
         learning_rate=rate,
         weight_decay=decay,
         params_norm=optimizer.params_norm if config.logger.log_params_norm else None,
+        dp=mesh.dp,
     )
 
 
 def build_evaluator(
-    config: ConfigContainer, model: nn.Module, datasets: Datasets, device: torch.device, exit_rule: ExitRule
+    config: ConfigContainer,
+    model: nn.Module,
+    datasets: Datasets,
+    device: torch.device,
+    mesh: Mesh,
+    exit_rule: ExitRule,
 ) -> Evaluator | None:
     """Build the evaluation of the validation and test splits; None where ``validation.eval_iters`` is 0.
 
@@ -129,9 +146,9 @@ def build_evaluator(
     if config.validation.eval_iters == 0:
         return None
     size, micro_size = eval_batch_size(config)
-    feeds: dict[Split, Feed] = {"valid": _feed(config, datasets.valid, "validation", micro_size)}
+    feeds: dict[Split, Feed] = {"valid": _feed(config, datasets.valid, "validation", micro_size, mesh)}
     if datasets.test is not None:
-        feeds["test"] = _feed(config, datasets.test, "test", micro_size)
+        feeds["test"] = _feed(config, datasets.test, "test", micro_size, mesh)
     return Evaluator(
         model,
         feeds,
@@ -140,12 +157,13 @@ def build_evaluator(
         micro_size=micro_size,
         device=device,
         out_of_time=exit_rule.out_of_time,
+        dp=mesh.dp,
     )
 
 
-def _feed(config: ConfigContainer, dataset: Dataset | None, split: str, micro_batch_size: int) -> Feed:
+def _feed(config: ConfigContainer, dataset: Dataset | None, split: str, micro_batch_size: int, mesh: Mesh) -> Feed:
     if dataset is None:
         remedy = "" if split == "train" else ", or set validation.eval_iters=0"
         raise UserError(f"the {split} split has no data (dataset.split = {config.dataset.split}); give it some{remedy}")
-    order = partial(sample_order, config.dataset.dataloader_type, len(dataset), micro_batch_size)
+    order = partial(sample_order, config.dataset.dataloader_type, len(dataset), micro_batch_size, mesh.dp)
     return Feed(dataset, order, split)

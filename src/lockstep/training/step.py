@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from lockstep.models import DropoutStreams
-from lockstep.training.feed import Batch
+from lockstep.models.ops import widened
+from lockstep.parallel import Axis
+from lockstep.training.feed import Batch, in_global_order
 from lockstep.training.optimizer import Optimizer
 
 
@@ -43,11 +45,11 @@ class StepResult:
 def masked_loss(
     model: nn.Module, batch: Batch, dropout: DropoutStreams | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the sum of the loss over the valid tokens of a batch, and their number (FP32 scalars)."""
+    """Return the sum of the loss over the valid tokens of a batch, and their number (scalars, at least FP32)."""
     losses = model(
         batch.tokens, batch.position_ids, batch.labels, document_ids=batch.document_ids, dropout=dropout
     )  # [b, s]
-    mask = batch.loss_mask.float()
+    mask = batch.loss_mask.to(widened(losses).dtype)
     return (losses * mask).sum(), mask.sum()
 
 
@@ -56,21 +58,27 @@ class TrainStep:
 
     By default the gradient is that of the mean over micro-batches of their mean loss per token; with ``per_token`` it
     is that of the mean over all tokens of the global batch. They differ where micro-batches have unequal numbers of
-    valid tokens.
+    valid tokens. Each process of the data-parallel axis ``dp`` has its own micro-batches of the global batch.
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: Optimizer, dropout: DropoutStreams | None = None, per_token: bool = False
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        dropout: DropoutStreams | None = None,
+        per_token: bool = False,
+        dp: Axis | None = None,
     ) -> None:
         self._model = model
         self.optimizer = optimizer
         self.dropout = dropout
         self._per_token = per_token
+        self._dp = dp or Axis()
 
     def __call__(self, batch: Batch, micro_batch_size: int, lr: float, weight_decay: float) -> StepResult:
-        """Take one step on a global batch with a learning rate and weight decay."""
+        """Take one step on this process's part of a global batch with a learning rate and weight decay."""
         self.optimizer.start_step()
-        sums = self._accumulate(batch, micro_batch_size)  # [micro-batches, 2]
+        sums = in_global_order(self._accumulate(batch, micro_batch_size), self._dp)  # [micro-batches, 2]
         factor = 1.0 / sums[:, 1].sum().clamp(min=1) if self._per_token else None
         update = self.optimizer.step(lr, weight_decay, factor)
         # Only here does the host wait for a GPU: everything above was queued.
@@ -86,7 +94,7 @@ class TrainStep:
 
     def _accumulate(self, batch: Batch, micro_batch_size: int) -> torch.Tensor:
         """Run all backward passes; return the loss sum and valid tokens of each micro-batch [micro-batches, 2]."""
-        count = len(batch) // micro_batch_size
+        count = len(batch) // micro_batch_size * self._dp.size
         scale = self.optimizer.loss_scale
         sums = []
         for micro_batch in batch.split(micro_batch_size):

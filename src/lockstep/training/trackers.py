@@ -11,7 +11,7 @@ from lockstep.training.hooks import Hook, IterationReport, Progress, RunInfo
 from lockstep.training.result import Evaluation, RunResult
 
 
-def train_scalars(report: IterationReport, config: ConfigContainer) -> dict[str, float]:
+def train_scalars(report: IterationReport, config: ConfigContainer, processes: int = 1) -> dict[str, float]:
     """Return the scalars of an iteration by tag."""
     step, logger = report.step, config.logger
     scalars: dict[str, float | None] = {
@@ -19,7 +19,7 @@ def train_scalars(report: IterationReport, config: ConfigContainer) -> dict[str,
         "batch-size": report.global_batch_size,
         LOSS_KEY: step.lm_loss,
         "loss-scale": step.loss_scale if logger.log_loss_scale_to_tensorboard else None,
-        "world-size": 1 if logger.log_world_size_to_tensorboard else None,
+        "world-size": processes if logger.log_world_size_to_tensorboard else None,
         "grad-norm": step.grad_norm,
         "num-zeros": step.num_zeros,
         "params-norm": report.params_norm,
@@ -54,13 +54,15 @@ class TrackerHook(Hook):
 
     def on_start(self, info: RunInfo) -> None:
         """Keep the configuration, which says what is logged."""
-        self._config = info.config
+        self._config, self._processes = info.config, info.processes
 
     def after_step(self, report: IterationReport) -> None:
         """Write the scalars of an iteration when it is time."""
         if report.iteration % self._interval:
             return
-        self._tracker.write(train_scalars(report, self._config), report.iteration, report.consumed_samples)
+        self._tracker.write(
+            train_scalars(report, self._config, self._processes), report.iteration, report.consumed_samples
+        )
         if self._config.logger.log_memory_to_tensorboard:
             memory = {"mem-max-allocated-bytes": float(report.memory_bytes)}
             self._tracker.write(memory, report.iteration, report.consumed_samples)

@@ -1,0 +1,96 @@
+"""Gradients of parameters that several processes have: adding them up, and measuring each parameter once."""
+
+from collections.abc import Sequence
+
+import torch
+
+from lockstep.config.model import ModelConfig
+from lockstep.models.ops import widened
+from lockstep.parallel.mesh import Axis, Mesh
+from lockstep.parallel.plan import has_partial_gradient, shard_of
+
+_ROW = 1 << 14
+
+
+class Gradients:
+    """Reduces the gradients of the named parameters of a model that was laid out over ``mesh``.
+
+    ``reduce_`` takes the gradients of the parameters ``names``. Where the optimizer's weights are cut into parts over
+    the data-parallel axis, ``pieces`` names the parameters of which this process has a piece: the other methods then
+    take tensors of these, and the gradients are added up over that axis when they are handed out.
+    """
+
+    def __init__(
+        self, names: Sequence[str], config: ModelConfig, mesh: Mesh, pieces: Sequence[str] | None = None
+    ) -> None:
+        self._mesh = mesh
+        self._sharded = pieces is not None
+        tensor_parallel = mesh.tp.size > 1
+        owned = names if pieces is None else pieces
+        self._split = [tensor_parallel and shard_of(name, config) is not None for name in owned]
+        self._partial = [tensor_parallel and has_partial_gradient(name, mesh.sequence_parallel) for name in names]
+
+    def reduce_(self, grads: Sequence[torch.Tensor], dtype: torch.dtype | None = None) -> None:
+        """Add up, in place: partial gradients over the tensor-parallel axis, all over the data-parallel one.
+
+        The losses behind them are divided by the counts of the whole global batch, so nothing is divided here.
+        """
+        _sum_(self._mesh.tp, [grad for grad, partial in zip(grads, self._partial, strict=True) if partial], dtype)
+        if not self._sharded:
+            _sum_(self._mesh.dp, grads, dtype)
+
+    def norm(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the L2 norm over all parameters of the model, each counted once, as a scalar (at least FP32)."""
+        dtype = widened(tensors[0]).dtype
+        if not self._sharded and not any(self._split):
+            return l2_norm(tensors).to(dtype)
+        whole, parts = ([t for t, split in zip(tensors, self._split, strict=True) if split == kind] for kind in (0, 1))
+        squares = torch.stack(
+            [
+                l2_norm(group).square() if group else tensors[0].new_zeros((), dtype=torch.float64)
+                for group in (whole, parts)
+            ]
+        )
+        if self._sharded:
+            self._mesh.dp.sum_(squares)
+        return (squares[0] + self._mesh.tp.sum_(squares[1].clone())).sqrt().to(dtype)
+
+    def count(self, counts: Sequence[int], device: torch.device) -> int:
+        """Return the sum of a count over all parameters, each counted once."""
+        whole = sum(n for n, split in zip(counts, self._split, strict=True) if not split)
+        totals = torch.tensor([whole, sum(counts) - whole], device=device)
+        if self._sharded:
+            self._mesh.dp.sum_(totals)
+        return int(totals[0] + self._mesh.tp.sum_(totals[1].clone()))
+
+    def anywhere(self, flag: bool, device: torch.device) -> bool:
+        """Tell whether the flag is up on any process."""
+        return bool(self._mesh.world.highest_(torch.tensor(int(flag), device=device)).item())
+
+
+def _sum_(axis: Axis, tensors: Sequence[torch.Tensor], dtype: torch.dtype | None) -> None:
+    if axis.size == 1 or not tensors:
+        return
+    flat = torch.cat([t.flatten() for t in tensors])
+    total = axis.sum_(flat if dtype is None else flat.to(dtype))
+    for tensor, piece in zip(tensors, total.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(piece.view_as(tensor))
+
+
+def l2_norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the L2 norm over all tensors as a scalar FP64 tensor.
+
+    Row norms first, and those in FP64: one FP32 sum over millions of squares would lose digits.
+    """
+    rows = [
+        torch.linalg.vector_norm(part, dim=-1, dtype=widened(t).dtype).flatten() for t in tensors for part in _rows(t)
+    ]
+    return torch.linalg.vector_norm(torch.cat(rows), dtype=torch.float64)
+
+
+def _rows(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Cut a long piece of a parameter, which has one dimension, into rows and a rest."""
+    if tensor.dim() != 1 or len(tensor) <= _ROW:
+        return [tensor]
+    even = len(tensor) // _ROW * _ROW
+    return [tensor[:even].view(-1, _ROW), tensor[even:]]

@@ -1,0 +1,139 @@
+"""The processes of a run, and the axes along which they are spread.
+
+One frozen `Mesh` is handed down; nothing here lives in a module-level variable. An axis of size 1 has no process
+group, and every operation on it returns its input: one process needs no group at all.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from lockstep.config import ConfigContainer
+from lockstep.errors import UserError
+
+# torch 2.13 renamed both and warns of the names that 2.11 has.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of the mesh: how many processes, which one this is, and their group (None for one process)."""
+
+    size: int = 1
+    rank: int = 0
+    group: dist.ProcessGroup | None = None
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Add up a tensor over the axis, in place."""
+        if self.group is not None:
+            dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def highest_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Take the elementwise maximum over the axis, in place."""
+        if self.group is not None:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
+        return tensor
+
+    def stacked(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the tensors of all processes [size, ...], in the order of their ranks; they have one shape."""
+        if self.group is None:
+            return tensor[None]
+        result = tensor.new_empty((self.size, *tensor.shape))
+        _all_gather(result.view(-1), tensor.reshape(-1), group=self.group)
+        return result
+
+    def split_sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Add up a tensor [size, ...] over the axis and return the row [...] of this process."""
+        if self.group is None:
+            return tensor[0]
+        result = torch.empty_like(tensor[0], memory_format=torch.contiguous_format)
+        _reduce_scatter(result.view(-1), tensor.reshape(-1), group=self.group)
+        return result
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Data-parallel and tensor-parallel axes, and all processes together.
+
+    Processes of one tensor-parallel group are neighbours, as in Megatron-LM: rank = dp.rank * tp.size + tp.rank.
+    ``sequence_parallel`` is on only where there is tensor parallelism.
+    """
+
+    dp: Axis = field(default_factory=Axis)
+    tp: Axis = field(default_factory=Axis)
+    world: Axis = field(default_factory=Axis)
+    sequence_parallel: bool = False
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process keeps the record and prints."""
+        return self.world.rank == 0
+
+    def from_leader(self, value: Any) -> Any:
+        """Return the leading process's value on every process."""
+        if self.world.group is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.world.group)
+        return box[0]
+
+    def describe(self) -> dict[str, Any]:
+        """Return the layout as the record keeps it."""
+        return {
+            "processes": self.world.size,
+            "data_parallel": self.dp.size,
+            "tensor_parallel": self.tp.size,
+            "sequence_parallel": self.sequence_parallel,
+        }
+
+
+@contextmanager
+def start_processes(config: ConfigContainer, device: torch.device) -> Iterator[Mesh]:
+    """Join the other processes of the launcher for the duration of a run; alone, start nothing.
+
+    Raises:
+        UserError: the launcher did not say where the processes meet, or GPUs are to use gloo.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE") or 1)
+    if world_size == 1:
+        yield Mesh()
+        return
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise UserError(f"WORLD_SIZE={world_size}, but {missing[0]} is not set; start with torchrun")
+    if device.type == "cuda" and config.dist.distributed_backend == "gloo":
+        raise UserError("dist.distributed_backend (--distributed-backend) = gloo is for CPUs; use nccl with GPUs")
+    backend = "gloo" if device.type == "cpu" else "nccl"
+    timeout = timedelta(minutes=config.dist.distributed_timeout_minutes)
+    dist.init_process_group(backend, timeout=timeout, device_id=device if backend == "nccl" else None)
+    try:
+        tp = config.model.tensor_model_parallel_size
+        yield build_mesh(device.type, tp, config.model.sequence_parallel)
+    finally:
+        dist.destroy_process_group()
+
+
+def build_mesh(device_type: str, tensor_parallel: int, sequence_parallel: bool) -> Mesh:
+    """Arrange the processes of the default group, whose size is a multiple of ``tensor_parallel``."""
+    world = dist.get_world_size()
+    shape = (world // tensor_parallel, tensor_parallel)
+    axes = init_device_mesh(device_type, shape, mesh_dim_names=("dp", "tp"))
+
+    def axis(name: str, size: int) -> Axis:
+        return Axis(size, axes.get_local_rank(name), axes.get_group(name)) if size > 1 else Axis()
+
+    return Mesh(
+        dp=axis("dp", shape[0]),
+        tp=axis("tp", shape[1]),
+        world=Axis(world, dist.get_rank(), dist.group.WORLD),
+        sequence_parallel=sequence_parallel and tensor_parallel > 1,
+    )

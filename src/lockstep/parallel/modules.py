@@ -1,0 +1,114 @@
+"""What takes the place of the model's own modules on a tensor-parallel process; parameters keep their names.
+
+Shape legend: b batch, s sequence, h hidden, v vocabulary, p part of the vocabulary on this process.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from lockstep.models.cross_entropy import linear_cross_entropy
+from lockstep.models.layers import Linear, Table
+from lockstep.models.ops import embedding, linear
+from lockstep.parallel.exchange import added, added_and_split, copied, joined
+from lockstep.parallel.mesh import Mesh
+
+
+class ColumnParallelLinear(Linear):
+    """Has some of the outputs: takes the whole input, or the parts of its sequence, and returns a part."""
+
+    def __init__(self, inner: Linear, mesh: Mesh):
+        nn.Module.__init__(self)
+        self.weight, self.bias = inner.weight, inner.bias
+        self.mesh = mesh
+
+    def product(self, x: Tensor) -> Tensor:
+        """Return this process's outputs [b, s, o / size] without the bias."""
+        return linear(_whole(x, self.mesh), self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return this process's outputs [b, s, o / size]."""
+        return linear(_whole(x, self.mesh), self.weight, self.bias)
+
+
+class RowParallelLinear(Linear):
+    """Has some of the inputs: the products of all processes add up, each rounded before."""
+
+    def __init__(self, inner: Linear, mesh: Mesh):
+        nn.Module.__init__(self)
+        self.weight, self.bias = inner.weight, inner.bias
+        self.mesh = mesh
+
+    def product(self, x: Tensor) -> Tensor:
+        """Return the sum [b, s, o], or this process's part of its sequence, without the bias."""
+        return _summed(linear(x, self.weight), self.mesh)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the sum plus the bias."""
+        product = self.product(x)
+        return product if self.bias is None else product + self.bias
+
+
+class VocabParallelTable(Table):
+    """Has the rows of some tokens; the others are zero here and come from another process."""
+
+    def __init__(self, inner: Table, mesh: Mesh, first_row: int):
+        nn.Module.__init__(self)
+        self.weight = inner.weight
+        self.mesh = mesh
+        self.first_row = first_row
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return the rows [b, s, h] of ids [b, s], or this process's part of the sequence."""
+        rows = ids - self.first_row
+        elsewhere = (rows < 0) | (rows >= self.weight.shape[0])
+        found = embedding(rows.masked_fill(elsewhere, 0), self.weight)
+        return _summed(found.masked_fill(elsewhere[..., None], 0.0), self.mesh)
+
+
+class SequenceParallelTable(Table):
+    """A whole table that looks up this process's part of the sequence only."""
+
+    def __init__(self, inner: Table, mesh: Mesh):
+        nn.Module.__init__(self)
+        self.weight = inner.weight
+        self.mesh = mesh
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return the rows [b, s / size, h] of ids [b, s]."""
+        return embedding(ids.chunk(self.mesh.tp.size, dim=1)[self.mesh.tp.rank], self.weight)
+
+
+class VocabParallelHead:
+    """Logits and cross entropy where every process has a part of the vocabulary, from row ``first_row`` on."""
+
+    def __init__(self, mesh: Mesh, vocabulary: int, first_row: int):
+        self.mesh = mesh
+        self.vocabulary = vocabulary
+        self.first_row = first_row
+
+    def __call__(self, hidden: Tensor, weight: Tensor, labels: Tensor | None) -> Tensor:
+        """Return the loss of each token [b, s], or without labels all logits [b, s, v], which have no gradient."""
+        hidden = _whole(hidden, self.mesh)
+        if labels is None:
+            return self._all_logits(linear(hidden.detach(), weight.detach()))
+        return linear_cross_entropy(hidden, weight, labels, first_row=self.first_row, merge=self._merge)
+
+    def _merge(self, log_sum: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Combine log-sums over parts of the vocabulary [t], and the logits of labels [t], zero but on one process."""
+        axis = self.mesh.tp
+        return torch.logsumexp(axis.stacked(log_sum), dim=0), axis.sum_(target)
+
+    def _all_logits(self, logits: Tensor) -> Tensor:
+        widest = -(-self.vocabulary // self.mesh.tp.size)
+        padded = nn.functional.pad(logits, (0, widest - logits.shape[-1]))
+        widths = [len(part) for part in torch.arange(self.vocabulary).tensor_split(self.mesh.tp.size)]
+        parts = self.mesh.tp.stacked(padded)
+        return torch.cat([part[..., :width] for part, width in zip(parts, widths, strict=True)], dim=-1)
+
+
+def _whole(x: Tensor, mesh: Mesh) -> Tensor:
+    return joined(x, mesh.tp) if mesh.sequence_parallel else copied(x, mesh.tp)
+
+
+def _summed(x: Tensor, mesh: Mesh) -> Tensor:
+    return added_and_split(x, mesh.tp) if mesh.sequence_parallel else added(x, mesh.tp)

@@ -1,0 +1,67 @@
+"""Which parameter is split how: sharding as data, by parameter name.
+
+A parameter that no row names is whole on every process.
+"""
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+
+from lockstep.config.model import ModelConfig
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A parameter split along ``dim``, within each of ``blocks`` equal blocks; parts may differ by one row."""
+
+    dim: int
+    blocks: int = 1
+
+    def part(self, whole: torch.Tensor, size: int, rank: int) -> torch.Tensor:
+        """Return the part of one of ``size`` processes."""
+        blocks = whole.chunk(self.blocks, self.dim)
+        return torch.cat([block.tensor_split(size, self.dim)[rank] for block in blocks], self.dim)
+
+    def whole(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        """Put the parts of all processes, in their order, together again."""
+        pieces = [part.chunk(self.blocks, self.dim) for part in parts]
+        return torch.cat([pieces[rank][block] for block in range(self.blocks) for rank in range(len(parts))], self.dim)
+
+
+_SPLIT: tuple[tuple[str, Shard], ...] = (
+    ("embedding.word_embeddings.weight", Shard(0)),
+    ("output_layer.weight", Shard(0)),
+    # Rows of the projection lie group by group, so that a split into runs of rows is one into query groups.
+    ("*.linear_qkv.*", Shard(0)),
+    ("*.linear_proj.weight", Shard(1)),
+    ("*.linear_fc1.*", Shard(0)),
+    ("*.linear_fc2.weight", Shard(1)),
+)
+
+# Norms of single heads: every process has some of the heads.
+_OF_HEADS = ("*.q_layernorm.*", "*.k_layernorm.*")
+# Parameters used where the residual stream is split along the sequence.
+_OF_SEQUENCE = (
+    "embedding.position_embeddings.weight",
+    "*.input_layernorm.*",
+    "*.pre_mlp_layernorm.*",
+    "*.final_layernorm.*",
+    "*.linear_proj.bias",
+    "*.linear_fc2.bias",
+)
+
+
+def shard_of(name: str, config: ModelConfig) -> Shard | None:
+    """Return how tensor parallelism splits a parameter; None where it stays whole."""
+    for pattern, shard in _SPLIT:
+        if fnmatchcase(name, pattern):
+            gated = config.gated_linear_unit and ".linear_fc1." in name
+            return Shard(shard.dim, blocks=2) if gated else shard
+    return None
+
+
+def has_partial_gradient(name: str, sequence_parallel: bool) -> bool:
+    """Tell whether each tensor-parallel process finds only its part of the gradient of a whole parameter."""
+    patterns = _OF_HEADS + (_OF_SEQUENCE if sequence_parallel else ())
+    return any(fnmatchcase(name, pattern) for pattern in patterns)

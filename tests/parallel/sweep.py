@@ -1,0 +1,286 @@
+"""The layout sweep: one training job in every layout, in float64, against one process.
+
+`python -m tests.parallel.sweep` starts the processes itself and prints the table; `make sweep` is the same.
+Each case takes two steps of a tiny model and compares, with what one process found: every parameter's gradient in the
+first step, put together from its parts; the gradient norm before clipping; and the weights after both steps.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lockstep.config import ConfigContainer, Origin, resolve
+from lockstep.models import GPTModel, build_model
+from lockstep.parallel.apply import parallelize
+from lockstep.parallel.dropout import LayoutDropoutStreams
+from lockstep.parallel.mesh import Axis, Mesh, build_mesh
+from lockstep.parallel.plan import shard_of
+from lockstep.training.feed import Batch
+from lockstep.training.optimizer import Optimizer
+from lockstep.training.sharded import ShardedMainWeights
+from lockstep.training.step import TrainStep
+from tests.parallel.spawn import on_processes
+
+LIMIT = 1e-10
+_STEPS = 2
+_LENGTH = 16
+
+_JOB: dict[str, Any] = {
+    "model.num_layers": 2,
+    "model.hidden_size": 32,
+    "model.num_attention_heads": 8,
+    "model.num_query_groups": 4,
+    "model.ffn_hidden_size": 48,
+    "model.seq_length": _LENGTH,
+    "model.vocab_size": 101,  # no layout divides it
+    "model.hidden_dropout": 0.0,
+    "model.attention_dropout": 0.0,
+    "model.use_cpu_initialization": True,
+    "train.micro_batch_size": 2,
+    "train.global_batch_size": 8,
+    "train.train_iters": _STEPS,
+    "optimizer.lr": 1e-2,
+    "optimizer.clip_grad": 0.1,
+    "tokenizer.tokenizer_type": "NullTokenizer",
+    "tokenizer.vocab_size": 100,
+}
+_LLAMA: dict[str, Any] = {
+    "model.gated_linear_unit": True,
+    "model.activation_func": "silu",
+    "model.normalization": "RMSNorm",
+    "model.add_bias_linear": False,
+    "model.position_embedding_type": "rope",
+    "model.share_embeddings_and_output_weights": False,
+    "model.qk_layernorm": True,
+    "model.calculate_per_token_loss": True,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout of some processes and what it changes in the job."""
+
+    name: str
+    processes: int
+    changes: dict[str, Any] = field(default_factory=dict)
+
+
+def _tensor(size: int, sequence: bool = False) -> dict[str, Any]:
+    return {"model.tensor_model_parallel_size": size, "model.sequence_parallel": sequence}
+
+
+_SHARDED = {"ddp.use_distributed_optimizer": True}
+_DROPOUT = {"model.hidden_dropout": 0.1, "model.attention_dropout": 0.1}
+
+CASES: tuple[Case, ...] = (
+    Case("DP2", 2),
+    Case("DP4", 4),
+    Case("TP2", 2, _tensor(2)),
+    Case("TP2+SP", 2, _tensor(2, True)),
+    Case("TP4", 4, _tensor(4)),
+    Case("TP4+SP", 4, _tensor(4, True)),
+    Case("TP2 x DP2", 4, _tensor(2)),
+    Case("TP2+SP x DP2", 4, _tensor(2, True)),
+    Case("sharded DP2", 2, _SHARDED),
+    Case("sharded DP4", 4, _SHARDED),
+    Case("TP2 x sharded DP2", 4, {**_tensor(2), **_SHARDED}),
+    Case("TP2+SP x sharded DP2", 4, {**_tensor(2, True), **_SHARDED}),
+    Case("TP2, dropout", 2, {**_tensor(2), **_DROPOUT}),
+    Case("TP2+SP, dropout", 2, {**_tensor(2, True), **_DROPOUT}),
+    Case("TP4+SP, dropout", 4, {**_tensor(4, True), **_DROPOUT}),
+)
+KINDS: dict[str, dict[str, Any]] = {"GPT": {}, "Llama-like": _LLAMA}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a job found, on logical parameters: gradients of the first step, norms before clipping, final weights."""
+
+    grads: dict[str, torch.Tensor]
+    norms: list[float]
+    weights: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Largest relative differences from one process; each parameter's is relative to its largest element."""
+
+    kind: str
+    layout: str
+    grads: float
+    norm: float
+    weights: float
+
+    @property
+    def passes(self) -> bool:
+        """Whether all differences are below the limit."""
+        return max(self.grads, self.norm, self.weights) < LIMIT
+
+
+def configure(changes: dict[str, Any], processes: int) -> ConfigContainer:
+    """Return the resolved configuration of the job with changes by dotted path."""
+    config = ConfigContainer()
+    for path, value in {**_JOB, **changes}.items():
+        config.set(path, value, Origin("python"))
+    return resolve(config, world_size=processes)
+
+
+def global_batch(config: ConfigContainer, step: int) -> Batch:
+    """Return random samples with a different number of valid tokens in each."""
+    samples = config.train.global_batch_size or 0
+    generator = torch.Generator().manual_seed(step)
+    text = torch.randint(0, 100, (samples, _LENGTH + 1), generator=generator)
+    valid = torch.arange(samples)[:, None] * 7 % _LENGTH + 1
+    positions = torch.arange(_LENGTH).expand(samples, _LENGTH)
+    return Batch(text[:, :-1], text[:, 1:], (positions < valid).float(), positions)
+
+
+def share(batch: Batch, micro_batch_size: int, dp: Axis) -> Batch:
+    """Return the micro-batches of one data-parallel process."""
+    mine = list(batch.split(micro_batch_size))[dp.rank :: dp.size]
+    names = ("tokens", "labels", "loss_mask", "position_ids")
+    return Batch(**{name: torch.cat([getattr(part, name) for part in mine]) for name in names})
+
+
+def play(
+    config: ConfigContainer,
+    mesh: Mesh,
+    dtype: torch.dtype = torch.float64,
+    sabotage: Callable[[GPTModel, TrainStep, Optimizer], None] | None = None,
+    feed: Callable[[Batch, int, Axis], Batch] = share,
+) -> Outcome:
+    """Take the steps of a job in one layout; ``sabotage`` and ``feed`` are for tests that plant a fault."""
+    model = build_model(config.model, seed=1234, params_dtype=dtype, device=torch.device("cpu"))
+    parallelize(model, mesh)
+    optimizer = Optimizer(model, config, mesh)
+    heads = config.model.num_attention_heads or 1
+    dropout = LayoutDropoutStreams(1234, torch.device("cpu"), mesh, heads)
+    step = TrainStep(model, optimizer, dropout, per_token=config.model.calculate_per_token_loss, dp=mesh.dp)
+    if sabotage is not None:
+        sabotage(model, step, optimizer)
+    grads: dict[str, torch.Tensor] = {}
+    norms = []
+    micro = config.train.micro_batch_size or 1
+    for number in range(_STEPS):
+        result = step(feed(global_batch(config, number), micro, mesh.dp), micro, 1e-2, 0.01)
+        norms.append(result.grad_norm or 0.0)
+        if number == 0:
+            # Clipping has scaled them; the norm brings back their size.
+            factor = max(1.0, (norms[0] + 1e-6) / config.optimizer.clip_grad)
+            grads = logical({name: grad * factor for name, grad in _grads(optimizer)}, config, mesh)
+    weights = logical({name: p.detach() for name, p in model.named_parameters()}, config, mesh)
+    return Outcome(grads, norms, weights)
+
+
+def _grads(optimizer: Optimizer) -> list[tuple[str, torch.Tensor]]:
+    weights = optimizer.weights
+    if isinstance(weights, ShardedMainWeights):
+        found = weights.gathered(weights.part_grad, weights.part_grad.dtype)
+    else:
+        found = [p.grad for p in weights.main_params if p.grad is not None]
+    return list(zip(weights.names, found, strict=True))
+
+
+def logical(tensors: dict[str, torch.Tensor], config: ConfigContainer, mesh: Mesh) -> dict[str, torch.Tensor]:
+    """Return the tensors of the parameters of one process, put together from the parts of all."""
+    whole = {}
+    for name, tensor in tensors.items():
+        shard = shard_of(name, config.model)
+        if mesh.tp.size == 1 or shard is None:
+            whole[name] = tensor.clone()
+            continue
+        parts: list[Any] = [None] * mesh.tp.size
+        dist.all_gather_object(parts, tensor, group=mesh.tp.group)
+        whole[name] = shard.whole(parts)
+    return whole
+
+
+def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """Return the largest difference of any tensor, relative to its largest element; infinite if names differ."""
+    if a.keys() != b.keys() or any(a[name].shape != b[name].shape for name in a):
+        return float("inf")
+    return max(float((a[n] - b[n]).abs().max() / b[n].abs().max().clamp(min=1e-300)) for n in b)
+
+
+def compare(kind: str, layout: str, found: Outcome, expected: Outcome) -> Row:
+    """Measure an outcome against that of one process."""
+    norm = max(abs(x - y) / y for x, y in zip(found.norms, expected.norms, strict=True))
+    grads, weights = difference(found.grads, expected.grads), difference(found.weights, expected.weights)
+    return Row(kind, layout, grads, norm, weights)
+
+
+def mesh_of(case: Case) -> Mesh:
+    """Return the mesh of a case that takes all processes of the default group."""
+    size = case.changes.get("model.tensor_model_parallel_size", 1)
+    return build_mesh("cpu", size, case.changes.get("model.sequence_parallel", False))
+
+
+def run_cases(cases: Sequence[Case]) -> list[Row]:
+    """Run, on every process of the default group, the cases that take all of them; return the rows."""
+    mine = [(case, mesh_of(case)) for case in cases if case.processes == dist.get_world_size()]
+    rows = []
+    for kind, changes in KINDS.items():
+        alone = {on: play(configure({**changes, **(_DROPOUT if on else {})}, 1), Mesh()) for on in (False, True)}
+        for case, mesh in mine:
+            expected = alone["model.hidden_dropout" in case.changes]
+            config = configure({**changes, **case.changes}, case.processes)
+            rows.append(compare(kind, case.name, play(config, mesh), expected))
+    return rows
+
+
+def sweep_rows() -> list[Row]:
+    """Run all cases of the present number of processes."""
+    return run_cases(CASES)
+
+
+def sweep() -> list[Row]:
+    """Start the processes, run every case and return its worst row over the processes."""
+    rows: list[Row] = []
+    for processes in sorted({case.processes for case in CASES}):
+        for found in zip(*on_processes(sweep_rows, processes), strict=True):
+            worst = {key: max(getattr(row, key) for row in found) for key in ("grads", "norm", "weights")}
+            rows.append(Row(found[0].kind, found[0].layout, **worst))
+    return sorted(rows, key=lambda row: list(KINDS).index(row.kind))
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Return the rows as a Markdown table."""
+    lines = ["| model | layout | gradients | grad norm | weights | |", "| --- | --- | --- | --- | --- | --- |"]
+    lines += [
+        f"| {row.kind} | {row.layout} | {row.grads:.1e} | {row.norm:.1e} | {row.weights:.1e} "
+        f"| {'equal' if row.passes else 'DIFFERS'} |"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+_BEGIN, _END = "<!-- sweep -->\n", "<!-- end of sweep -->"
+
+
+def write_into(page: Path, text: str) -> None:
+    """Replace what stands between the marks of the page."""
+    before, _, rest = page.read_text().partition(_BEGIN)
+    _, _, after = rest.partition(_END)
+    page.write_text(f"{before}{_BEGIN}\n{text}\n\n{_END}{after}")
+
+
+def main() -> int:
+    """Run the sweep; exit code 1 where a layout differs."""
+    parser = argparse.ArgumentParser(prog="python -m tests.parallel.sweep", description=__doc__.splitlines()[0])
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="Also write the table between the marks of a page.")
+    options = parser.parse_args()
+    rows = sweep()
+    print(f"largest relative differences from one process, float64, limit {LIMIT:.0e}\n")
+    print(table(rows))
+    if options.write:
+        write_into(options.write, table(rows))
+    return 0 if all(row.passes for row in rows) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

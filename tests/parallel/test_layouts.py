@@ -1,0 +1,126 @@
+"""Every layout against one process, and faults that the comparison must see."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from lockstep.config.model import ModelConfig
+from lockstep.parallel.gradients import Gradients
+from lockstep.parallel.mesh import Axis, Mesh
+from lockstep.parallel.plan import Shard, has_partial_gradient, shard_of
+from lockstep.training.feed import Batch
+from tests.parallel import sweep
+from tests.parallel.spawn import on_processes
+
+_CASE = next(case for case in sweep.CASES if case.name == "TP2+SP x DP2")
+
+
+class _NoPartial(Gradients):
+    """Forgets that gradients of norms are partial under sequence parallelism."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._partial = [False] * len(self._partial)
+
+
+class _CountedTwice(Gradients):
+    """Adds up the squares of whole parameters over the tensor-parallel processes too."""
+
+    def norm(self, tensors: Any) -> torch.Tensor:
+        self._split = [True] * len(self._split)
+        return super().norm(tensors)
+
+
+class _WrongDivisor(Gradients):
+    """Divides by all processes where it should by the data-parallel ones."""
+
+    def reduce_(self, grads: Any, dtype: torch.dtype | None = None) -> None:
+        super().reduce_(grads, dtype)
+        for grad in grads:
+            grad.mul_(self._mesh.dp.size / self._mesh.world.size)
+
+
+def _replaced(kind: type[Gradients]) -> Callable[..., None]:
+    def sabotage(model: Any, step: Any, optimizer: Any) -> None:
+        good = optimizer._gradients
+        optimizer._gradients = kind(optimizer.weights.names, model.config, good._mesh)
+
+    return sabotage
+
+
+def _no_data_parallel_sum(model: Any, step: Any, optimizer: Any) -> None:
+    optimizer._gradients._mesh = dataclasses.replace(optimizer._gradients._mesh, dp=Axis())
+
+
+def _twice(batch: Batch, micro: int, dp: Axis) -> Batch:
+    """Hand every process the micro-batches of the first."""
+    return sweep.share(batch, micro, dataclasses.replace(dp, rank=0))
+
+
+_FAULTS: dict[str, dict[str, Any]] = {
+    "missing all-reduce over tensor parallel": {"sabotage": _replaced(_NoPartial)},
+    "missing all-reduce over data parallel": {"sabotage": _no_data_parallel_sum},
+    "divisor by the wrong group": {"sabotage": _replaced(_WrongDivisor)},
+    "counted twice in the norm": {"sabotage": _replaced(_CountedTwice)},
+    "duplicated micro-batch": {"feed": _twice},
+}
+
+
+def _everything() -> dict[str, Any]:
+    """Run the cases of four processes and the faults, in one start of the processes."""
+    found: dict[str, Any] = {"rows": sweep.run_cases(sweep.CASES), "faults": {}}
+    expected = sweep.play(sweep.configure({}, 1), Mesh())
+    config, mesh = sweep.configure(_CASE.changes, 4), sweep.mesh_of(_CASE)
+    for name, fault in _FAULTS.items():
+        found["faults"][name] = sweep.compare("GPT", name, sweep.play(config, mesh, **fault), expected)
+    low = {"mixed_precision.bf16": True}
+    one = sweep.play(sweep.configure(low, 1), Mesh(), torch.bfloat16)
+    config = sweep.configure({**low, **_CASE.changes}, 4)
+    found["bf16"] = sweep.compare("GPT", "bf16", sweep.play(config, mesh, torch.bfloat16), one)
+    return found
+
+
+@pytest.fixture(scope="module")
+def results() -> list[dict[str, Any]]:
+    return on_processes(_everything, 4)
+
+
+def test_every_layout_equals_one_process(results) -> None:
+    rows = [row for found in results for row in found["rows"]]
+    assert len(rows) == 4 * 2 * sum(case.processes == 4 for case in sweep.CASES)
+    assert [row for row in rows if not row.passes] == []
+
+
+@pytest.mark.parametrize("fault", list(_FAULTS))
+def test_a_planted_fault_is_seen(results, fault: str) -> None:
+    assert any(not found["faults"][fault].passes for found in results)
+
+
+def test_bf16_moves_by_rounding_only(results) -> None:
+    for found in results:
+        assert found["bf16"].norm < 2e-2
+        assert 0 < found["bf16"].grads < 5e-2
+
+
+def test_parts_make_the_whole_again() -> None:
+    whole = torch.arange(14 * 3).view(14, 3)
+    for shard in (Shard(0), Shard(1), Shard(0, blocks=2)):
+        parts = [shard.part(whole, 3, rank) for rank in range(3)]
+        assert torch.equal(shard.whole(parts), whole)
+    first = Shard(0, blocks=2).part(torch.arange(8), 2, 0)
+    assert first.tolist() == [0, 1, 4, 5]  # half of the gate, then half of the rest
+
+
+def test_the_plan_names_what_is_split() -> None:
+    config = ModelConfig(gated_linear_unit=True)
+    layer = "decoder.layers.0."
+    assert shard_of(layer + "mlp.linear_fc1.weight", config) == Shard(0, blocks=2)
+    assert shard_of(layer + "self_attention.linear_proj.weight", config) == Shard(1)
+    assert shard_of(layer + "self_attention.linear_proj.bias", config) is None
+    assert shard_of("embedding.position_embeddings.weight", config) is None
+    assert has_partial_gradient(layer + "self_attention.q_layernorm.weight", sequence_parallel=False)
+    assert not has_partial_gradient(layer + "input_layernorm.weight", sequence_parallel=False)
+    assert has_partial_gradient(layer + "input_layernorm.weight", sequence_parallel=True)
