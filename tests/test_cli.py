@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from lockstep.cli import main
-from lockstep.errors import UserError
+from lockstep.errors import ConfigError, UserError
 from lockstep.guard import CLOSED_PIPE, INTERRUPTED, USER_ERROR, run
 from tests.commands import FLAGS, RECIPE, TINY
 
@@ -67,6 +67,19 @@ def test_the_resolved_tree_is_printed_with_origins(argv: list[str], capsys: pyte
     shown = capsys.readouterr().out
     assert "model.num_layers = 2  # command line (" in shown
     assert "model.kv_channels = 64  # derived (model.hidden_size // model.num_attention_heads)" in shown
+
+
+def test_only_one_process_tells_of_a_mistake_that_all_find(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(kind: type[UserError]) -> int:
+        raise kind("what is wrong")
+
+    monkeypatch.setenv("RANK", "1")
+    assert run(lambda: fail(ConfigError)) == USER_ERROR
+    assert capsys.readouterr().err == ""
+    assert run(lambda: fail(UserError)) == USER_ERROR
+    assert capsys.readouterr().err == "error: what is wrong\n"
 
 
 def test_a_closed_pipe_ends_quietly() -> None:

@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from lockstep.errors import UserError
+from lockstep.errors import ConfigError, UserError
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -16,7 +16,9 @@ def run(job: Callable[[], int]) -> int:
     try:
         return job()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # Under a launcher every process finds the same mistake in the configuration: one of them says it.
+        if not isinstance(error, ConfigError) or os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
     except BrokenPipeError:
         # Whoever read the output has seen enough. What is still buffered has nowhere to go when the interpreter exits.

@@ -75,6 +75,10 @@ def _tensor(size: int, sequence: bool = False) -> dict[str, Any]:
 
 
 _SHARDED = {"ddp.use_distributed_optimizer": True}
+_SELECTIVE = {
+    "model.recompute_granularity": "selective",
+    "model.recompute_modules": ["core_attn", "layernorm", "mlp"],
+}
 _DROPOUT = {"model.hidden_dropout": 0.1, "model.attention_dropout": 0.1}
 
 CASES: tuple[Case, ...] = (
@@ -92,6 +96,8 @@ CASES: tuple[Case, ...] = (
     Case("TP2+SP x sharded DP2", 4, {**_tensor(2, True), **_SHARDED}),
     Case("TP2, dropout", 2, {**_tensor(2), **_DROPOUT}),
     Case("TP2+SP, dropout", 2, {**_tensor(2, True), **_DROPOUT}),
+    Case("TP2, recomputation, dropout", 2, {**_tensor(2), **_SELECTIVE, **_DROPOUT}),
+    Case("TP2+SP, recomputation", 2, {**_tensor(2, True), **_SELECTIVE}),
     Case("TP4+SP, dropout", 4, {**_tensor(4, True), **_DROPOUT}),
 )
 KINDS: dict[str, dict[str, Any]] = {"GPT": {}, "Llama-like": _LLAMA}

@@ -42,7 +42,8 @@ class ExitRule:
     """Stops a run on a signal, after an iteration divisible by ``interval``, or ``minutes`` after ``started``.
 
     ``started`` is on the clock of ``time.monotonic``; None means no limit of that kind.
-    Clocks differ: ``agree`` turns what this process sees into what all of them act on.
+    Clocks differ, and signals arrive at different moments: ``agree`` turns what this process sees into what all of them
+    act on.
     """
 
     started: float
