@@ -8,9 +8,7 @@ from lockstep.config import ConfigContainer, resolve
 from lockstep.config.show import format_tree
 from lockstep.errors import ConfigError
 from lockstep.megatron_lm.translate import flags_from_config
-from lockstep.recipes.translate import overrides_from_config
-
-DEFAULT_RECIPE = "vanilla_gpt_pretrain_config"
+from lockstep.recipes.translate import DEFAULT_RECIPE, overrides_from_config
 
 
 def launch(

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lockstep.config.data import DatasetConfig
+from lockstep.config.derive import DEFAULT_SPLIT, MOCK_SPLIT
 from lockstep.data.blend import Blend, BlendedDataset, DataPlan, read_plan
 from lockstep.data.cache import IndexCache
 from lockstep.data.gpt_dataset import NO_PAD, Dataset, GPTDataset, Sample, SampleRules, SplitName, beyond_vocabulary
 from lockstep.data.indexed import IndexedDataset
-from lockstep.data.mock import MOCK_SPLIT, MockTokens
+from lockstep.data.mock import MockTokens
 from lockstep.data.source import TokenSource
-from lockstep.data.splits import DEFAULT_SPLIT, SPLITS, Interval, documents_of, normalize, parse_split
+from lockstep.data.splits import SPLITS, Interval, documents_of, normalize, parse_split
 from lockstep.data.tokenizers import Tokenizer
 from lockstep.errors import UserError
 

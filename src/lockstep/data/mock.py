@@ -4,9 +4,6 @@ from typing import Any
 
 import numpy as np
 
-MOCK_SPLIT = "1,1,1"
-"""The split that mock data always has."""
-
 _NUM_DOCUMENTS = 100_000
 _LENGTH_BELOW = 4096
 _LENGTH_SEED = 0

@@ -8,8 +8,6 @@ from lockstep.data.gpt_dataset import SplitName
 from lockstep.errors import UserError
 
 SPLITS: tuple[SplitName, ...] = ("train", "valid", "test")
-DEFAULT_SPLIT = "969, 30, 1"
-"""The split of real data when none is given."""
 
 Interval = tuple[float, float]
 

@@ -11,9 +11,8 @@ from pathlib import Path
 from lockstep.errors import UserError
 from lockstep.lab.compare import compare_paths
 from lockstep.lab.report import show, write_report
+from lockstep.recipes.translate import DEFAULT_RECIPE
 from lockstep.record.paths import PARENT, fresh_dir
-
-DEFAULT_RECIPE = "vanilla_gpt_pretrain_config"
 
 REFERENCE_FLAGS = (
     "--num-layers 2 --hidden-size 256 --num-attention-heads 4 --ffn-hidden-size 1024 --seq-length 512 "

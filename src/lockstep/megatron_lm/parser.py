@@ -5,20 +5,14 @@ import shlex
 import typing
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, NoReturn
+from typing import Any
 
+from lockstep.arguments import StrictParser
 from lockstep.config import ConfigContainer, FieldInfo, Origin, all_fields
 from lockstep.config.derive import has_data
 from lockstep.config.fields import choices_of, coerce, describe, members
 from lockstep.errors import ConfigError, nearest
 from lockstep.megatron_lm.composites import COMPOSITES, Composite
-
-
-class _Parser(argparse.ArgumentParser):
-    """An argument parser that raises ``ConfigError`` where argparse would exit."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
 
 
 def parse_flags(argv: Sequence[str]) -> ConfigContainer:
@@ -59,12 +53,11 @@ def known_flags() -> list[str]:
 @cache
 def build_parser() -> argparse.ArgumentParser:
     """Return the argument parser of all known flags, one group a section; values stay text."""
-    parser = _Parser(
+    parser = StrictParser(
         prog="pretrain_gpt.py",
         description="Train a GPT model with Megatron-LM's flags.",
-        allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=110),
+        help_column=36,
     )
     parser.add_argument("--print-config", action="store_true", help="Print the resolved configuration and stop.")
     shorthands = parser.add_argument_group("shorthands")

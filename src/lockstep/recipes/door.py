@@ -3,8 +3,9 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from lockstep.arguments import StrictParser
 from lockstep.config import ConfigContainer, Origin, all_fields, canonical
 from lockstep.config.fields import coerce, describe, members
 from lockstep.errors import ConfigError, nearest
@@ -37,19 +38,13 @@ _CONVENIENCE: dict[str, tuple[tuple[str, ...], str]] = {
 _STEP_FUNCTIONS = ("gpt_step",)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
-
-
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of everything but the overrides."""
-    parser = _Parser(
+    parser = StrictParser(
         prog="run_recipe.py",
         usage="%(prog)s --recipe NAME [options] [key=value ...]",
         description="Train by a named recipe, changed by key=value overrides.",
-        allow_abbrev=False,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=44, width=110),
+        help_column=44,
     )
     parser.add_argument("--recipe", metavar="NAME", help="Full recipe name; `lockstep recipes` lists them.")
     parser.add_argument(

@@ -7,11 +7,14 @@ from lockstep.config import ConfigContainer
 from lockstep.config.derive import interpolate
 from lockstep.recipes.catalog import get_recipe
 
+DEFAULT_RECIPE = "vanilla_gpt_pretrain_config"
+"""The recipe that a run is spelled by where none is named."""
+
 _PLAIN = re.compile(r"[A-Za-z_/.][A-Za-z0-9_/.@%+-]*")
 _WORDS_OF_THE_GRAMMAR = {"true", "false", "null", "nan", "inf"}
 
 
-def overrides_from_config(config: ConfigContainer, recipe: str = "vanilla_gpt_pretrain_config") -> list[str]:
+def overrides_from_config(config: ConfigContainer, recipe: str = DEFAULT_RECIPE) -> list[str]:
     """Return the overrides that turn ``recipe`` into ``config``: one for each field whose value differs.
 
     Raises:
