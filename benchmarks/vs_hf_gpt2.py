@@ -23,6 +23,7 @@ from lockstep.models import DropoutStreams, build_model
 from lockstep.training.device import choose_device, switches
 from lockstep.training.feed import Batch
 from lockstep.training.optimizer import Optimizer
+from lockstep.training.passes import WholePasses
 from lockstep.training.precision import params_dtype
 from lockstep.training.setup import set_vocab_size
 from lockstep.training.step import TrainStep
@@ -79,7 +80,7 @@ def our_config(shape: Shape, precision: str) -> ConfigContainer:
 def our_step(shape: Shape, config: ConfigContainer, device: torch.device) -> Step:
     """Return our training step."""
     model = build_model(config.model, seed=config.rng.seed, params_dtype=params_dtype(config), device=device)
-    train_step = TrainStep(model.train(), Optimizer(model, config), DropoutStreams(config.rng.seed, device))
+    train_step = TrainStep(WholePasses(model, DropoutStreams(config.rng.seed, device)), Optimizer(model, config))
     positions = torch.arange(shape.seq_length, device=device).expand(shape.global_batch_size, -1)
 
     def step(micro_batches: list[Tensor]) -> float:

@@ -70,7 +70,10 @@ def test_all_problems_come_back_at_once() -> None:
         (["--num-attention-heads", "0"], "give a value above 0"),
         (["--hidden-dropout", "1.5"], "up to, but not including, 1"),
         (["--tensor-model-parallel-size", "2"], "1 processes are not a multiple of --tensor-model-parallel-size = 2"),
-        (["--pipeline-model-parallel-size", "2"], "--pipeline-model-parallel-size = 2: pipeline parallelism"),
+        (
+            ["--pipeline-model-parallel-size", "2"],
+            "1 processes are not a multiple of --pipeline-model-parallel-size = 2; start 2",
+        ),
         (["--context-parallel-size", "2"], "--context-parallel-size = 2: context parallelism"),
         (["--save", "x"], "--save needs checkpoint.save_interval (--save-interval)"),
         (["--use-checkpoint-args"], "settings are not taken from a checkpoint yet"),

@@ -21,7 +21,7 @@ def attend(dtype: torch.dtype, *, softmax_in_fp32: bool, with_dropout: bool) -> 
     query, key, value = (torch.randn(6, 20, 12).to(dtype).requires_grad_() for _ in range(3))
     dropped = torch.rand(6, 20, 20) < 0.3 if with_dropout else None
     documents = torch.tensor([[0] * 9 + [1] * 11, [0] * 20, [0] * 5 + [3] * 15])
-    hidden = hidden_positions(documents, documents)
+    hidden = hidden_positions(documents.shape[1], documents.device, documents)
     result = core_attention(
         query, key, value, hidden, dropped=dropped, dropout_probability=0.3, softmax_in_fp32=softmax_in_fp32
     )

@@ -53,7 +53,7 @@ def test_residual_may_start_at_the_norm_output(tiny):
     hidden = torch.randn(2, 6, 32)
     twice = layer.pre_mlp_layernorm(layer.input_layernorm(hidden))
     tokens, _ = batch(6)
-    context = AttentionContext(hidden_positions(tokens, None), None, None)
+    context = AttentionContext(hidden_positions(tokens.shape[1], tokens.device, None), None, None)
     assert torch.equal(layer(hidden, context), twice)
 
 
@@ -102,6 +102,9 @@ def test_norms_in_bfloat16_are_rounded_once(tiny):
     for kind, shifted in itertools.product(("LayerNorm", "RMSNorm"), (False, True)):
         config = tiny(normalization=kind, layernorm_zero_centered_gamma=shifted)
         norm = Norm(config, 32, dtype=torch.bfloat16, device=CPU)
+        torch.nn.init.constant_(norm.weight, 0.0 if shifted else 1.0)
+        if norm.bias is not None:
+            torch.nn.init.zeros_(norm.bias)
         x = torch.randn(50, 32).bfloat16()
         exact = x.double()
         if kind == "LayerNorm":

@@ -132,9 +132,9 @@ def test_nothing_is_recomputed_in_evaluation(tiny, monkeypatch):
     ],
 )
 def test_chunks(method, number, expected, tiny):
-    chunks = recomputed_chunks(tiny(**full(method, number)), 5)
+    chunks = recomputed_chunks(tiny(**full(method, number)), range(5))
     assert [(list(chunk), again) for chunk, again in chunks] == expected
-    assert [again for _, again in recomputed_chunks(tiny(**selective("mlp")), 5)] == [False] * 5
+    assert [again for _, again in recomputed_chunks(tiny(**selective("mlp")), range(5))] == [False] * 5
 
 
 def test_an_error_in_a_recomputation_leaves_the_streams_where_they_were():

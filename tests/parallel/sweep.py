@@ -15,13 +15,12 @@ import torch
 import torch.distributed as dist
 
 from lockstep.config import ConfigContainer, Origin, resolve
-from lockstep.models import GPTModel, build_model
-from lockstep.parallel.apply import parallelize
-from lockstep.parallel.dropout import LayoutDropoutStreams
+from lockstep.models import GPTModel
 from lockstep.parallel.mesh import Axis, Mesh, build_mesh
 from lockstep.parallel.plan import shard_of
 from lockstep.training.feed import Batch
 from lockstep.training.optimizer import Optimizer
+from lockstep.training.setup import build_parallel_model, build_passes
 from lockstep.training.sharded import ShardedMainWeights
 from lockstep.training.step import TrainStep
 from tests.parallel.spawn import on_processes
@@ -31,7 +30,7 @@ _STEPS = 2
 _LENGTH = 16
 
 _JOB: dict[str, Any] = {
-    "model.num_layers": 2,
+    "model.num_layers": 4,
     "model.hidden_size": 32,
     "model.num_attention_heads": 8,
     "model.num_query_groups": 4,
@@ -74,6 +73,11 @@ def _tensor(size: int, sequence: bool = False) -> dict[str, Any]:
     return {"model.tensor_model_parallel_size": size, "model.sequence_parallel": sequence}
 
 
+def _pipeline(size: int, chunks: int | None = None) -> dict[str, Any]:
+    return {"model.pipeline_model_parallel_size": size, "model.virtual_pipeline_model_parallel_size": chunks}
+
+
+_UNEVEN = {"model.num_layers_in_first_pipeline_stage": 1}
 _SHARDED = {"ddp.use_distributed_optimizer": True}
 _SELECTIVE = {
     "model.recompute_granularity": "selective",
@@ -99,6 +103,15 @@ CASES: tuple[Case, ...] = (
     Case("TP2, recomputation, dropout", 2, {**_tensor(2), **_SELECTIVE, **_DROPOUT}),
     Case("TP2+SP, recomputation", 2, {**_tensor(2, True), **_SELECTIVE}),
     Case("TP4+SP, dropout", 4, {**_tensor(4, True), **_DROPOUT}),
+    Case("PP2", 2, _pipeline(2)),
+    Case("PP2 interleaved", 2, _pipeline(2, 2)),
+    Case("PP2 uneven", 2, {**_pipeline(2), **_UNEVEN}),
+    Case("PP2, recomputation", 2, {**_pipeline(2), **_SELECTIVE}),
+    Case("PP4", 4, _pipeline(4)),
+    Case("PP2 x DP2", 4, _pipeline(2)),
+    Case("PP2 x sharded DP2", 4, {**_pipeline(2), **_SHARDED}),
+    Case("PP2 interleaved x TP2+SP", 4, {**_pipeline(2, 2), **_tensor(2, True)}),
+    Case("PP2 x TP2", 4, {**_pipeline(2), **_tensor(2)}),
 )
 KINDS: dict[str, dict[str, Any]] = {"GPT": {}, "Llama-like": _LLAMA}
 
@@ -161,12 +174,11 @@ def play(
     feed: Callable[[Batch, int, Axis], Batch] = share,
 ) -> Outcome:
     """Take the steps of a job in one layout; ``sabotage`` and ``feed`` are for tests that plant a fault."""
-    model = build_model(config.model, seed=1234, params_dtype=dtype, device=torch.device("cpu"))
-    parallelize(model, mesh)
+    device = torch.device("cpu")
+    model, spans, _ = build_parallel_model(config, mesh, device, dtype)
     optimizer = Optimizer(model, config, mesh)
-    heads = config.model.num_attention_heads or 1
-    dropout = LayoutDropoutStreams(1234, torch.device("cpu"), mesh, heads)
-    step = TrainStep(model, optimizer, dropout, per_token=config.model.calculate_per_token_loss, dp=mesh.dp)
+    passes = build_passes(config, model, spans, mesh, device)
+    step = TrainStep(passes, optimizer, per_token=config.model.calculate_per_token_loss, dp=mesh.dp)
     if sabotage is not None:
         sabotage(model, step, optimizer)
     grads: dict[str, torch.Tensor] = {}
@@ -203,7 +215,11 @@ def logical(tensors: dict[str, torch.Tensor], config: ConfigContainer, mesh: Mes
         parts: list[Any] = [None] * mesh.tp.size
         dist.all_gather_object(parts, tensor, group=mesh.tp.group)
         whole[name] = shard.whole(parts)
-    return whole
+    if mesh.pp.size == 1:
+        return whole
+    stages: list[Any] = [None] * mesh.pp.size
+    dist.all_gather_object(stages, whole, group=mesh.pp.group)
+    return {name: tensor for stage in stages for name, tensor in stage.items()}
 
 
 def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
@@ -222,8 +238,7 @@ def compare(kind: str, layout: str, found: Outcome, expected: Outcome) -> Row:
 
 def mesh_of(case: Case) -> Mesh:
     """Return the mesh of a case that takes all processes of the default group."""
-    size = case.changes.get("model.tensor_model_parallel_size", 1)
-    return build_mesh("cpu", size, case.changes.get("model.sequence_parallel", False))
+    return build_mesh(configure(case.changes, case.processes).model, "cpu")
 
 
 def run_cases(cases: Sequence[Case]) -> list[Row]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from lockstep.config.model import ModelConfig
 from lockstep.parallel.gradients import Gradients
@@ -16,6 +17,7 @@ from tests.parallel import sweep
 from tests.parallel.spawn import on_processes
 
 _CASE = next(case for case in sweep.CASES if case.name == "TP2+SP x DP2")
+_PIPELINE = next(case for case in sweep.CASES if case.name == "PP2 x DP2")
 
 
 class _NoPartial(Gradients):
@@ -52,7 +54,22 @@ def _replaced(kind: type[Gradients]) -> Callable[..., None]:
 
 
 def _no_data_parallel_sum(model: Any, step: Any, optimizer: Any) -> None:
-    optimizer._gradients._mesh = dataclasses.replace(optimizer._gradients._mesh, dp=Axis())
+    optimizer._gradients._mesh = dataclasses.replace(optimizer._gradients._mesh, replicas=Axis())
+
+
+def _no_sum_of_tied_embeddings(model: Any, step: Any, optimizer: Any) -> None:
+    optimizer._gradients._mesh = dataclasses.replace(optimizer._gradients._mesh, ends=Axis())
+
+
+def _tied_embeddings_counted_twice(model: Any, step: Any, optimizer: Any) -> None:
+    optimizer._gradients._elsewhere = [False] * len(optimizer._gradients._elsewhere)
+
+
+def _stages_initialised_alike(model: Any, step: Any, optimizer: Any) -> None:
+    """Give the layers of every stage the weights of the first ones."""
+    with torch.no_grad():
+        for tensor in model.decoder.layers.parameters():
+            dist.broadcast(tensor, group=optimizer._gradients._mesh.pp.group, group_src=0)
 
 
 def _twice(batch: Batch, micro: int, dp: Axis) -> Batch:
@@ -67,19 +84,26 @@ _FAULTS: dict[str, dict[str, Any]] = {
     "counted twice in the norm": {"sabotage": _replaced(_CountedTwice)},
     "duplicated micro-batch": {"feed": _twice},
 }
+_PIPELINE_FAULTS: dict[str, dict[str, Any]] = {
+    "tied embeddings not added up": {"sabotage": _no_sum_of_tied_embeddings},
+    "tied embeddings counted twice in the norm": {"sabotage": _tied_embeddings_counted_twice},
+    "stages initialised alike": {"sabotage": _stages_initialised_alike},
+    "missing all-reduce in a pipeline": {"sabotage": _no_data_parallel_sum},
+}
 
 
 def _everything() -> dict[str, Any]:
     """Run the cases of four processes and the faults, in one start of the processes."""
     found: dict[str, Any] = {"rows": sweep.run_cases(sweep.CASES), "faults": {}}
     expected = sweep.play(sweep.configure({}, 1), Mesh())
-    config, mesh = sweep.configure(_CASE.changes, 4), sweep.mesh_of(_CASE)
-    for name, fault in _FAULTS.items():
-        found["faults"][name] = sweep.compare("GPT", name, sweep.play(config, mesh, **fault), expected)
+    for case, faults in ((_CASE, _FAULTS), (_PIPELINE, _PIPELINE_FAULTS)):
+        config, mesh = sweep.configure(case.changes, 4), sweep.mesh_of(case)
+        for name, fault in faults.items():
+            found["faults"][name] = sweep.compare("GPT", name, sweep.play(config, mesh, **fault), expected)
     low = {"mixed_precision.bf16": True}
     one = sweep.play(sweep.configure(low, 1), Mesh(), torch.bfloat16)
     config = sweep.configure({**low, **_CASE.changes}, 4)
-    found["bf16"] = sweep.compare("GPT", "bf16", sweep.play(config, mesh, torch.bfloat16), one)
+    found["bf16"] = sweep.compare("GPT", "bf16", sweep.play(config, sweep.mesh_of(_CASE), torch.bfloat16), one)
     return found
 
 
@@ -94,7 +118,7 @@ def test_every_layout_equals_one_process(results) -> None:
     assert [row for row in rows if not row.passes] == []
 
 
-@pytest.mark.parametrize("fault", list(_FAULTS))
+@pytest.mark.parametrize("fault", [*_FAULTS, *_PIPELINE_FAULTS])
 def test_a_planted_fault_is_seen(results, fault: str) -> None:
     assert any(not found["faults"][fault].passes for found in results)
 

@@ -7,6 +7,7 @@ import torch
 
 from lockstep.training.feed import Batch
 from lockstep.training.optimizer import Optimizer
+from lockstep.training.passes import WholePasses
 from lockstep.training.step import TrainStep
 
 
@@ -23,7 +24,7 @@ def _run(configure, tiny_model, batch: Batch, micro: int, per_token: bool = Fals
     """Take a step that changes nothing; return its result and the gradients."""
     model = tiny_model()
     config = configure({"optimizer.optimizer": "sgd", "optimizer.clip_grad": 0.0, **(changes or {})})
-    result = TrainStep(model, Optimizer(model, config), per_token=per_token)(batch, micro, 0.0, 0.0)
+    result = TrainStep(WholePasses(model), Optimizer(model, config), per_token=per_token)(batch, micro, 0.0, 0.0)
     return result, torch.cat([p.grad.flatten() for p in model.parameters()])
 
 

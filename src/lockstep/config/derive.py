@@ -5,6 +5,7 @@ from typing import Any
 
 from lockstep.config.container import ConfigContainer
 from lockstep.config.section import Origin, Ref
+from lockstep.config.stages import layout_stages
 from lockstep.errors import ConfigError
 
 DEFAULT_SPLIT = "969, 30, 1"
@@ -45,6 +46,12 @@ def derive(config: ConfigContainer, world_size: int = 1) -> None:
         config.set("rerun_state_machine.check_for_nan_in_loss", False, Origin("derived", "dynamic loss scale"))
 
 
+def model_processes(config: ConfigContainer) -> int:
+    """Return how many processes work on one micro-batch: the others are data parallel."""
+    m = config.model
+    return m.tensor_model_parallel_size * m.pipeline_model_parallel_size * m.context_parallel_size
+
+
 def has_data(config: ConfigContainer) -> bool:
     """Tell whether the configuration names any data set on disk."""
     d = config.dataset
@@ -79,8 +86,13 @@ def _kv_channels(c: ConfigContainer, _: int) -> int | None:
 def _global_batch_size(c: ConfigContainer, world_size: int) -> int | None:
     if c.train.step_batch_size_schedule is not None:
         return None
-    model_parallel = max(1, c.model.tensor_model_parallel_size)
-    return c.train.micro_batch_size * max(1, world_size // model_parallel) if c.train.micro_batch_size else None
+    copies = max(1, world_size // max(1, model_processes(c)))
+    return c.train.micro_batch_size * copies if c.train.micro_batch_size else None
+
+
+def _virtual_stages(c: ConfigContainer, _: int) -> int | None:
+    layout, processes = c.model.pipeline_model_parallel_layout, c.model.pipeline_model_parallel_size
+    return layout_stages(layout) // processes or None if layout is not None and processes > 0 else None
 
 
 def _train_iters(c: ConfigContainer, _: int) -> int | None:
@@ -110,6 +122,7 @@ _RULES: tuple[tuple[str, _Rule, str], ...] = (
         "default of selective recomputation",
     ),
     ("model.embedding_init_method_std", lambda c, _: c.model.init_method_std, "model.init_method_std"),
+    ("model.virtual_pipeline_model_parallel_size", _virtual_stages, "model.pipeline_model_parallel_layout"),
     ("train.global_batch_size", _global_batch_size, "train.micro_batch_size * data-parallel size"),
     ("train.train_iters", _train_iters, "train.train_samples // train.global_batch_size"),
     (

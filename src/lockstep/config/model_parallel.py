@@ -18,10 +18,17 @@ class ModelParallel(Section):
         effect="speed",
     )
     pipeline_model_parallel_comm_backend: Literal["nccl", "ucc"] | None = opt(
-        None, "--pipeline-model-parallel-comm-backend", refused="pipeline parallelism is not supported yet"
+        None,
+        "--pipeline-model-parallel-comm-backend",
+        only=(None, "nccl"),
+        refused="pipeline stages exchange through the backend of all processes",
+        effect="speed",
     )
     pipeline_model_parallel_size: int = opt(
-        1, "--pipeline-model-parallel-size", refused="pipeline parallelism is not supported yet"
+        1,
+        "--pipeline-model-parallel-size",
+        help="Pipeline stages: runs of layers, each on processes of its own.",
+        effect="speed",
     )
     sequence_parallel: bool = opt(
         False,
@@ -102,34 +109,54 @@ class ModelParallel(Section):
     microbatch_group_size_per_vp_stage: int | None = opt(
         None,
         "--microbatch-group-size-per-virtual-pipeline-stage",
-        refused="pipeline parallelism is not supported yet",
+        refused="a virtual stage takes as many micro-batches in a row as there are pipeline stages",
+        effect="speed",
     )
     account_for_embedding_in_pipeline_split: bool = opt(
-        False, "--account-for-embedding-in-pipeline-split", refused="pipeline parallelism is not supported yet"
+        False,
+        "--account-for-embedding-in-pipeline-split",
+        help="Count the embedding as a layer when layers are shared out to pipeline stages.",
+        effect="speed",
     )
     account_for_loss_in_pipeline_split: bool = opt(
-        False, "--account-for-loss-in-pipeline-split", refused="pipeline parallelism is not supported yet"
+        False,
+        "--account-for-loss-in-pipeline-split",
+        help="Count the loss as a layer when layers are shared out to pipeline stages.",
+        effect="speed",
     )
     high_priority_a2a_comm_stream: bool = opt(
         False, "--high-priority-a2a-comm-stream", refused="communication overlap is not supported yet", effect="speed"
     )
     num_layers_in_first_pipeline_stage: int | None = opt(
-        None, "--decoder-first-pipeline-num-layers", refused="pipeline parallelism is not supported yet"
+        None,
+        "--decoder-first-pipeline-num-layers",
+        help="Layers of the first pipeline process; the others share out the rest.",
+        effect="speed",
     )
     num_layers_in_last_pipeline_stage: int | None = opt(
-        None, "--decoder-last-pipeline-num-layers", refused="pipeline parallelism is not supported yet"
+        None,
+        "--decoder-last-pipeline-num-layers",
+        help="Layers of the last pipeline process; the others share out the rest.",
+        effect="speed",
     )
     pipeline_model_parallel_layout: str | None = opt(
-        None, "--pipeline-model-parallel-layout", refused="pipeline parallelism is not supported yet"
+        None,
+        "--pipeline-model-parallel-layout",
+        help="Stages written out, such as Et*3|t*4|tL: E embedding, t layer, L loss, | between stages; (...)*n "
+        "repeats.",
+        effect="speed",
     )
     virtual_pipeline_model_parallel_size: int | None = opt(
-        None, "--num-virtual-stages-per-pipeline-rank", refused="pipeline parallelism is not supported yet"
+        None,
+        "--num-virtual-stages-per-pipeline-rank",
+        help="Interleaved pipeline: runs of layers on each pipeline process.",
+        effect="speed",
     )
     overlap_p2p_comm: bool = opt(
         True,
         "--no-overlap-p2p-communication",
         negated=True,
-        holds="there is no pipeline parallelism yet, so there is nothing to exchange",
+        holds="PyTorch's schedules decide when stages exchange; it does not change what they exchange",
         effect="speed",
     )
     cp_comm_type: list[str] = opt(

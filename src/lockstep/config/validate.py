@@ -4,9 +4,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from lockstep.config.container import ConfigContainer
-from lockstep.config.derive import has_data
+from lockstep.config.derive import has_data, model_processes
 from lockstep.config.fields import FieldInfo
 from lockstep.config.section import Origin
+from lockstep.config.stages import stage_layers
 
 
 def problems(config: ConfigContainer, world_size: int = 1) -> list[str]:
@@ -31,14 +32,31 @@ def problems(config: ConfigContainer, world_size: int = 1) -> list[str]:
     return found
 
 
+_AXES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+
+
 def _layout(c: ConfigContainer, world_size: int) -> Iterator[str]:
+    m = c.model
+    sizes = {_name(c, f"model.{path}"): getattr(m, path) for path in _AXES}
+    wrong = [f"{name} = {size}: give 1 or more" for name, size in sizes.items() if size < 1]
+    yield from wrong
+    if wrong:
+        return
+    processes = model_processes(c)
+    if world_size % processes:
+        named = " times ".join(f"{name} = {size}" for name, size in sizes.items() if size > 1)
+        yield f"{world_size} processes are not a multiple of {named}; start {processes} or a multiple of it"
+    yield from _tensor_parallel(c)
+    yield from _pipeline(c)
+    if world_size > 1:
+        yield from _alone(c)
+    if world_size % processes == 0:
+        yield from _shares(c, world_size // processes)
+
+
+def _tensor_parallel(c: ConfigContainer) -> Iterator[str]:
     m, size = c.model, c.model.tensor_model_parallel_size
     name = _name(c, "model.tensor_model_parallel_size")
-    if size < 1:
-        yield f"{name} = {size}: give 1 or more"
-        return
-    if world_size % size:
-        yield f"{world_size} processes are not a multiple of {name} = {size}; start {size} or a multiple of it"
     for path in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
         value = getattr(m, path)
         if value and value % size:
@@ -50,10 +68,34 @@ def _layout(c: ConfigContainer, world_size: int) -> Iterator[str]:
             f"{_name(c, 'model.seq_length')} = {m.seq_length} is not divisible by {name} = {size}, as "
             "--sequence-parallel needs; change one of them"
         )
-    if world_size > 1:
-        yield from _alone(c)
-    if world_size % size == 0:
-        yield from _shares(c, world_size // size)
+
+
+_OF_PIPELINES = (
+    "model.virtual_pipeline_model_parallel_size",
+    "model.num_layers_in_first_pipeline_stage",
+    "model.num_layers_in_last_pipeline_stage",
+    "model.account_for_embedding_in_pipeline_split",
+    "model.account_for_loss_in_pipeline_split",
+    "model.pipeline_model_parallel_layout",
+)
+
+
+def _pipeline(c: ConfigContainer) -> Iterator[str]:
+    m, name = c.model, _name(c, "model.pipeline_model_parallel_size")
+    if m.pipeline_model_parallel_size == 1:
+        for path in _OF_PIPELINES:
+            if c.get(path) and c.get(path) != 1:
+                yield f"{_name(c, path)} has no effect with {name} = 1; give 2 or more, or drop it"
+        return
+    virtual = m.virtual_pipeline_model_parallel_size
+    if virtual is not None and virtual < 1:
+        yield f"{_name(c, 'model.virtual_pipeline_model_parallel_size')} = {virtual}: give 1 or more"
+        return
+    if m.num_layers:
+        try:
+            stage_layers(m)
+        except ValueError as error:
+            yield f"{_name(c, 'model.num_layers')} = {m.num_layers}, {name} = {m.pipeline_model_parallel_size}: {error}"
 
 
 # What changes nothing in a run of one process and is not supported in one of several.
@@ -85,6 +127,13 @@ def _shares(c: ConfigContainer, dp: int) -> Iterator[str]:
                 f"{_name(c, path)} = {whole} is not divisible by the micro-batch size {micro} times {dp} "
                 f"data-parallel processes; use a multiple of {micro * dp}"
             )
+    stages, interleaved = c.model.pipeline_model_parallel_size, (c.model.virtual_pipeline_model_parallel_size or 1) > 1
+    size, micro = t.global_batch_size, (t.micro_batch_size or 0) * dp * stages
+    if interleaved and size and micro and size % micro:
+        yield (
+            f"{_name(c, 'train.global_batch_size')} = {size} does not give an interleaved pipeline of {stages} stages "
+            f"a multiple of {stages} micro-batches; use a multiple of {micro}"
+        )
 
 
 def spelled(info: FieldInfo, origin: Origin) -> str:

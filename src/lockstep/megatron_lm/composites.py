@@ -6,7 +6,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Composite:
-    """A flag that sets the fields of ``sets`` to fixed values; ``takes_value`` flags are only known to be refused.
+    """A flag that sets the fields of ``sets`` to fixed values; what ``takes_value`` flags set is computed.
 
     ``holds`` says why a flag that sets nothing is accepted, ``refused`` why one is not.
     """
@@ -62,7 +62,7 @@ COMPOSITES: tuple[Composite, ...] = (
     ),
     Composite(
         "--num-layers-per-virtual-pipeline-stage",
-        refused="layouts beyond one process are not supported yet",
+        help="Interleaved pipeline: layers in each of the runs of layers that a process has.",
         takes_value=True,
     ),
     Composite("--ckpt-fully-parallel-save", refused="checkpoints are not supported yet"),

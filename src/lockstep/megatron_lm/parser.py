@@ -29,6 +29,7 @@ def parse_flags(argv: Sequence[str]) -> ConfigContainer:
     _apply_fields(config, given, problems)
     _apply_composites(config, given, problems)
     _apply_query_groups(config, given, problems)
+    _apply_virtual_stages(config, given, problems)
     if problems:
         raise ConfigError(problems)
     if not config.dataset.mock and not has_data(config):
@@ -181,3 +182,26 @@ def _apply_query_groups(config: ConfigContainer, given: dict[str, Any], problems
         )
     if grouped and not numbered:
         config.set("model.num_query_groups", 1, Origin("command line", "--group-query-attention"))
+
+
+def _apply_virtual_stages(config: ConfigContainer, given: dict[str, Any], problems: list[str]) -> None:
+    """Turn the layers of a virtual stage into the number of virtual stages of a process."""
+    if "num_layers_per_virtual_pipeline_stage" not in given:
+        return
+    flag, words = "--num-layers-per-virtual-pipeline-stage", given["num_layers_per_virtual_pipeline_stage"]
+    path = "model.virtual_pipeline_model_parallel_size"
+    if len(words) != 1 or not words[0].isdecimal() or int(words[0]) < 1:
+        problems.append(f"{flag}: expected int above 0, got {_shown(words)}")
+        return
+    if config.origin(path).kind == "command line":
+        problems.append(f"{flag} and {config.origin(path).detail} exclude each other; drop one")
+        return
+    m, layers = config.model, int(words[0])
+    counted = m.account_for_embedding_in_pipeline_split + m.account_for_loss_in_pipeline_split
+    per_process = ((m.num_layers or 0) + counted) // max(1, m.pipeline_model_parallel_size)
+    if per_process % layers or not per_process:
+        problems.append(
+            f"{flag} = {layers} does not divide the {per_process} layers of a pipeline process; change one of them"
+        )
+        return
+    config.set(path, per_process // layers, Origin("command line", flag))

@@ -5,7 +5,8 @@ Parameters have the names Megatron-core gives them in its local implementation.
 Shape legend: b batch, s sequence, h hidden, v vocabulary (padded).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +27,23 @@ _Block = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 Head = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
+@dataclass(frozen=True)
+class Span:
+    """A run of layers, by their numbers; the embedding comes before it where it is first, the head after the last."""
+
+    layers: range
+    first: bool = True
+    last: bool = True
+
+
 class GPTModel(nn.Module):
     """Embedding, decoder layers, final norm and output layer. `train()` and `eval()` decide about dropout.
 
     The config must be resolved. Parameters hold no sensible values until `lockstep.models.init` has drawn them.
+    A model that was cut to some spans of its layers lacks the modules that these do not need; `forward_span` runs one.
     """
+
+    embedding: "Embedding | None"
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device):
         super().__init__()
@@ -58,20 +71,41 @@ class GPTModel(nn.Module):
         document id, or all earlier tokens. position_ids select learned positions; rotary positions always count from
         the start of the sequence. A training model with dropout needs its random streams (ValueError).
         """
+        whole = Span(range(required(self.config.num_layers)))
+        return self.forward_span(whole, tokens, position_ids, labels, document_ids=document_ids, dropout=dropout)
+
+    def forward_span(
+        self,
+        span: Span,
+        x: Tensor,
+        position_ids: Tensor,
+        labels: Tensor | None = None,
+        *,
+        document_ids: Tensor | None = None,
+        dropout: DropoutStreams | None = None,
+    ) -> Tensor:
+        """Return what `forward` returns where the span is last, else the residual stream [b, s, h] after it.
+
+        x is the tokens [b, s] where the span is first, else the residual stream before it.
+        """
         if self.training and dropout is None and max(self.config.hidden_dropout, self.config.attention_dropout) > 0:
             raise ValueError("a model with dropout needs random streams to train: pass dropout=DropoutStreams(...)")
         streams = dropout if self.training else None
-        hidden = self.embedding(tokens, position_ids, streams)
-        context = AttentionContext(
-            hidden_positions(tokens, document_ids), self._cos_sin(tokens.shape[1], hidden), streams
-        )
-        hidden = self.decoder(hidden, context)
-        return self.head(hidden, self.output_weight, labels)
+        if span.first:
+            assert self.embedding is not None, "the first span has the embedding"
+            x = self.embedding(x, position_ids, streams)
+        length = position_ids.shape[1]
+        context = AttentionContext(hidden_positions(length, x.device, document_ids), self._cos_sin(length, x), streams)
+        x = self.decoder(x, context, span.layers, normalise=span.last)
+        return self.head(x, self.output_weight, labels) if span.last else x
 
     @property
     def output_weight(self) -> Tensor:
         """The weight [v, h] that turns hidden states into logits."""
-        return self.embedding.word_embeddings.weight if self.output_layer is None else self.output_layer.weight
+        if self.output_layer is not None:
+            return self.output_layer.weight
+        assert self.embedding is not None, "a tied output layer shares the word embeddings"
+        return self.embedding.word_embeddings.weight
 
     def _cos_sin(self, length: int, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
         if self.config.position_embedding_type != "rope":
@@ -84,10 +118,9 @@ def head(hidden: Tensor, weight: Tensor, labels: Tensor | None) -> Tensor:
     return linear(hidden, weight) if labels is None else linear_cross_entropy(hidden, weight, labels)
 
 
-def hidden_positions(tokens: Tensor, document_ids: Tensor | None) -> Tensor:
+def hidden_positions(length: int, device: torch.device, document_ids: Tensor | None) -> Tensor:
     """Return a boolean mask [1 or b, s, s], True where a query (row) must not see a key (column)."""
-    length = tokens.shape[1]
-    later = torch.ones(length, length, dtype=torch.bool, device=tokens.device).triu(1)[None]
+    later = torch.ones(length, length, dtype=torch.bool, device=device).triu(1)[None]
     return later if document_ids is None else later | (document_ids[:, :, None] != document_ids[:, None, :])
 
 
@@ -113,27 +146,34 @@ class Embedding(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The layers and the final norm."""
+    """The layers, by number, and the final norm."""
+
+    final_layernorm: Norm | None
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device):
         super().__init__()
         self.config = config
-        layers = range(required(config.num_layers))
-        self.layers = nn.ModuleList(Layer(config, dtype=dtype, device=device) for _ in layers)
+        # A mapping, so that a layer keeps its name where others are cut away.
+        self.layers = nn.ModuleDict(
+            {str(number): Layer(config, dtype=dtype, device=device) for number in range(required(config.num_layers))}
+        )
         self.final_layernorm = Norm(config, required(config.hidden_size), dtype=dtype, device=device)
 
-    def forward(self, hidden: Tensor, context: AttentionContext) -> Tensor:
-        """Return the normalised hidden states [b, s, h]."""
-        for chunk, again in recomputed_chunks(self.config, len(self.layers)):
+    def forward(self, hidden: Tensor, context: AttentionContext, layers: range, normalise: bool) -> Tensor:
+        """Return the hidden states [b, s, h] after some layers, normalised where asked for."""
+        for chunk, again in recomputed_chunks(self.config, layers):
             if again and self.training:
                 hidden = recomputed(self._through, chunk, hidden, context, streams=context.streams)
             else:
                 hidden = self._through(chunk, hidden, context)
+        if not normalise:
+            return hidden
+        assert self.final_layernorm is not None, "the last span has the final norm"
         return self.final_layernorm(hidden)
 
-    def _through(self, chunk: range, hidden: Tensor, context: AttentionContext) -> Tensor:
-        for index in chunk:
-            hidden = self.layers[index](hidden, context)
+    def _through(self, chunk: Sequence[int], hidden: Tensor, context: AttentionContext) -> Tensor:
+        for number in chunk:
+            hidden = self.layers[str(number)](hidden, context)
         return hidden
 
 

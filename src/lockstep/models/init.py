@@ -6,13 +6,14 @@ a CPU generator seeded with the seed. Without a CUDA device `lockstep.models.phi
 
 `use_cpu_initialization`: all weights come, in float32, from one CPU generator seeded with the seed.
 
-The order of draws is the order of the parameters. Where a table of learned positions is drawn it is drawn twice, and
-the first draw thrown away: Megatron-LM's constructor initialises the table before its initialisation does.
+The order of draws is the order of the parameters of the whole model, whatever part of it is filled. Where a table of
+learned positions is drawn it is drawn twice, and the first draw thrown away: Megatron-LM's constructor initialises the
+table before its initialisation does.
 """
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -32,31 +33,58 @@ _POSITIONS = "embedding.position_embeddings.weight"
 Draw = Callable[[torch.Size, float], Tensor]
 
 
+Part = Callable[[str, Tensor], Tensor]
+"""Takes the name and the whole value of a parameter and returns what a process keeps of it."""
+
+
 def build_model(config: ModelConfig, *, seed: int, params_dtype: torch.dtype, device: torch.device) -> GPTModel:
     """Build the model of a resolved config and draw its weights; every parameter has `params_dtype`.
 
     No global random state is read or changed.
     """
-    model = GPTModel(config, dtype=params_dtype, device=device)
-    initialise(model, seed)
+    model = GPTModel(config, dtype=params_dtype, device=torch.device("meta"))
+    fill(model, initial_weights(config, seed, params_dtype, device))
     return model
 
 
-@torch.no_grad()
-def initialise(model: GPTModel, seed: int) -> None:
-    """Draw the weights of a model in place; norms and biases keep the constants they are built with."""
-    config = model.config
-    on_cpu = _cpu_draw(seed)
-    example = next(model.parameters())
-    draw = on_cpu if config.use_cpu_initialization else _gpu_draw(seed, example.dtype, example.device)
-    for name, parameter in model.named_parameters():
-        if parameter.dim() < 2:
+def fill(model: torch.nn.Module, weights: Iterator[tuple[str, Tensor]], part: Part = lambda _, whole: whole) -> None:
+    """Give the parameters of a model on the meta device their values, and so its device.
+
+    `weights` are the values of a whole model; the model may lack some of them, and have a `part` of the others.
+    """
+    missing = dict(model.named_parameters())
+    for name, whole in weights:
+        parameter = missing.pop(name, None)
+        if parameter is None:
             continue
-        if name == _POSITIONS:
+        value = part(name, whole)
+        assert value.shape == parameter.shape, f"{name}: {value.shape} for {parameter.shape}"
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(value))
+    assert not missing, f"no value for {list(missing)}"
+
+
+@torch.no_grad()
+def initial_weights(
+    config: ModelConfig, seed: int, dtype: torch.dtype, device: torch.device
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield name and initial value, as `dtype`, of every parameter of the whole model, in order and one at a time."""
+    on_cpu = _cpu_draw(seed)
+    draw = on_cpu if config.use_cpu_initialization else _gpu_draw(seed, dtype, device)
+    for name, parameter in GPTModel(config, dtype=dtype, device=torch.device("meta")).named_parameters():
+        if parameter.dim() < 2:
+            value = torch.full(parameter.shape, _constant(config, name))
+        elif name == _POSITIONS:
             on_cpu(parameter.shape, 1.0)
-            parameter.copy_(on_cpu(parameter.shape, initial_std(config, name)))
+            value = on_cpu(parameter.shape, initial_std(config, name))
         else:
-            parameter.copy_(draw(parameter.shape, initial_std(config, name)))
+            value = draw(parameter.shape, initial_std(config, name))
+        yield name, value.to(device=device, dtype=dtype)
+
+
+def _constant(config: ModelConfig, name: str) -> float:
+    """Return the value of a vector: biases are zero, norms change nothing."""
+    return 1.0 if name.endswith("layernorm.weight") and not config.layernorm_zero_centered_gamma else 0.0
 
 
 def initial_std(config: ModelConfig, name: str) -> float:
@@ -82,26 +110,45 @@ def _gpu_draw(seed: int, dtype: torch.dtype, device: torch.device) -> Draw:
     return lambda shape, std: torch.empty(shape, dtype=dtype, device=device).normal_(0.0, std, generator=generator)
 
 
-@torch.no_grad()
-def fingerprint(model: torch.nn.Module) -> dict[str, dict[str, Any]]:
-    """Describe every parameter, and under "all" the model, by hashes of their bytes.
+class Fingerprint:
+    """Hashes of the parameters of a model, added one by one in the order of the whole model."""
 
-    A parameter has shape, dtype, sha256 (first 16 hex digits of its little-endian bytes), sum and sumsq (float64);
-    "all" has sha256 of the names and hashes in order.
-    """
-    prints: dict[str, dict[str, Any]] = {}
-    overall = hashlib.sha256()
-    for name, parameter in model.named_parameters():
+    def __init__(self) -> None:
+        self._prints: dict[str, dict[str, Any]] = {}
+        self._overall = hashlib.sha256()
+
+    def add(self, name: str, parameter: Tensor) -> None:
+        """Describe a parameter."""
         values = parameter.detach().cpu().contiguous()
         digest = hashlib.sha256(values.view(torch.uint8).numpy().data).hexdigest()[:16]
         exact = values.double()
-        prints[name] = {
+        self._prints[name] = {
             "shape": list(values.shape),
             "dtype": str(values.dtype).removeprefix("torch."),
             "sha256": digest,
             "sum": float(exact.sum()),
             "sumsq": float(exact.square().sum()),
         }
-        overall.update(f"{name} {digest}\n".encode())
-    prints["all"] = {"sha256": overall.hexdigest()[:16]}
-    return prints
+        self._overall.update(f"{name} {digest}\n".encode())
+
+    def added(self, weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the weights on, each added."""
+        for name, value in weights:
+            self.add(name, value)
+            yield name, value
+
+    def result(self) -> dict[str, dict[str, Any]]:
+        """Return the description of every parameter, and under "all" that of the model.
+
+        A parameter has shape, dtype, sha256 (first 16 hex digits of its little-endian bytes), sum and sumsq (float64);
+        "all" has sha256 of the names and hashes in order.
+        """
+        return self._prints | {"all": {"sha256": self._overall.hexdigest()[:16]}}
+
+
+def fingerprint(model: torch.nn.Module) -> dict[str, dict[str, Any]]:
+    """Return the fingerprint of a model of one process."""
+    prints = Fingerprint()
+    for _ in prints.added(model.named_parameters()):
+        pass
+    return prints.result()

@@ -7,12 +7,12 @@ from lockstep.models.ops import embedding, linear
 
 
 class Linear(nn.Module):
-    """A weight [o, h] and perhaps a bias [o], zero until initialised."""
+    """A weight [o, h] and perhaps a bias [o]."""
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool, dtype: torch.dtype, device: torch.device):
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(outputs, inputs, dtype=dtype, device=device))
-        self.bias = nn.Parameter(torch.zeros(outputs, dtype=dtype, device=device)) if bias else None
+        self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=dtype, device=device))
+        self.bias = nn.Parameter(torch.empty(outputs, dtype=dtype, device=device)) if bias else None
 
     def product(self, x: Tensor) -> Tensor:
         """Return the product [..., o] without the bias, for callers that add it together with something else."""
@@ -24,11 +24,11 @@ class Linear(nn.Module):
 
 
 class Table(nn.Module):
-    """A table of embeddings [rows, h], zero until initialised."""
+    """A table of embeddings [rows, h]."""
 
     def __init__(self, rows: int, width: int, *, dtype: torch.dtype, device: torch.device):
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(rows, width, dtype=dtype, device=device))
+        self.weight = nn.Parameter(torch.empty(rows, width, dtype=dtype, device=device))
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return the rows [b, s, h] of ids [b, s]."""

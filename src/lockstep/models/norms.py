@@ -19,14 +19,6 @@ class Norm(nn.Module):
         self.zero_centered_gamma = config.layernorm_zero_centered_gamma
         self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device=device))
         self.bias = nn.Parameter(torch.empty(size, dtype=dtype, device=device)) if self.centered else None
-        self.reset()
-
-    @torch.no_grad()
-    def reset(self) -> None:
-        """Set the weight to identity and the bias to zero."""
-        self.weight.fill_(0.0 if self.zero_centered_gamma else 1.0)
-        if self.bias is not None:
-            self.bias.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the norm of x [..., size], in the dtype of x."""

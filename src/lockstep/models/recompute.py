@@ -21,20 +21,20 @@ from lockstep.config.model import ModelConfig
 from lockstep.models.dropout import DropoutStreams
 
 
-def recomputed_chunks(config: ModelConfig, layers: int) -> Iterator[tuple[range, bool]]:
+def recomputed_chunks(config: ModelConfig, layers: range) -> Iterator[tuple[range, bool]]:
     """Yield the layers of a stage in chunks, each with whether it keeps its input only.
 
     `uniform`: chunks of `recompute_num_layers`, the last one perhaps shorter. `block`: the first
     `recompute_num_layers` layers, one at a time; the others keep everything.
     """
     full = config.recompute_granularity == "full"
-    number = config.recompute_num_layers or layers
+    number = config.recompute_num_layers or len(layers)
     if full and config.recompute_method == "uniform":
-        for start in range(0, layers, number):
-            yield range(start, min(start + number, layers)), True
+        for start in range(0, len(layers), number):
+            yield layers[start : start + number], True
         return
-    for layer in range(layers):
-        yield range(layer, layer + 1), full and layer < number
+    for index in range(len(layers)):
+        yield layers[index : index + 1], full and index < number
 
 
 def recomputes(config: ModelConfig, module: str) -> bool:

@@ -3,8 +3,11 @@
 import torch
 from torch import nn
 
+from lockstep.config.model import ModelConfig
+from lockstep.config.stages import stage_layers
 from lockstep.models import GPTModel
 from lockstep.models.attention import SelfAttention
+from lockstep.models.decoder import Span
 from lockstep.models.mlp import MLP
 from lockstep.parallel.mesh import Mesh
 from lockstep.parallel.modules import (
@@ -17,12 +20,14 @@ from lockstep.parallel.modules import (
 from lockstep.parallel.plan import shard_of
 
 
-def parallelize(model: GPTModel, mesh: Mesh) -> GPTModel:
-    """Lay the model out over the mesh, in place, and return it.
+def parallelize(model: GPTModel, mesh: Mesh) -> list[Span]:
+    """Lay a model of one process out over the mesh, in place; return its stages on this process.
 
-    The model comes with the initial weights of one process, equal on all. In order: every process keeps its part of
-    each split weight; attention, MLP, embedding and head are told of their part.
+    The model is on the meta device: afterwards its parameters have the shapes of this process's part. In order:
+    pipeline stages drop what is not theirs; every process keeps its part of each split weight; attention, MLP,
+    embedding and head are told of their part.
     """
+    spans = _keep_stages(model, mesh)
     if mesh.tp.size > 1:
         _keep_parts(model, mesh)
         for module in list(model.modules()):
@@ -32,17 +37,39 @@ def parallelize(model: GPTModel, mesh: Mesh) -> GPTModel:
                 module.linear_fc1 = ColumnParallelLinear(module.linear_fc1, mesh)
                 module.linear_fc2 = RowParallelLinear(module.linear_fc2, mesh)
         _split_vocabulary(model, mesh)
-    return model
+    return spans
+
+
+def _keep_stages(model: GPTModel, mesh: Mesh) -> list[Span]:
+    layers = stage_layers(model.config)
+    last = len(layers) - 1
+    spans = [Span(layers[i], first=i == 0, last=i == last) for i in range(mesh.pp.rank, len(layers), mesh.pp.size)]
+    kept = {number for span in spans for number in span.layers}
+    for number in [int(key) for key in model.decoder.layers if int(key) not in kept]:
+        del model.decoder.layers[str(number)]
+    if not spans[-1].last:
+        model.decoder.final_layernorm = None
+        model.output_layer = None
+    if not spans[0].first:
+        assert model.embedding is not None, "the model is whole"
+        model.embedding.position_embeddings = None
+        if not (spans[-1].last and model.config.share_embeddings_and_output_weights):
+            model.embedding = None
+    return spans
 
 
 @torch.no_grad()
 def _keep_parts(model: GPTModel, mesh: Mesh) -> None:
     for name, parameter in list(model.named_parameters()):
-        shard = shard_of(name, model.config)
-        if shard is not None:
-            owner, _, leaf = name.rpartition(".")
-            part = shard.part(parameter.detach(), mesh.tp.size, mesh.tp.rank).clone()
-            setattr(model.get_submodule(owner), leaf, nn.Parameter(part))
+        owner, _, leaf = name.rpartition(".")
+        part = part_of(name, parameter.detach(), model.config, mesh)
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(part))
+
+
+def part_of(name: str, whole: torch.Tensor, config: ModelConfig, mesh: Mesh) -> torch.Tensor:
+    """Return the part of a parameter that tensor parallelism leaves to this process, in memory of its own."""
+    shard = shard_of(name, config) if mesh.tp.size > 1 else None
+    return whole if shard is None else shard.part(whole, mesh.tp.size, mesh.tp.rank).clone()
 
 
 def _split_attention(attention: SelfAttention, mesh: Mesh) -> None:
@@ -56,7 +83,8 @@ def _split_vocabulary(model: GPTModel, mesh: Mesh) -> None:
     tables, vocabulary = model.embedding, model.config.vocab_size
     assert vocabulary is not None, "the model config is not resolved"
     first_row = int(torch.arange(vocabulary).tensor_split(mesh.tp.size)[mesh.tp.rank][0])
-    tables.word_embeddings = VocabParallelTable(tables.word_embeddings, mesh, first_row)
-    if tables.position_embeddings is not None and mesh.sequence_parallel:
-        tables.position_embeddings = SequenceParallelTable(tables.position_embeddings, mesh)
+    if tables is not None:
+        tables.word_embeddings = VocabParallelTable(tables.word_embeddings, mesh, first_row)
+        if tables.position_embeddings is not None and mesh.sequence_parallel:
+            tables.position_embeddings = SequenceParallelTable(tables.position_embeddings, mesh)
     model.head = VocabParallelHead(mesh, vocabulary, first_row)

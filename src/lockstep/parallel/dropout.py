@@ -16,11 +16,12 @@ from lockstep.parallel.mesh import Mesh
 class LayoutDropoutStreams(DropoutStreams):
     """Draws the mask that one process would draw and keeps the part of this one: its heads, its part of the sequence.
 
-    ``heads`` is the number of query heads of the whole model. Data-parallel processes draw from streams of their own.
+    ``heads`` is the number of query heads of the whole model. Data-parallel processes and pipeline stages draw from
+    streams of their own.
     """
 
     def __init__(self, seed: int, device: torch.device, mesh: Mesh, heads: int):
-        numbers: Mapping[str, int] = dict.fromkeys(STREAM_NAMES, mesh.dp.rank)
+        numbers: Mapping[str, int] = dict.fromkeys(STREAM_NAMES, mesh.pp.rank * mesh.dp.size + mesh.dp.rank)
         super().__init__(seed, device, numbers)
         self._mesh = mesh
         self._heads = heads // mesh.tp.size

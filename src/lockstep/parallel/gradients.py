@@ -1,13 +1,16 @@
 """Gradients of parameters that several processes have: adding them up, and measuring each parameter once."""
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 
 from lockstep.config.model import ModelConfig
 from lockstep.models.ops import widened
 from lockstep.parallel.mesh import Axis, Mesh
-from lockstep.parallel.plan import has_partial_gradient, shard_of
+from lockstep.parallel.plan import WORD_EMBEDDINGS, has_partial_gradient, shard_of
+
+T = TypeVar("T")
 
 _ROW = 1 << 14
 
@@ -16,8 +19,8 @@ class Gradients:
     """Reduces the gradients of the named parameters of a model that was laid out over ``mesh``.
 
     ``reduce_`` takes the gradients of the parameters ``names``. Where the optimizer's weights are cut into parts over
-    the data-parallel axis, ``pieces`` names the parameters of which this process has a piece: the other methods then
-    take tensors of these, and the gradients are added up over that axis when they are handed out.
+    the processes with the same weights, ``pieces`` names the parameters of which this process has a piece: the other
+    methods then take tensors of these, and the gradients are added up over those processes when they are handed out.
     """
 
     def __init__(
@@ -29,39 +32,51 @@ class Gradients:
         owned = names if pieces is None else pieces
         self._split = [tensor_parallel and shard_of(name, config) is not None for name in owned]
         self._partial = [tensor_parallel and has_partial_gradient(name, mesh.sequence_parallel) for name in names]
+        tied = config.share_embeddings_and_output_weights and mesh.ends.size > 1
+        self._tied = [tied and name == WORD_EMBEDDINGS for name in names]
+        # The first stage counts what both ends of a pipeline have.
+        self._elsewhere = [tied and name == WORD_EMBEDDINGS and mesh.ends.rank > 0 for name in owned]
 
     def reduce_(self, grads: Sequence[torch.Tensor], dtype: torch.dtype | None = None) -> None:
-        """Add up, in place: partial gradients over the tensor-parallel axis, all over the data-parallel one.
+        """Add up, in place: partial gradients over tensor parallel, tied ones over both ends, all over the replicas.
 
         The losses behind them are divided by the counts of the whole global batch, so nothing is divided here.
         """
         _sum_(self._mesh.tp, [grad for grad, partial in zip(grads, self._partial, strict=True) if partial], dtype)
+        _sum_(self._mesh.ends, [grad for grad, tied in zip(grads, self._tied, strict=True) if tied], dtype)
         if not self._sharded:
-            _sum_(self._mesh.dp, grads, dtype)
+            _sum_(self._mesh.replicas, grads, dtype)
 
     def norm(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return the L2 norm over all parameters of the model, each counted once, as a scalar (at least FP32)."""
         dtype = widened(tensors[0]).dtype
-        if not self._sharded and not any(self._split):
+        if not (self._sharded or any(self._split) or self._mesh.pp.size > 1):
             return l2_norm(tensors).to(dtype)
-        whole, parts = ([t for t, split in zip(tensors, self._split, strict=True) if split == kind] for kind in (0, 1))
         squares = torch.stack(
             [
                 l2_norm(group).square() if group else tensors[0].new_zeros((), dtype=torch.float64)
-                for group in (whole, parts)
+                for group in self._whole_and_split(tensors)
             ]
         )
+        return self._total(squares).sqrt().to(dtype)
+
+    def _whole_and_split(self, values: Sequence[T]) -> tuple[list[T], list[T]]:
+        """Sort what there is for each parameter: of those whole on every process, and of those split."""
+        groups: tuple[list[T], list[T]] = ([], [])
+        for value, split, elsewhere in zip(values, self._split, self._elsewhere, strict=True):
+            if not elsewhere:
+                groups[split].append(value)
+        return groups
+
+    def _total(self, sums: torch.Tensor) -> torch.Tensor:
+        """Add up, over all processes that have something of their own, a sum of whole parameters and one of parts."""
         if self._sharded:
-            self._mesh.dp.sum_(squares)
-        return (squares[0] + self._mesh.tp.sum_(squares[1].clone())).sqrt().to(dtype)
+            self._mesh.replicas.sum_(sums)
+        return self._mesh.pp.sum_(sums[0] + self._mesh.tp.sum_(sums[1].clone()))
 
     def count(self, counts: Sequence[int], device: torch.device) -> int:
         """Return the sum of a count over all parameters, each counted once."""
-        whole = sum(n for n, split in zip(counts, self._split, strict=True) if not split)
-        totals = torch.tensor([whole, sum(counts) - whole], device=device)
-        if self._sharded:
-            self._mesh.dp.sum_(totals)
-        return int(totals[0] + self._mesh.tp.sum_(totals[1].clone()))
+        return int(self._total(torch.tensor([sum(group) for group in self._whole_and_split(counts)], device=device)))
 
     def anywhere(self, flag: bool, device: torch.device) -> bool:
         """Tell whether the flag is up on any process."""

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from lockstep.config import ConfigContainer
+from lockstep.config.model import ModelConfig
 from lockstep.errors import UserError
 
 # torch 2.13 renamed both and warns of the names that 2.11 has.
@@ -62,14 +63,28 @@ class Axis:
 
 @dataclass(frozen=True)
 class Mesh:
-    """Data-parallel and tensor-parallel axes, and all processes together.
+    """The axes of a layout, and all processes together.
 
-    Processes of one tensor-parallel group are neighbours, as in Megatron-LM: rank = dp.rank * tp.size + tp.rank.
-    ``sequence_parallel`` is on only where there is tensor parallelism.
+    Ranks are numbered as in Megatron-LM, tensor-parallel neighbours next to each other, then context, data and
+    pipeline: rank = ((pp.rank * dp.size + dp.rank) * cp.size + cp.rank) * tp.size + tp.rank.
+
+    Attributes:
+        dp: data parallel; each process has micro-batches of its own.
+        cp: context parallel; each process has a part of the sequence.
+        tp: tensor parallel; each process has a part of every layer.
+        pp: pipeline parallel; each process has some of the layers.
+        replicas: dp and cp together: the processes that have the same weights.
+        ends: first and last process of a pipeline, which both have tied word embeddings; size 1 elsewhere.
+        world: all processes.
+        sequence_parallel: the residual stream is split over tp; on only where tp is more than one process.
     """
 
     dp: Axis = field(default_factory=Axis)
+    cp: Axis = field(default_factory=Axis)
     tp: Axis = field(default_factory=Axis)
+    pp: Axis = field(default_factory=Axis)
+    replicas: Axis = field(default_factory=Axis)
+    ends: Axis = field(default_factory=Axis)
     world: Axis = field(default_factory=Axis)
     sequence_parallel: bool = False
 
@@ -91,7 +106,9 @@ class Mesh:
         return {
             "processes": self.world.size,
             "data_parallel": self.dp.size,
+            "context_parallel": self.cp.size,
             "tensor_parallel": self.tp.size,
+            "pipeline_parallel": self.pp.size,
             "sequence_parallel": self.sequence_parallel,
         }
 
@@ -116,24 +133,43 @@ def start_processes(config: ConfigContainer, device: torch.device) -> Iterator[M
     timeout = timedelta(minutes=config.dist.distributed_timeout_minutes)
     dist.init_process_group(backend, timeout=timeout, device_id=device if backend == "nccl" else None)
     try:
-        tp = config.model.tensor_model_parallel_size
-        yield build_mesh(device.type, tp, config.model.sequence_parallel)
+        yield build_mesh(config.model, device.type)
     finally:
         dist.destroy_process_group()
 
 
-def build_mesh(device_type: str, tensor_parallel: int, sequence_parallel: bool) -> Mesh:
-    """Arrange the processes of the default group, whose size is a multiple of ``tensor_parallel``."""
-    world = dist.get_world_size()
-    shape = (world // tensor_parallel, tensor_parallel)
-    axes = init_device_mesh(device_type, shape, mesh_dim_names=("dp", "tp"))
+def build_mesh(model: ModelConfig, device_type: str) -> Mesh:
+    """Arrange the processes of the default group, whose number is a multiple of those of the model."""
+    world, tp = dist.get_world_size(), model.tensor_model_parallel_size
+    cp, pp = model.context_parallel_size, model.pipeline_model_parallel_size
+    shape = (pp, world // (pp * cp * tp), cp, tp)
+    devices = init_device_mesh(device_type, shape, mesh_dim_names=("pp", "dp", "cp", "tp"))
+    sizes = dict(zip(("pp", "dp", "cp", "tp"), shape, strict=True))
 
-    def axis(name: str, size: int) -> Axis:
-        return Axis(size, axes.get_local_rank(name), axes.get_group(name)) if size > 1 else Axis()
+    def axis(name: str) -> Axis:
+        return _axis_of(devices[name]) if sizes[name] > 1 else Axis()
 
+    replicas = axis("dp") if cp == 1 else axis("cp")
+    if cp > 1 and sizes["dp"] > 1:
+        replicas = _axis_of(devices["dp", "cp"]._flatten("replicas"))
     return Mesh(
-        dp=axis("dp", shape[0]),
-        tp=axis("tp", shape[1]),
+        dp=axis("dp"),
+        cp=axis("cp"),
+        tp=axis("tp"),
+        pp=axis("pp"),
+        replicas=replicas,
+        ends=_ends(devices) if pp > 1 else Axis(),
         world=Axis(world, dist.get_rank(), dist.group.WORLD),
-        sequence_parallel=sequence_parallel and tensor_parallel > 1,
+        sequence_parallel=model.sequence_parallel and tp > 1,
     )
+
+
+def _axis_of(devices: DeviceMesh) -> Axis:
+    return Axis(devices.size(), devices.get_local_rank(), devices.get_group())
+
+
+def _ends(devices: DeviceMesh) -> Axis:
+    """Join the first and the last process of every pipeline."""
+    pairs = devices.mesh[[0, -1]].flatten(1).t().tolist()
+    group, _ = dist.new_subgroups_by_enumeration(pairs)
+    return Axis() if group is None else Axis(2, dist.get_group_rank(group, dist.get_rank()), group)

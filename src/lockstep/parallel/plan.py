@@ -29,8 +29,10 @@ class Shard:
         return torch.cat([pieces[rank][block] for block in range(self.blocks) for rank in range(len(parts))], self.dim)
 
 
+WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
+
 _SPLIT: tuple[tuple[str, Shard], ...] = (
-    ("embedding.word_embeddings.weight", Shard(0)),
+    (WORD_EMBEDDINGS, Shard(0)),
     ("output_layer.weight", Shard(0)),
     # Rows of the projection lie group by group, so that a split into runs of rows is one into query groups.
     ("*.linear_qkv.*", Shard(0)),

@@ -5,12 +5,11 @@ from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
-from torch import nn
 
 from lockstep.parallel import Axis
 from lockstep.training.feed import Feed, in_global_order
+from lockstep.training.passes import Passes
 from lockstep.training.result import Evaluation
-from lockstep.training.step import masked_loss
 
 Split = Literal["valid", "test"]
 
@@ -23,13 +22,13 @@ def perplexity(loss: float) -> float:
 class Evaluator:
     """Evaluates a model on ``eval_iters`` batches at a time; each evaluation goes on where the split's last one ended.
 
-    ``size`` is the number of samples of a batch, ``micro_size`` of a forward pass;
-    the processes of ``dp`` share them out.
+    ``passes`` run the model. ``size`` is the number of samples of a batch, ``micro_size`` of a forward pass; the
+    processes of ``dp`` share them out.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        passes: Passes,
         feeds: dict[Split, Feed],
         *,
         eval_iters: int,
@@ -39,7 +38,7 @@ class Evaluator:
         out_of_time: Callable[[], bool] = lambda: False,
         dp: Axis | None = None,
     ) -> None:
-        self._model = model
+        self._passes = passes
         self._feeds = feeds
         self._size = size
         self._micro_size = micro_size
@@ -75,26 +74,20 @@ class Evaluator:
 
         ``progress`` is told the number of each batch, from 1.
         """
-        self._model.eval()
         losses: list[float] = []
         tokens: list[float] = []
-        try:
-            for number in range(1, self.eval_iters + 1):
-                progress(number)
-                for loss_sum, count in self._batch(self._feeds[split]):
-                    losses.append(loss_sum)
-                    tokens.append(count)
-                if self._out_of_time():
-                    return None
-        finally:
-            self._model.train()
+        for number in range(1, self.eval_iters + 1):
+            progress(number)
+            for loss_sum, count in self._batch(self._feeds[split]):
+                losses.append(loss_sum)
+                tokens.append(count)
+            if self._out_of_time():
+                return None
         total = sum(tokens)
         loss = sum(losses) / total if total else math.nan
         return Evaluation(iteration, split, final, loss, perplexity(loss), self.samples)
 
-    @torch.no_grad()
     def _batch(self, feed: Feed) -> list[list[float]]:
         """Return the loss sum and valid tokens of each forward pass of the next batch."""
         batch = feed.next(self._size // self._micro_size // self._dp.size).to(self._device)
-        sums = [torch.stack(masked_loss(self._model, part)) for part in batch.split(self._micro_size)]
-        return in_global_order(torch.stack(sums), self._dp).tolist()
+        return in_global_order(self._passes.evaluate(batch, self._micro_size), self._dp).tolist()

@@ -50,6 +50,10 @@ class Batch:
         for start in range(0, len(self), samples):
             yield Batch(**{k: v[start : start + samples] for k, v in self._tensors().items()})
 
+    def aside(self) -> dict[str, torch.Tensor]:
+        """Return all but the tokens, by name."""
+        return {name: value for name, value in self._tensors().items() if name != "tokens"}
+
     def _tensors(self) -> dict[str, torch.Tensor]:
         return {f.name: v for f in fields(self) if (v := getattr(self, f.name)) is not None}
 

@@ -42,7 +42,7 @@ class Optimizer:
 
     def __init__(self, model: nn.Module, config: ConfigContainer, mesh: Mesh | None = None) -> None:
         mesh = mesh or Mesh()
-        self.weights = build_main_weights(model, config, mesh.dp)
+        self.weights = build_main_weights(model, config, mesh.replicas)
         sharded = self.weights.main_names if isinstance(self.weights, ShardedMainWeights) else None
         self._gradients = Gradients(self.weights.names, config.model, mesh, sharded)
         self._reduce_dtype = next(model.parameters()).dtype if config.ddp.grad_reduce_in_fp32 is False else None

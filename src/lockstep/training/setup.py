@@ -1,5 +1,6 @@
 """What a run is built from, in order: vocabulary, data, model, optimizer, evaluation."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,9 +13,12 @@ from lockstep.data.build import Datasets, build_datasets
 from lockstep.data.gpt_dataset import Dataset
 from lockstep.data.tokenizers import Tokenizer, build_tokenizer, padded_vocab_size
 from lockstep.errors import UserError
-from lockstep.models import GPTModel, build_model, fingerprint
+from lockstep.models import GPTModel
+from lockstep.models.decoder import Span
 from lockstep.models.flops import flops_per_sequence
+from lockstep.models.init import Fingerprint, fill, initial_weights
 from lockstep.parallel import Mesh, parallelize
+from lockstep.parallel.apply import part_of
 from lockstep.parallel.dropout import LayoutDropoutStreams
 from lockstep.training.batches import build_batch_schedule, eval_batch_size, num_samples, train_iterations
 from lockstep.training.console import dataset_size_lines, parameters_line, say
@@ -23,6 +27,8 @@ from lockstep.training.exits import ExitRule
 from lockstep.training.feed import Feed, sample_order
 from lockstep.training.loop import Trainer
 from lockstep.training.optimizer import Optimizer
+from lockstep.training.passes import Passes, WholePasses
+from lockstep.training.pipeline import PipelinePasses
 from lockstep.training.precision import params_dtype
 from lockstep.training.schedule import build_schedules
 from lockstep.training.step import TrainStep
@@ -59,16 +65,16 @@ def build(config: ConfigContainer, device: torch.device, mesh: Mesh, exit_rule: 
     tokenizer = build_tokenizer(config.tokenizer)
     set_vocab_size(config, tokenizer.vocab_size)
     datasets = _build_datasets(config, tokenizer, sizes)
-    model = _build_model(config, device)
-    initial_weights = fingerprint(model) if mesh.leads else {}
-    parallelize(model, mesh)
+    say("> building the model ...")
+    model, spans, prints = build_parallel_model(config, mesh, device, params_dtype(config))
     say(parameters_line(sum(p.numel() for p in model.parameters())))
     flops = flops_per_sequence(config.model)
+    passes = build_passes(config, model, spans, mesh, device)
     trainer = None
     if not config.validation.skip_train and train_iters > 0:
-        trainer = build_trainer(config, model, datasets, device, mesh)
-    evaluator = build_evaluator(config, model, datasets, device, mesh, exit_rule)
-    return Parts(tokenizer, datasets, model, initial_weights, train_iters, flops, trainer, evaluator)
+        trainer = build_trainer(config, model, passes, datasets, mesh)
+    evaluator = build_evaluator(config, passes, datasets, device, mesh, exit_rule)
+    return Parts(tokenizer, datasets, model, prints, train_iters, flops, trainer, evaluator)
 
 
 def set_vocab_size(config: ConfigContainer, tokens: int) -> None:
@@ -106,23 +112,39 @@ def _build_datasets(config: ConfigContainer, tokenizer: Tokenizer, sizes: tuple[
     )
 
 
-def _build_model(config: ConfigContainer, device: torch.device) -> GPTModel:
-    say("> building the model ...")
-    return build_model(config.model, seed=config.rng.seed, params_dtype=params_dtype(config), device=device)
+def build_parallel_model(
+    config: ConfigContainer, mesh: Mesh, device: torch.device, dtype: torch.dtype
+) -> tuple[GPTModel, list[Span], dict[str, dict[str, Any]]]:
+    """Return this process's part of the model with its initial weights, its stages, and the whole model's fingerprint.
+
+    The fingerprint is empty on processes that keep no record.
+    """
+    model = GPTModel(config.model, dtype=dtype, device=torch.device("meta"))
+    spans = parallelize(model, mesh)
+    prints = Fingerprint()
+    weights = initial_weights(config.model, config.rng.seed, dtype, device)
+    part = partial(part_of, config=config.model, mesh=mesh)
+    fill(model, prints.added(weights) if mesh.leads else weights, part)
+    return model, spans, prints.result() if mesh.leads else {}
 
 
-def build_trainer(
-    config: ConfigContainer, model: nn.Module, datasets: Datasets, device: torch.device, mesh: Mesh
-) -> Trainer:
+def build_passes(
+    config: ConfigContainer, model: GPTModel, spans: Sequence[Span], mesh: Mesh, device: torch.device
+) -> Passes:
+    """Build what runs the model over micro-batches: in a pipeline where there is one."""
+    assert config.model.num_attention_heads is not None, "a resolved tree has heads"
+    dropout = LayoutDropoutStreams(config.rng.seed, device, mesh, config.model.num_attention_heads)
+    return PipelinePasses(model, spans, mesh, dropout) if mesh.pp.size > 1 else WholePasses(model, dropout)
+
+
+def build_trainer(config: ConfigContainer, model: nn.Module, passes: Passes, datasets: Datasets, mesh: Mesh) -> Trainer:
     """Build what the iterations need: data feed, optimizer, schedules, step."""
     batches = build_batch_schedule(config, mesh.dp.size)
     rate, decay = build_schedules(config)
     optimizer = Optimizer(model, config, mesh)
-    assert config.model.num_attention_heads is not None, "a resolved tree has heads"
-    dropout = LayoutDropoutStreams(config.rng.seed, device, mesh, config.model.num_attention_heads)
     return Trainer(
         feed=_feed(config, datasets.train, "train", batches.micro_batch_size, mesh),
-        step=TrainStep(model, optimizer, dropout, per_token=config.model.calculate_per_token_loss, dp=mesh.dp),
+        step=TrainStep(passes, optimizer, per_token=config.model.calculate_per_token_loss, dp=mesh.dp),
         batches=batches,
         learning_rate=rate,
         weight_decay=decay,
@@ -133,7 +155,7 @@ def build_trainer(
 
 def build_evaluator(
     config: ConfigContainer,
-    model: nn.Module,
+    passes: Passes,
     datasets: Datasets,
     device: torch.device,
     mesh: Mesh,
@@ -150,7 +172,7 @@ def build_evaluator(
     if datasets.test is not None:
         feeds["test"] = _feed(config, datasets.test, "test", micro_size, mesh)
     return Evaluator(
-        model,
+        passes,
         feeds,
         eval_iters=config.validation.eval_iters,
         size=size,

@@ -1,6 +1,6 @@
-"""The optimizer's share of each data-parallel process: main weights and their state, cut into equal parts.
+"""The optimizer's share of each process: main weights and their state, cut into equal parts.
 
-All weights of a process, laid end to end, are cut into one part for each process of the data-parallel axis. A process
+All weights of a process, laid end to end, are cut into one part for each process that has the same weights. A process
 gets the sum of the gradients of its part, updates it, and receives the updated weights of the others.
 """
 
@@ -18,7 +18,7 @@ from lockstep.training.precision import MainWeights
 class ShardedMainWeights(MainWeights):
     """Main weights of one part: ``main_params`` are its pieces of parameters, one-dimensional views of one tensor.
 
-    Gradients are handed over before they are added up over the data-parallel axis, in ``reduce_dtype`` where given.
+    Gradients are handed over before they are added up over ``axis``, in ``reduce_dtype`` where given.
     """
 
     def __init__(
@@ -70,11 +70,14 @@ class ShardedMainWeights(MainWeights):
         return [piece.view_as(p) for piece, p in zip(flat.split(self._sizes), self.model_params, strict=True)]
 
 
-def build_main_weights(model: nn.Module, config: ConfigContainer, dp: Axis) -> MainWeights:
-    """Return the main weights of a model: this process's part with ``use_distributed_optimizer``, else all."""
+def build_main_weights(model: nn.Module, config: ConfigContainer, replicas: Axis) -> MainWeights:
+    """Return the main weights of a model: this process's part with ``use_distributed_optimizer``, else all.
+
+    ``replicas`` are the processes that have the same weights.
+    """
     model_dtype = next(model.parameters()).dtype
     fp32_grads = config.ddp.grad_reduce_in_fp32 is not False
     grad_dtype = torch.float32 if fp32_grads else model_dtype
-    if dp.size > 1 and config.ddp.use_distributed_optimizer:
-        return ShardedMainWeights(model, grad_dtype, dp, None if fp32_grads else model_dtype)
+    if replicas.size > 1 and config.ddp.use_distributed_optimizer:
+        return ShardedMainWeights(model, grad_dtype, replicas, None if fp32_grads else model_dtype)
     return MainWeights(model, grad_dtype)

@@ -7,13 +7,12 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from lockstep.models import DropoutStreams
-from lockstep.models.ops import widened
 from lockstep.parallel import Axis
 from lockstep.training.feed import Batch, in_global_order
 from lockstep.training.optimizer import Optimizer
+from lockstep.training.passes import Passes
 
 
 @dataclass(frozen=True)
@@ -42,43 +41,36 @@ class StepResult:
         return self.loss_sum / self.valid_tokens if self.valid_tokens else math.nan
 
 
-def masked_loss(
-    model: nn.Module, batch: Batch, dropout: DropoutStreams | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the sum of the loss over the valid tokens of a batch, and their number (scalars, at least FP32)."""
-    losses = model(
-        batch.tokens, batch.position_ids, batch.labels, document_ids=batch.document_ids, dropout=dropout
-    )  # [b, s]
-    mask = batch.loss_mask.to(widened(losses).dtype)
-    return (losses * mask).sum(), mask.sum()
-
-
 class TrainStep:
-    """Runs steps of one model with one optimizer.
+    """Runs steps of one model, through ``passes``, with one optimizer.
 
     By default the gradient is that of the mean over micro-batches of their mean loss per token; with ``per_token`` it
     is that of the mean over all tokens of the global batch. They differ where micro-batches have unequal numbers of
     valid tokens. Each process of the data-parallel axis ``dp`` has its own micro-batches of the global batch.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer,
-        dropout: DropoutStreams | None = None,
-        per_token: bool = False,
-        dp: Axis | None = None,
-    ) -> None:
-        self._model = model
+    def __init__(self, passes: Passes, optimizer: Optimizer, per_token: bool = False, dp: Axis | None = None) -> None:
+        self._passes = passes
         self.optimizer = optimizer
-        self.dropout = dropout
         self._per_token = per_token
         self._dp = dp or Axis()
+
+    @property
+    def dropout(self) -> DropoutStreams | None:
+        """The streams that dropout masks are drawn from."""
+        return self._passes.dropout
 
     def __call__(self, batch: Batch, micro_batch_size: int, lr: float, weight_decay: float) -> StepResult:
         """Take one step on this process's part of a global batch with a learning rate and weight decay."""
         self.optimizer.start_step()
-        sums = in_global_order(self._accumulate(batch, micro_batch_size), self._dp)  # [micro-batches, 2]
+        count = len(batch) // micro_batch_size * self._dp.size
+        scale = self.optimizer.loss_scale
+
+        def objective(loss_sum: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+            value = loss_sum if self._per_token else loss_sum / tokens.clamp(min=1) / count
+            return value * scale if scale != 1.0 else value
+
+        sums = in_global_order(self._passes.train(batch, micro_batch_size, objective), self._dp)  # [micro-batches, 2]
         factor = 1.0 / sums[:, 1].sum().clamp(min=1) if self._per_token else None
         update = self.optimizer.step(lr, weight_decay, factor)
         # Only here does the host wait for a GPU: everything above was queued.
@@ -91,15 +83,3 @@ class TrainStep:
             skipped=update.skipped,
             loss_scale=self.optimizer.loss_scale,
         )
-
-    def _accumulate(self, batch: Batch, micro_batch_size: int) -> torch.Tensor:
-        """Run all backward passes; return the loss sum and valid tokens of each micro-batch [micro-batches, 2]."""
-        count = len(batch) // micro_batch_size * self._dp.size
-        scale = self.optimizer.loss_scale
-        sums = []
-        for micro_batch in batch.split(micro_batch_size):
-            loss_sum, tokens = masked_loss(self._model, micro_batch, self.dropout)
-            objective = loss_sum if self._per_token else loss_sum / tokens.clamp(min=1) / count
-            (objective * scale if scale != 1.0 else objective).backward()
-            sums.append(torch.stack([loss_sum.detach(), tokens]))
-        return torch.stack(sums)

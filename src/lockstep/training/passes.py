@@ -1,0 +1,69 @@
+"""Forward and backward passes over the micro-batches of a batch, on a whole model or on the stages of a pipeline.
+
+Shapes: m micro-batches, b samples of a micro-batch, s tokens of a sample.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from lockstep.models import DropoutStreams
+from lockstep.models.ops import widened
+from lockstep.training.feed import Batch
+
+Objective = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Takes the loss sum and the number of valid tokens of a micro-batch; returns what is differentiated."""
+
+
+class Passes(Protocol):
+    """Runs the micro-batches of one data-parallel process.
+
+    Both methods return the loss sum and the valid tokens of each micro-batch [m, 2], at least FP32, on all processes
+    that work on them.
+    """
+
+    dropout: DropoutStreams | None
+
+    def train(self, batch: Batch, micro_batch_size: int, objective: Objective) -> torch.Tensor:
+        """Run forward and backward passes; gradients add up where the optimizer collects them."""
+
+    def evaluate(self, batch: Batch, micro_batch_size: int) -> torch.Tensor:
+        """Run forward passes without dropout."""
+
+
+class WholePasses:
+    """Passes of a model all of whose layers are on this process: one micro-batch after the other."""
+
+    def __init__(self, model: nn.Module, dropout: DropoutStreams | None = None) -> None:
+        self._model = model
+        self.dropout = dropout
+
+    def train(self, batch: Batch, micro_batch_size: int, objective: Objective) -> torch.Tensor:
+        """Run forward and backward passes; see ``Passes``."""
+        self._model.train()
+        sums = []
+        for micro_batch in batch.split(micro_batch_size):
+            loss_sum, tokens = self._loss(micro_batch, self.dropout)
+            objective(loss_sum, tokens).backward()
+            sums.append(torch.stack([loss_sum.detach(), tokens]))
+        return torch.stack(sums)
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch, micro_batch_size: int) -> torch.Tensor:
+        """Run forward passes without dropout; see ``Passes``."""
+        self._model.eval()
+        return torch.stack([torch.stack(self._loss(part, None)) for part in batch.split(micro_batch_size)])
+
+    def _loss(self, batch: Batch, dropout: DropoutStreams | None) -> tuple[torch.Tensor, torch.Tensor]:
+        losses = self._model(
+            batch.tokens, batch.position_ids, batch.labels, document_ids=batch.document_ids, dropout=dropout
+        )  # [b, s]
+        return masked_sum(losses, batch.loss_mask)
+
+
+def masked_sum(losses: torch.Tensor, loss_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the sum of the losses [b, s] of valid tokens, and their number (scalars, at least FP32)."""
+    mask = loss_mask.to(widened(losses).dtype)
+    return (losses * mask).sum(), mask.sum()

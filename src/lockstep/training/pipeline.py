@@ -1,0 +1,133 @@
+"""Passes of a pipeline: PyTorch's schedules over the stages that this process has.
+
+Shapes: m micro-batches, b samples of a micro-batch, s tokens of a sample, h hidden.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import pipelining
+
+from lockstep.config.stages import num_stages
+from lockstep.errors import UserError
+from lockstep.models import DropoutStreams, GPTModel
+from lockstep.models.decoder import Span
+from lockstep.models.layers import required
+from lockstep.models.ops import widened
+from lockstep.parallel import Mesh
+from lockstep.training.feed import Batch
+from lockstep.training.passes import Objective, masked_sum
+
+
+class PipelinePasses:
+    """Passes of a model of which this process has some stages (``spans``): 1F1B, interleaved where it has several."""
+
+    def __init__(
+        self, model: GPTModel, spans: Sequence[Span], mesh: Mesh, dropout: DropoutStreams | None = None
+    ) -> None:
+        self._model = model
+        self._mesh = mesh
+        self._stages = [_Stage(model, span) for span in spans]
+        self.dropout = dropout
+        self._schedules: dict[tuple[bool, int, torch.Size], Any] = {}
+
+    def train(self, batch: Batch, micro_batch_size: int, objective: Objective) -> Tensor:
+        """Run forward and backward passes; see ``Passes``."""
+        self._model.train()
+        return self._run(batch, micro_batch_size, objective, self.dropout)
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch, micro_batch_size: int) -> Tensor:
+        """Run forward passes without dropout; see ``Passes``."""
+        self._model.eval()
+        return self._run(batch, micro_batch_size, None, None)
+
+    def _run(
+        self, batch: Batch, micro_batch_size: int, objective: Objective | None, dropout: DropoutStreams | None
+    ) -> Tensor:
+        count = len(batch) // micro_batch_size
+        sums: list[Tensor] = []
+        for stage in self._stages:
+            stage.objective, stage.dropout, stage.sums = objective, dropout, sums
+        schedule = self._schedule(objective is not None, count, batch.tokens[:micro_batch_size].shape)
+        tokens = (batch.tokens,) if self._stages[0].span.first else ()
+        run = schedule.step if objective is not None else schedule.eval
+        run(*tokens, **batch.aside(), target=batch.labels, return_outputs=False)
+        found = torch.stack(sums) if sums else self._zeros(count, batch.tokens.device)
+        return self._mesh.pp.sum_(found)
+
+    def _zeros(self, count: int, device: torch.device) -> Tensor:
+        return widened(torch.zeros(count, 2, dtype=_dtype(self._model), device=device))
+
+    def _schedule(self, training: bool, count: int, shape: torch.Size) -> Any:
+        """Return the schedule of ``count`` micro-batches of tokens of a shape [b, s]; each has buffers of its own."""
+        key = (training, count, shape)
+        if key not in self._schedules:
+            stages = [self._stage(number, training, shape) for number in range(len(self._stages))]
+            self._schedules[key] = _build_schedule(stages, count, training)
+        return self._schedules[key]
+
+    def _stage(self, number: int, training: bool, shape: torch.Size) -> Any:
+        """Wrap a stage, with the shapes of what it receives and sends: PyTorch would run the model to find them."""
+        stage, mesh, dtype = self._stages[number], self._mesh, _dtype(self._model)
+        meta = partial(torch.empty, device="meta")
+        length = shape[1] // (mesh.tp.size if mesh.sequence_parallel else 1)
+        hidden = partial(meta, shape[0], length, required(self._model.config.hidden_size), dtype=dtype)
+        return pipelining.PipelineStage(
+            stage,
+            number * mesh.pp.size + mesh.pp.rank,
+            num_stages(self._model.config),
+            next(self._model.parameters()).device,
+            input_args=meta(shape, dtype=torch.int64) if stage.span.first else hidden(requires_grad=training),
+            output_args=widened(meta((), dtype=dtype)) if stage.span.last else hidden(requires_grad=training),
+            group=mesh.pp.group,
+        )
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next(model.parameters()).dtype
+
+
+def _build_schedule(stages: list[Any], count: int, training: bool) -> Any:
+    """Return 1F1B or its interleaved form; all forward passes first where nothing comes back or all are in flight."""
+    settings: dict[str, Any] = {"n_microbatches": count, "loss_fn": _given, "scale_grads": False}
+    if len(stages) == 1:
+        one_by_one = training and count >= stages[0].num_stages
+        return (pipelining.Schedule1F1B if one_by_one else pipelining.ScheduleGPipe)(stages[0], **settings)
+    try:
+        return (pipelining.ScheduleInterleaved1F1B if training else pipelining.ScheduleLoopedBFS)(stages, **settings)
+    except ValueError as error:
+        raise UserError(f"an interleaved pipeline cannot take {count} micro-batches: {error}") from None
+
+
+def _given(output: Tensor, _: Tensor) -> Tensor:
+    """Return the objective, which the last stage has computed."""
+    return output
+
+
+class _Stage(nn.Module):
+    """A run of layers as a module of its own, for the duration of the passes of a batch."""
+
+    def __init__(self, model: GPTModel, span: Span) -> None:
+        super().__init__()
+        self._model = model
+        self.span = span
+        self.objective: Objective | None = None
+        self.dropout: DropoutStreams | None = None
+        self.sums: list[Tensor] = []
+
+    def forward(
+        self, x: Tensor, position_ids: Tensor, labels: Tensor, loss_mask: Tensor, document_ids: Tensor | None = None
+    ) -> Tensor:
+        """Return the residual stream [b, s, h] for the next stage, or after the last one the objective (scalar)."""
+        output = self._model.forward_span(
+            self.span, x, position_ids, labels, document_ids=document_ids, dropout=self.dropout
+        )
+        if not self.span.last:
+            return output
+        loss_sum, tokens = masked_sum(output, loss_mask)
+        self.sums.append(torch.stack([loss_sum.detach(), tokens]))
+        return loss_sum if self.objective is None else self.objective(loss_sum, tokens)
