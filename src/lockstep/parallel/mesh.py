@@ -5,7 +5,7 @@ group, and every operation on it returns its input: one process needs no group a
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from lockstep.config import ConfigContainer
 from lockstep.config.model import ModelConfig
 from lockstep.errors import UserError
+from lockstep.parallel.watch import join
 
 # torch 2.13 renamed both and warns of the names that 2.11 has.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -114,8 +115,12 @@ class Mesh:
 
 
 @contextmanager
-def start_processes(config: ConfigContainer, device: torch.device) -> Iterator[Mesh]:
+def start_processes(
+    config: ConfigContainer, device: torch.device, on_loss: Callable[[BaseException], None] = lambda error: None
+) -> Iterator[Mesh]:
     """Join the other processes of the launcher for the duration of a run; alone, start nothing.
+
+    A process that loses another one says so, calls ``on_loss`` and ends: see ``watch.py``.
 
     Raises:
         UserError: the launcher did not say where the processes meet, or GPUs are to use gloo.
@@ -131,11 +136,16 @@ def start_processes(config: ConfigContainer, device: torch.device) -> Iterator[M
         raise UserError("dist.distributed_backend (--distributed-backend) = gloo is for CPUs; use nccl with GPUs")
     backend = "gloo" if device.type == "cpu" else "nccl"
     timeout = timedelta(minutes=config.dist.distributed_timeout_minutes)
-    dist.init_process_group(backend, timeout=timeout, device_id=device if backend == "nccl" else None)
+    store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
     try:
-        yield build_mesh(config.model, device.type)
+        with join(store, rank, world_size, os.environ["MASTER_ADDR"], timeout.total_seconds(), on_loss):
+            place = {"store": store, "rank": rank, "world_size": world_size}
+            dist.init_process_group(backend, **place, timeout=timeout, device_id=device if backend == "nccl" else None)
+            yield build_mesh(config.model, device.type)
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def build_mesh(model: ModelConfig, device_type: str) -> Mesh:

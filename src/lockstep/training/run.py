@@ -50,18 +50,20 @@ def run(config: ConfigContainer, *, door: str, command: Command, name: str) -> R
     source = open_source(config)
     if config.logger.logging_level is not None:
         logging.getLogger("lockstep").setLevel(config.logger.logging_level)
+    hooks: list[Hook] = []
     with contextlib.ExitStack() as stack:
         stack.enter_context(switches(config, device))
         signal = ExitSignal(config.train.exit_signal) if config.train.exit_signal_handler else None
         if signal is not None:
             stack.enter_context(signal.watched())
-        mesh = stack.enter_context(start_processes(config, device))
+        mesh = stack.enter_context(start_processes(config, device, on_loss=partial(_fail, hooks)))
         limits = config.train.exit_interval, config.train.exit_duration_in_mins
         exit_rule = ExitRule(started, *limits, signal, agree=mesh.from_leader)
         if source is not None:
             announce(source, config)
         writer = RunWriter(create_run_dir(config.run.dir, name)) if mesh.leads else None
-        hooks: list[Hook] = [RecordHook(writer)] if writer is not None else []
+        if writer is not None:
+            hooks.append(RecordHook(writer))
         progress = Progress()
         try:
             if writer is not None:
