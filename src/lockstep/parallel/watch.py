@@ -34,7 +34,7 @@ SILENCE = PROBE_EVERY * (PROBES + 1)
 
 GATHER = 0.5  # seconds in which the processes of a host that died are noticed, so that one message names them all
 COURTESY = 5.0  # seconds in which a process may find for itself the error that another one has ended with
-LINGER = 3.0  # seconds in which news of another process may explain an error here or a SIGTERM of the launcher
+LINGER = 2.0  # seconds in which news of another process may explain an error here or a SIGTERM of the launcher
 
 LOST_EXIT = 1
 TERMINATED_EXIT = 128 + signal.SIGTERM
@@ -89,6 +89,20 @@ class _Peer:
             raise ConnectionResetError
         *lines, self._rest = (self._rest + data).split(b"\n")
         return [json.loads(line) for line in lines]
+
+    def receive_one(self) -> dict[str, Any]:
+        """Wait for the next message and leave what may follow it for ``receive``.
+
+        Raises:
+            OSError: the connection is closed or broken, or its time is over.
+        """
+        line = b""
+        while not line.endswith(b"\n"):
+            byte = self.sock.recv(1)
+            if not byte or len(line) > 1 << 20:
+                raise ConnectionResetError
+            line += byte
+        return dict(json.loads(line))
 
     def local_address(self) -> str:
         """Return the address of this host that the connection goes through."""
@@ -266,7 +280,7 @@ def join(
         return Watch(rank, hosts, peers, local and interface_of(local), on_loss)
     peer = _reach_leader(store, rank, address, seconds)
     try:
-        (welcome,) = peer.receive()
+        welcome = peer.receive_one()
     except OSError as error:
         raise UserError(f"rank 0 at {address} ended, or did not answer, while the processes were meeting") from error
     peer.sock.settimeout(None)
@@ -297,7 +311,7 @@ def _wait_for_all(store: Store, size: int, deadline: float) -> list[_Peer]:
             # Whoever else knocks at the port does not know the token.
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 peer.sock.settimeout(COURTESY)
-                (hello,) = peer.receive()
+                hello = peer.receive_one()
                 if hello["token"] == token:
                     peer.rank, peer.host = hello["rank"], hello["host"]
                     peer.sock.settimeout(None)
