@@ -15,7 +15,7 @@ from lockstep.parallel import watch
 from tests.parallel.hosts import ROOT, Host, two_hosts
 
 PROMISE = 60.0  # seconds until a process that has lost another one has said so and ended
-START = 60.0
+START = 120.0
 JOB = (
     "3rdparty/Megatron-LM/pretrain_gpt.py --num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 128 "
     "--max-position-embeddings 128 --micro-batch-size 2 --global-batch-size 8 --eval-iters 1 --eval-interval 100000 "
@@ -49,7 +49,7 @@ def torchrun(hosts: Hosts, folder: Path, *words: str) -> "list[subprocess.Popen[
     common = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_id=t"]
     common += [f"--rdzv_endpoint={hosts[0].address}:29500"]
     started = []
-    for host, conf in zip(hosts, (["--rdzv_conf=is_host=1"], ["--rdzv_conf=read_timeout=20"]), strict=True):
+    for host, conf in zip(hosts, (["--rdzv_conf=is_host=1"], []), strict=True):
         log = folder / f"{host.name}.log"
         started.append(host.start(*common, *conf, f"--local_addr={host.address}", *JOB, *words, log=log))
     return started
@@ -69,14 +69,16 @@ def ranks_of(host: Host) -> set[int]:
     return found
 
 
-def in_training(hosts: Hosts, folder: Path) -> None:
-    torchrun(hosts, folder, *ENDLESS, "--run-dir", str(folder / "run"))
+def in_training(hosts: Hosts, folder: Path) -> "list[subprocess.Popen[bytes]]":
+    started = torchrun(hosts, folder, *ENDLESS, "--run-dir", str(folder / "run"))
     log = folder / "host-a.log"
     until(lambda: "iteration        5/" in log.read_text(errors="replace"), START, log)
+    return started
 
 
-def seconds_until_it_ends(host: Host, folder: Path) -> float:
-    return until(lambda: not ranks_of(host), PROMISE, folder / f"{host.name}.log")
+def ended_after(host: Host, folder: Path) -> None:
+    seconds = until(lambda: not ranks_of(host), PROMISE, folder / f"{host.name}.log")
+    print(f"{host.name}: its rank ended after {seconds:.1f} s")
 
 
 def says(folder: Path, name: str, message: str) -> None:
@@ -109,18 +111,20 @@ def test_two_hosts_compute_what_one_host_computes(tmp_path: Path, hosts: Hosts) 
 
 @pytest.mark.slow
 def test_the_host_with_the_store_is_killed(tmp_path: Path, hosts: Hosts) -> None:
-    in_training(hosts, tmp_path)
+    _, survivor = in_training(hosts, tmp_path)
     hosts[0].kill_all()
-    assert seconds_until_it_ends(hosts[1], tmp_path) < 10
+    ended_after(hosts[1], tmp_path)
     says(tmp_path, "host-b", f"lost rank 0 on host-a: {ENDED}")
+    assert survivor.wait(PROMISE) != 0
 
 
 @pytest.mark.slow
 def test_another_host_is_killed(tmp_path: Path, hosts: Hosts) -> None:
-    in_training(hosts, tmp_path)
+    survivor, _ = in_training(hosts, tmp_path)
     hosts[1].kill_all()
-    assert seconds_until_it_ends(hosts[0], tmp_path) < 10
+    ended_after(hosts[0], tmp_path)
     says(tmp_path, "host-a", f"lost rank 1 on host-b: {ENDED}")
+    assert survivor.wait(PROMISE) != 0
     ended, error = status(tmp_path)
     assert ended == "failed"
     assert f"lost rank 1 on host-b: {ENDED}" in error
@@ -128,10 +132,12 @@ def test_another_host_is_killed(tmp_path: Path, hosts: Hosts) -> None:
 
 @pytest.mark.slow
 def test_the_link_goes_down(tmp_path: Path, hosts: Hosts) -> None:
-    in_training(hosts, tmp_path)
+    started = in_training(hosts, tmp_path)
     hosts[0].cut_off()
-    for host in hosts:
-        print(f"{host.name}: {seconds_until_it_ends(host, tmp_path):.1f} s")
+    cut = time.monotonic()
+    for host, process in zip(hosts, started, strict=True):
+        assert process.wait(PROMISE - (time.monotonic() - cut)) != 0
+        print(f"{host.name}: torchrun ended after {time.monotonic() - cut:.1f} s")
     says(tmp_path, "host-a", f"lost rank 1 on host-b: {SILENT}")
     says(tmp_path, "host-b", f"lost rank 0 on host-a: {SILENT}")
     assert status(tmp_path)[0] == "failed"

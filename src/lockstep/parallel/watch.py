@@ -16,6 +16,7 @@ import secrets
 import selectors
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -35,6 +36,7 @@ SILENCE = PROBE_EVERY * (PROBES + 1)
 GATHER = 0.5  # seconds in which the processes of a host that died are noticed, so that one message names them all
 COURTESY = 5.0  # seconds in which a process may find for itself the error that another one has ended with
 LINGER = 2.0  # seconds in which news of another process may explain an error here or a SIGTERM of the launcher
+PATIENCE = 10  # seconds that torchrun has to end by itself
 
 LOST_EXIT = 1
 TERMINATED_EXIT = 128 + signal.SIGTERM
@@ -246,6 +248,8 @@ class Watch:
         here = [rank for rank, host in enumerate(self.hosts) if host == self.hosts[self.rank] and rank not in gone]
         if self.rank == min(here, default=self.rank):
             print(f"error: {error}", file=sys.stderr, flush=True)
+            if _SILENT in self._lost.values():
+                _end_launcher_later()
         else:
             # The launcher ends the processes of its host as soon as one ends: let the one that speaks have spoken.
             time.sleep(GATHER)
@@ -357,6 +361,28 @@ def _ranks(ranks: list[int]) -> str:
 
 def _is_loopback(address: str) -> bool:
     return address == "::1" or address.startswith("127.")
+
+
+def _end_launcher_later() -> None:
+    """See to it that torchrun ends, too, when it has had time to do so by itself.
+
+    On a host that is cut off from the meeting point, torchrun waits for it, holding a lock, until the kernel gives up
+    the connection: a quarter of an hour in which it neither sees that its processes have ended nor heeds a signal.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    # A handle of the process, not its number, which another process may have by then.
+    with contextlib.suppress(OSError):
+        handle = os.pidfd_open(os.getppid())
+        command = f"import signal, time; time.sleep({PATIENCE}); signal.pidfd_send_signal({handle}, signal.SIGKILL)"
+        subprocess.Popen(
+            [sys.executable, "-S", "-c", command],
+            pass_fds=[handle],
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
 
 
 def _leave(code: int) -> None:
