@@ -74,7 +74,16 @@ def test_all_problems_come_back_at_once() -> None:
             ["--pipeline-model-parallel-size", "2"],
             "1 processes are not a multiple of --pipeline-model-parallel-size = 2; start 2",
         ),
-        (["--context-parallel-size", "2"], "--context-parallel-size = 2: context parallelism"),
+        (
+            ["--context-parallel-size", "2"],
+            "1 processes are not a multiple of --context-parallel-size = 2; start 2",
+        ),
+        (["--context-parallel-size", "3"], "--seq-length = 8 is not divisible by 2 times --context-parallel-size = 3"),
+        (["--cp-comm-type", "p2p", "a2a"], "--cp-comm-type names 2 types; give one, or one for each layer"),
+        (
+            ["--hierarchical-context-parallel-sizes", "2", "2"],
+            "the product of --hierarchical-context-parallel-sizes = [2, 2] is not model.context_parallel_size",
+        ),
         (["--save", "x"], "--save needs checkpoint.save_interval (--save-interval)"),
         (["--use-checkpoint-args"], "settings are not taken from a checkpoint yet"),
         (["--attention-backend", "flash"], "fused attention is not supported yet"),

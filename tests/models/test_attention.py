@@ -21,7 +21,7 @@ def attend(dtype: torch.dtype, *, softmax_in_fp32: bool, with_dropout: bool) -> 
     query, key, value = (torch.randn(6, 20, 12).to(dtype).requires_grad_() for _ in range(3))
     dropped = torch.rand(6, 20, 20) < 0.3 if with_dropout else None
     documents = torch.tensor([[0] * 9 + [1] * 11, [0] * 20, [0] * 5 + [3] * 15])
-    hidden = hidden_positions(documents.shape[1], documents.device, documents)
+    hidden = hidden_positions(torch.arange(20), 20, documents)
     result = core_attention(
         query, key, value, hidden, dropped=dropped, dropout_probability=0.3, softmax_in_fp32=softmax_in_fp32
     )
@@ -83,7 +83,7 @@ def test_no_token_sees_a_later_one(tiny):
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_rotation_turns_pairs_of_channels_by_their_angle(interleaved, tiny):
     config = tiny(rotary_interleaved=interleaved, rotary_base=100, rotary_percent=0.5, position_embedding_type="rope")
-    cos, sin = rotary_cos_sin(config, 10, torch.float32, CPU)
+    cos, sin = rotary_cos_sin(config, torch.arange(10), torch.float32)
     x = torch.randn(2, 10, 3, 8)
     turned = rotate(x, cos, sin, interleaved=interleaved)
     assert torch.equal(turned[..., 4:], x[..., 4:])
@@ -96,8 +96,8 @@ def test_rotation_turns_pairs_of_channels_by_their_angle(interleaved, tiny):
 
 
 def test_interpolation_divides_positions(tiny):
-    plain = rotary_cos_sin(tiny(), 16, torch.float32, CPU)
-    divided = rotary_cos_sin(tiny(seq_len_interpolation_factor=4), 64, torch.float32, CPU)
+    plain = rotary_cos_sin(tiny(), torch.arange(16), torch.float32)
+    divided = rotary_cos_sin(tiny(seq_len_interpolation_factor=4), torch.arange(64), torch.float32)
     for ours, wanted in zip(divided, plain, strict=True):
         torch.testing.assert_close(ours[::4], wanted, rtol=1e-6, atol=1e-6)
 
