@@ -31,6 +31,7 @@ class LayoutDropoutStreams(DropoutStreams):
     def dropped(self, name: str, shape: tuple[int, ...], probability: float) -> Tensor:
         """Draw the mask of this process's tensor: attention [b * n / size, q, s], others [b, q or q / size, h]."""
         tp = self._mesh.tp
+        whole: tuple[int, ...]
         if name == "attention":
             whole = (shape[0] // self._heads, tp.size, self._heads, shape[2], shape[2])
             return self._own(super().dropped(name, whole, probability)[:, tp.rank].flatten(0, 1))

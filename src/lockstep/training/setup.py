@@ -22,8 +22,8 @@ from lockstep.parallel.apply import part_of
 from lockstep.parallel.dropout import LayoutDropoutStreams
 from lockstep.training.batches import build_batch_schedule, eval_batch_size, num_samples, train_iterations
 from lockstep.training.console import dataset_size_lines, parameters_line, say
-from lockstep.training.evaluate import Evaluator, Split
 from lockstep.training.context import ContextPasses
+from lockstep.training.evaluate import Evaluator, Split
 from lockstep.training.exits import ExitRule
 from lockstep.training.feed import Feed, sample_order
 from lockstep.training.loop import Trainer
