@@ -74,7 +74,16 @@ def test_all_problems_come_back_at_once() -> None:
             ["--pipeline-model-parallel-size", "2"],
             "1 processes are not a multiple of --pipeline-model-parallel-size = 2; start 2",
         ),
-        (["--context-parallel-size", "2"], "--context-parallel-size = 2: context parallelism"),
+        (
+            ["--context-parallel-size", "2"],
+            "1 processes are not a multiple of --context-parallel-size = 2; start 2",
+        ),
+        (["--context-parallel-size", "8"], "--seq-length = 8 is not divisible by 2 times --context-parallel-size = 8"),
+        (["--cp-comm-type", "p2p", "a2a"], "--cp-comm-type names 2 types; give one, or one for each layer"),
+        (
+            ["--hierarchical-context-parallel-sizes", "2", "2"],
+            "the product of --hierarchical-context-parallel-sizes = [2, 2] is not model.context_parallel_size",
+        ),
         (["--save", "x"], "--save needs checkpoint.save_interval (--save-interval)"),
         (["--use-checkpoint-args"], "settings are not taken from a checkpoint yet"),
         (["--attention-backend", "flash"], "fused attention is not supported yet"),
@@ -117,6 +126,21 @@ def test_all_problems_come_back_at_once() -> None:
 )
 def test_each_problem_names_what_and_remedy(flags: list[str], part: str) -> None:
     assert part in problem(*flags)
+
+
+def test_the_sequence_is_cut_for_context_and_sequence_parallelism() -> None:
+    words = ["--context-parallel-size", "2", "--tensor-model-parallel-size", "4", "--sequence-parallel"]
+    sizes = ["--num-attention-heads", "4", "--cp-comm-type", "a2a", "--hierarchical-context-parallel-sizes", "2", "1"]
+    fine = tiny(*words, *sizes, "--seq-length", "16", "--max-position-embeddings", "16")
+    assert resolve(fine, world_size=8).model.cp_comm_type == ["a2a"]
+    with pytest.raises(ConfigError) as caught:
+        resolve(tiny(*words, *sizes, "--seq-length", "12", "--max-position-embeddings", "12"), world_size=8)
+    assert str(caught.value).endswith(
+        "--seq-length = 12 is not divisible by --tensor-model-parallel-size = 4 times --context-parallel-size = 2, as "
+        "--sequence-parallel needs; change one of them"
+    )
+    with pytest.raises(ConfigError, match="--cp-comm-type: expected list of one of p2p, all_gather, a2a, "):
+        tiny("--cp-comm-type", "ring")
 
 
 def test_recomputation_of_every_kind_is_taken() -> None:

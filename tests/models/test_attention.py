@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lockstep.models import build_model
-from lockstep.models.attention import core_attention
+from lockstep.models.attention import AttentionContext, core_attention
 from lockstep.models.decoder import hidden_positions
 from lockstep.models.positions import inverse_frequencies, rotary_cos_sin, rotate, scaled_frequencies
 
@@ -21,7 +21,7 @@ def attend(dtype: torch.dtype, *, softmax_in_fp32: bool, with_dropout: bool) -> 
     query, key, value = (torch.randn(6, 20, 12).to(dtype).requires_grad_() for _ in range(3))
     dropped = torch.rand(6, 20, 20) < 0.3 if with_dropout else None
     documents = torch.tensor([[0] * 9 + [1] * 11, [0] * 20, [0] * 5 + [3] * 15])
-    hidden = hidden_positions(documents.shape[1], documents.device, documents)
+    hidden = hidden_positions(torch.arange(20), 20, documents)
     result = core_attention(
         query, key, value, hidden, dropped=dropped, dropout_probability=0.3, softmax_in_fp32=softmax_in_fp32
     )
@@ -43,6 +43,25 @@ def test_rounded_attention_equals_native_low_precision_operations(
     for native, rounded in zip(results["native"], results["fp32-rounded"], strict=True):
         assert (native == rounded).float().mean() > 0.9
         torch.testing.assert_close(native, rounded, rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("mode", ["native", "fp32-rounded"])
+@pytest.mark.parametrize("chunk", [1, 300, 1 << 20])
+def test_some_queries_find_what_they_find_among_all(mode, chunk, use_mode, monkeypatch):
+    monkeypatch.setattr("lockstep.models.attention._CPU_CHUNK_SCORES", chunk)
+    use_mode(mode)
+    rows = torch.tensor([0, 1, 2, 17, 18, 19])
+    query, key, value = (torch.randn(6, 20, 12).bfloat16().requires_grad_() for _ in range(3))
+    found = []
+    for places in (torch.arange(20), rows):
+        hidden = hidden_positions(places, 20, torch.tensor([[0] * 9 + [1] * 11] * 3))
+        result = core_attention(
+            query[:, places], key, value, hidden, dropped=None, dropout_probability=0.0, softmax_in_fp32=True
+        )
+        result = result[:, rows] if len(places) == 20 else result
+        found.append((result, *torch.autograd.grad(result.sum(), (query, key, value))))
+    for of_all, of_some in zip(*found, strict=True):
+        torch.testing.assert_close(of_some, of_all, rtol=2**-7, atol=2**-7)
 
 
 @pytest.mark.parametrize("softmax_in_fp32", [False, True])
@@ -83,7 +102,7 @@ def test_no_token_sees_a_later_one(tiny):
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_rotation_turns_pairs_of_channels_by_their_angle(interleaved, tiny):
     config = tiny(rotary_interleaved=interleaved, rotary_base=100, rotary_percent=0.5, position_embedding_type="rope")
-    cos, sin = rotary_cos_sin(config, 10, torch.float32, CPU)
+    cos, sin = rotary_cos_sin(config, torch.arange(10), torch.float32)
     x = torch.randn(2, 10, 3, 8)
     turned = rotate(x, cos, sin, interleaved=interleaved)
     assert torch.equal(turned[..., 4:], x[..., 4:])
@@ -96,8 +115,8 @@ def test_rotation_turns_pairs_of_channels_by_their_angle(interleaved, tiny):
 
 
 def test_interpolation_divides_positions(tiny):
-    plain = rotary_cos_sin(tiny(), 16, torch.float32, CPU)
-    divided = rotary_cos_sin(tiny(seq_len_interpolation_factor=4), 64, torch.float32, CPU)
+    plain = rotary_cos_sin(tiny(), torch.arange(16), torch.float32)
+    divided = rotary_cos_sin(tiny(seq_len_interpolation_factor=4), torch.arange(64), torch.float32)
     for ours, wanted in zip(divided, plain, strict=True):
         torch.testing.assert_close(ours[::4], wanted, rtol=1e-6, atol=1e-6)
 
@@ -123,6 +142,7 @@ def test_qk_norm_is_applied_per_head_before_rotation(llama_like):
     prefix = "decoder.layers.0.self_attention"
     assert names[:2] == [f"{prefix}.q_layernorm.weight", f"{prefix}.k_layernorm.weight"]
     attention: Any = model.get_submodule(prefix)
-    query, key, _ = attention._query_key_value(torch.randn(1, 6, 32), None)
+    context = AttentionContext(hidden_positions(torch.arange(6), 6, None), None, None)
+    query, key, _ = attention._query_key_value(torch.randn(1, 6, 32), context)
     for part in (query, key):
         torch.testing.assert_close(part.square().mean(dim=-1), torch.ones(1, 6, 4), rtol=1e-2, atol=1e-2)

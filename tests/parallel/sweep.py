@@ -77,6 +77,10 @@ def _pipeline(size: int, chunks: int | None = None) -> dict[str, Any]:
     return {"model.pipeline_model_parallel_size": size, "model.virtual_pipeline_model_parallel_size": chunks}
 
 
+def _context(size: int) -> dict[str, Any]:
+    return {"model.context_parallel_size": size}
+
+
 _UNEVEN = {"model.num_layers_in_first_pipeline_stage": 1}
 _SHARDED = {"ddp.use_distributed_optimizer": True}
 _SELECTIVE = {
@@ -103,6 +107,15 @@ CASES: tuple[Case, ...] = (
     Case("TP2, recomputation, dropout", 2, {**_tensor(2), **_SELECTIVE, **_DROPOUT}),
     Case("TP2+SP, recomputation", 2, {**_tensor(2, True), **_SELECTIVE}),
     Case("TP4+SP, dropout", 4, {**_tensor(4, True), **_DROPOUT}),
+    Case("CP2", 2, _context(2)),
+    Case("CP2, dropout", 2, {**_context(2), **_DROPOUT}),
+    Case("CP2, recomputation", 2, {**_context(2), **_SELECTIVE}),
+    Case("CP4", 4, _context(4)),
+    Case("CP2 x TP2+SP", 4, {**_context(2), **_tensor(2, True)}),
+    Case("CP2 x TP2+SP, dropout", 4, {**_context(2), **_tensor(2, True), **_DROPOUT}),
+    Case("CP2 x DP2", 4, _context(2)),
+    Case("CP2 x sharded DP2", 4, {**_context(2), **_SHARDED}),
+    Case("CP2 x PP2", 4, {**_context(2), **_pipeline(2)}),
     Case("PP2", 2, _pipeline(2)),
     Case("PP2 interleaved", 2, _pipeline(2, 2)),
     Case("PP2 uneven", 2, {**_pipeline(2), **_UNEVEN}),

@@ -44,6 +44,8 @@ def test_both_doors_on_two_processes_and_against_one(tmp_path: Path) -> None:
     assert compare_paths(tmp_path / "flags", tmp_path / "recipe").decision.verdict == "identical"
     flags(1, tmp_path / "one", *JOB)
     assert compare_paths(tmp_path / "flags", tmp_path / "one").decision.verdict == "rounding"
+    flags(2, tmp_path / "context", *JOB, "--context-parallel-size", "2")  # with the dropout masks of one process
+    assert compare_paths(tmp_path / "context", tmp_path / "one").decision.verdict == "rounding"
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from lockstep.config.model import ModelConfig
+from lockstep.parallel.exchange import joined
 from lockstep.parallel.gradients import Gradients
 from lockstep.parallel.mesh import Axis, Mesh
 from lockstep.parallel.plan import Shard, has_partial_gradient, shard_of
@@ -17,6 +18,7 @@ from tests.parallel import sweep
 from tests.parallel.spawn import on_processes
 
 _CASE = next(case for case in sweep.CASES if case.name == "TP2+SP x DP2")
+_CONTEXT = next(case for case in sweep.CASES if case.name == "CP2 x DP2")
 _PIPELINE = next(case for case in sweep.CASES if case.name == "PP2 x DP2")
 
 
@@ -57,6 +59,11 @@ def _no_data_parallel_sum(model: Any, step: Any, optimizer: Any) -> None:
     optimizer._gradients._mesh = dataclasses.replace(optimizer._gradients._mesh, replicas=Axis())
 
 
+def _no_context_parallel_sum(model: Any, step: Any, optimizer: Any) -> None:
+    mesh = optimizer._gradients._mesh
+    optimizer._gradients._mesh = dataclasses.replace(mesh, replicas=mesh.dp)
+
+
 def _no_sum_of_tied_embeddings(model: Any, step: Any, optimizer: Any) -> None:
     optimizer._gradients._mesh = dataclasses.replace(optimizer._gradients._mesh, ends=Axis())
 
@@ -72,6 +79,20 @@ def _stages_initialised_alike(model: Any, step: Any, optimizer: Any) -> None:
             dist.broadcast(tensor, group=optimizer._gradients._mesh.pp.group, group_src=0)
 
 
+def _local_tokens_as_divisor(model: Any, step: Any, optimizer: Any) -> None:
+    passes = step._passes
+    good = passes._part
+    passes._part = lambda batch: dataclasses.replace(good(batch), valid_tokens=None)
+
+
+def _keys_in_order_of_processes(model: Any, step: Any, optimizer: Any) -> None:
+    model.sequence.joined = lambda x: joined(x, step._passes._cp)
+
+
+def _positions_from_the_start(model: Any, step: Any, optimizer: Any) -> None:
+    model.sequence.positions = lambda length, device: torch.arange(length // model.sequence.parts, device=device)
+
+
 def _twice(batch: Batch, micro: int, dp: Axis) -> Batch:
     """Hand every process the micro-batches of the first."""
     return sweep.share(batch, micro, dataclasses.replace(dp, rank=0))
@@ -83,6 +104,12 @@ _FAULTS: dict[str, dict[str, Any]] = {
     "divisor by the wrong group": {"sabotage": _replaced(_WrongDivisor)},
     "counted twice in the norm": {"sabotage": _replaced(_CountedTwice)},
     "duplicated micro-batch": {"feed": _twice},
+}
+_CONTEXT_FAULTS: dict[str, dict[str, Any]] = {
+    "divisor of the tokens of a part of the sequence": {"sabotage": _local_tokens_as_divisor},
+    "keys in the order of processes": {"sabotage": _keys_in_order_of_processes},
+    "every part counts its positions from the start": {"sabotage": _positions_from_the_start},
+    "missing all-reduce over context parallel": {"sabotage": _no_context_parallel_sum},
 }
 _PIPELINE_FAULTS: dict[str, dict[str, Any]] = {
     "tied embeddings not added up": {"sabotage": _no_sum_of_tied_embeddings},
@@ -96,7 +123,7 @@ def _everything() -> dict[str, Any]:
     """Run the cases of four processes and the faults, in one start of the processes."""
     found: dict[str, Any] = {"rows": sweep.run_cases(sweep.CASES), "faults": {}}
     expected = sweep.play(sweep.configure({}, 1), Mesh())
-    for case, faults in ((_CASE, _FAULTS), (_PIPELINE, _PIPELINE_FAULTS)):
+    for case, faults in ((_CASE, _FAULTS), (_CONTEXT, _CONTEXT_FAULTS), (_PIPELINE, _PIPELINE_FAULTS)):
         config, mesh = sweep.configure(case.changes, 4), sweep.mesh_of(case)
         for name, fault in faults.items():
             found["faults"][name] = sweep.compare("GPT", name, sweep.play(config, mesh, **fault), expected)
@@ -118,7 +145,7 @@ def test_every_layout_equals_one_process(results) -> None:
     assert [row for row in rows if not row.passes] == []
 
 
-@pytest.mark.parametrize("fault", [*_FAULTS, *_PIPELINE_FAULTS])
+@pytest.mark.parametrize("fault", [*_FAULTS, *_CONTEXT_FAULTS, *_PIPELINE_FAULTS])
 def test_a_planted_fault_is_seen(results, fault: str) -> None:
     assert any(not found["faults"][fault].passes for found in results)
 

@@ -36,9 +36,19 @@ class ModelParallel(Section):
         help="Split the residual stream along the sequence between tensor-parallel layers; off without them.",
         effect="speed",
     )
-    context_parallel_size: int = opt(1, "--context-parallel-size", refused="context parallelism is not supported yet")
+    context_parallel_size: int = opt(
+        1,
+        "--context-parallel-size",
+        help="Processes that share each sequence: every one computes some of its tokens, with the keys and values of "
+        "all.",
+        effect="speed",
+    )
     hierarchical_context_parallel_sizes: list[int] | None = opt(
-        None, "--hierarchical-context-parallel-sizes", refused="context parallelism is not supported yet"
+        None,
+        "--hierarchical-context-parallel-sizes",
+        holds="keys and values are gathered over all context-parallel processes at once, with the same result; the "
+        "product must be their number",
+        effect="speed",
     )
     expert_model_parallel_size: int = opt(
         1, "--expert-model-parallel-size", refused="expert parallelism is not supported yet"
@@ -159,10 +169,10 @@ class ModelParallel(Section):
         holds="PyTorch's schedules decide when stages exchange; it does not change what they exchange",
         effect="speed",
     )
-    cp_comm_type: list[str] = opt(
+    cp_comm_type: list[Literal["p2p", "all_gather", "a2a", "a2a+p2p"]] = opt(
         ["p2p"],
         "--cp-comm-type",
-        holds="there is no context parallelism yet, so there is nothing to exchange",
+        holds="keys and values are gathered (all_gather) whatever is asked for; how they travel changes no number",
         effect="speed",
     )
 

@@ -1,5 +1,6 @@
 """Checks of a resolved tree. They collect every problem, change nothing, and need neither a GPU nor torch."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -47,6 +48,7 @@ def _layout(c: ConfigContainer, world_size: int) -> Iterator[str]:
         named = " times ".join(f"{name} = {size}" for name, size in sizes.items() if size > 1)
         yield f"{world_size} processes are not a multiple of {named}; start {processes} or a multiple of it"
     yield from _tensor_parallel(c)
+    yield from _context_parallel(c)
     yield from _pipeline(c)
     if world_size > 1:
         yield from _alone(c)
@@ -63,11 +65,30 @@ def _tensor_parallel(c: ConfigContainer) -> Iterator[str]:
             yield f"{_name(c, f'model.{path}')} = {value} is not divisible by {name} = {size}; change one of them"
     if m.vocab_size and m.vocab_size < size:
         yield f"{_name(c, 'model.vocab_size')} = {m.vocab_size} is below {name} = {size}; lower that"
-    if m.sequence_parallel and m.seq_length and m.seq_length % size:
+    length, share = m.seq_length, size * m.context_parallel_size
+    if m.sequence_parallel and length and length % share:
+        context = f" times {_name(c, 'model.context_parallel_size')} = {m.context_parallel_size}"
         yield (
-            f"{_name(c, 'model.seq_length')} = {m.seq_length} is not divisible by {name} = {size}, as "
-            "--sequence-parallel needs; change one of them"
+            f"{_name(c, 'model.seq_length')} = {length} is not divisible by {name} = {size}"
+            f"{context if share > size else ''}, as --sequence-parallel needs; change one of them"
         )
+
+
+def _context_parallel(c: ConfigContainer) -> Iterator[str]:
+    m, size = c.model, c.model.context_parallel_size
+    name, sizes = _name(c, "model.context_parallel_size"), m.hierarchical_context_parallel_sizes
+    if size > 1 and m.seq_length and m.seq_length % (2 * size):
+        yield (
+            f"{_name(c, 'model.seq_length')} = {m.seq_length} is not divisible by 2 times {name} = {size}; every "
+            f"process has two chunks of the sequence, so use a multiple of {2 * size}"
+        )
+    if sizes is not None and math.prod(sizes) != size:
+        yield (
+            f"the product of {_name(c, 'model.hierarchical_context_parallel_sizes')} = {sizes} is not {name} = {size}; "
+            "change one of them"
+        )
+    if len(m.cp_comm_type) not in (1, m.num_layers):
+        yield f"{_name(c, 'model.cp_comm_type')} names {len(m.cp_comm_type)} types; give one, or one for each layer"
 
 
 _OF_PIPELINES = (

@@ -1,10 +1,11 @@
 """Self-attention with explicit scores.
 
-Shape legend: b batch, s sequence, h hidden, n query heads, g key/value groups, d head dim, m = b * n.
+Shape legend: b batch, s sequence (keys), q queries, h hidden, n query heads, g key/value groups, d head dim, m = b * n.
+There are as many queries as keys unless a layout splits the sequence.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from lockstep.models.norms import Norm
 from lockstep.models.ops import matmul_mode, widened
 from lockstep.models.positions import rotate
 from lockstep.models.recompute import recomputed, recomputes
+from lockstep.models.sequence import WholeSequence
 
 # What Megatron-LM writes over scores that must not be attended to; its exponential is zero in every dtype.
 _MASKED_SCORE = -10000.0
@@ -27,12 +29,14 @@ _CPU_CHUNK_SCORES = 1 << 20  # 4 MiB of float32 scores at a time
 class AttentionContext:
     """What every layer's attention needs to know about the batch.
 
-    hidden_positions is True where a query must not see a key, [1 or b, s, s]; cos_sin has rotary cosine and sine.
+    hidden_positions is True where a query must not see a key, [1 or b, q, s]; cos_sin has the queries' rotary cosine
+    and sine; sequence tells which tokens these are.
     """
 
     hidden_positions: Tensor
     cos_sin: tuple[Tensor, Tensor] | None
     streams: DropoutStreams | None
+    sequence: WholeSequence = field(default_factory=WholeSequence)
 
 
 class SelfAttention(nn.Module):
@@ -58,8 +62,8 @@ class SelfAttention(nn.Module):
             self.k_layernorm = Norm(config, self.head_dim, dtype=dtype, device=device)
 
     def forward(self, x: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor | None]:
-        """Return the output [b, s, h] for x [b, s, h], and its bias [h], not yet added."""
-        query, key, value = (self._as_matrices(part) for part in self._query_key_value(x, context.cos_sin))
+        """Return the output [b, q, h] for x [b, q, h], and its bias [h], not yet added."""
+        query, key, value = (self._as_matrices(part) for part in self._query_key_value(x, context))
         batch, length = x.shape[0], query.shape[1]
         if self.recompute_core and self.training:
             result = recomputed(self._core, query, key, value, context, streams=context.streams)
@@ -69,7 +73,7 @@ class SelfAttention(nn.Module):
         return self.linear_proj.product(result), self.linear_proj.bias
 
     def _core(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
-        """Return what the heads attend to, [m, s, d] as query, key and value; draws the dropout mask."""
+        """Return what the heads attend to, [m, q, d] as the query; draws the dropout mask."""
         dropped = None
         if self.training and context.streams is not None and self.dropout_probability > 0:
             shape = (query.shape[0], query.shape[1], key.shape[1])
@@ -84,8 +88,8 @@ class SelfAttention(nn.Module):
             softmax_in_fp32=self.softmax_in_fp32,
         )
 
-    def _query_key_value(self, x: Tensor, cos_sin: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return query, key and value, each [b, s, n, d].
+    def _query_key_value(self, x: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor, Tensor]:
+        """Return query [b, q, n, d], key and value [b, s, n, d].
 
         The rows of the projection are grouped: per group its query heads, then its key, then its value.
         """
@@ -95,9 +99,10 @@ class SelfAttention(nn.Module):
         key, value = mixed[:, :, :, per_group], mixed[:, :, :, per_group + 1]
         if self.q_layernorm is not None and self.k_layernorm is not None:
             query, key = self.q_layernorm(query), self.k_layernorm(key)
-        if cos_sin is not None:
-            query = rotate(query, *cos_sin, interleaved=self.interleaved)
-            key = rotate(key, *cos_sin, interleaved=self.interleaved)
+        if context.cos_sin is not None:
+            query = rotate(query, *context.cos_sin, interleaved=self.interleaved)
+            key = rotate(key, *context.cos_sin, interleaved=self.interleaved)
+        key, value = context.sequence.joined(key), context.sequence.joined(value)
         if per_group > 1:
             key, value = key.repeat_interleave(per_group, dim=2), value.repeat_interleave(per_group, dim=2)
         return query, key, value
@@ -117,10 +122,10 @@ def core_attention(
     dropout_probability: float,
     softmax_in_fp32: bool,
 ) -> Tensor:
-    """Return softmax(query key^T / sqrt(d)) value, [m, s, d], for query, key and value [m, s, d].
+    """Return softmax(query key^T / sqrt(d)) value, [m, q, d], for query [m, q, d], key and value [m, s, d].
 
     Scores, probabilities, probabilities after dropout and the result are each rounded to the dtype of the query.
-    hidden_positions [1 or b, s, s] and dropped [m, s, s] are boolean.
+    hidden_positions [1 or b, q, s] and dropped [m, q, s] are boolean.
     """
     scale = 1.0 / math.sqrt(query.shape[-1])
     hidden_positions = _per_matrix(hidden_positions, query.shape[0])
@@ -157,11 +162,10 @@ class _RoundedAttention(torch.autograd.Function):
         kept: float,
         softmax_in_fp32: bool,
     ) -> Tensor:
-        matrices, length, _ = query.shape
-        result = torch.empty_like(value)
+        result = torch.empty_like(query)
         probability_dtype = torch.float32 if softmax_in_fp32 else query.dtype
-        probabilities = torch.empty(matrices, length, length, dtype=probability_dtype, device=query.device)
-        for part in _chunks(matrices, length):
+        probabilities = torch.empty(*query.shape[:2], key.shape[1], dtype=probability_dtype, device=query.device)
+        for part in _chunks(probabilities):
             scores = torch.bmm(query[part].float(), key[part].float().transpose(1, 2)).mul_(scale)
             scores = _rounded_(scores, query.dtype)
             scores.masked_fill_(_part_of(hidden_positions, part), _MASKED_SCORE)
@@ -180,7 +184,7 @@ class _RoundedAttention(torch.autograd.Function):
         query, key, value, dropped, probabilities = ctx.saved_tensors
         dtype = query.dtype
         grad_query, grad_key, grad_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-        for part in _chunks(query.shape[0], query.shape[1]):
+        for part in _chunks(probabilities):
             grad_result = grads[0][part].float()
             grad_shares = _rounded_(torch.bmm(grad_result, value[part].float().transpose(1, 2)), dtype)
             shares = probabilities[part].float()
@@ -200,8 +204,10 @@ def _part_of(hidden_positions: Tensor, part: slice) -> Tensor:
     return hidden_positions if hidden_positions.shape[0] == 1 else hidden_positions[part]
 
 
-def _chunks(matrices: int, length: int) -> list[slice]:
-    size = max(1, _CPU_CHUNK_SCORES // (length * length))
+def _chunks(scores: Tensor) -> list[slice]:
+    """Cut scores [m, q, s] into runs of matrices that fit the cache."""
+    matrices, queries, keys = scores.shape
+    size = max(1, _CPU_CHUNK_SCORES // (queries * keys))
     return [slice(start, start + size) for start in range(0, matrices, size)]
 
 

@@ -2,7 +2,7 @@
 
 Parameters have the names Megatron-core gives them in its local implementation.
 
-Shape legend: b batch, s sequence, h hidden, v vocabulary (padded).
+Shape legend: b batch, s sequence, h hidden, v vocabulary (padded), q queries: tokens that the model works on.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,6 +21,7 @@ from lockstep.models.norms import Norm
 from lockstep.models.ops import linear
 from lockstep.models.positions import rotary_cos_sin
 from lockstep.models.recompute import rebuilt_for_backward, recomputed, recomputed_chunks, recomputes
+from lockstep.models.sequence import WholeSequence
 
 _Block = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
@@ -51,6 +52,7 @@ class GPTModel(nn.Module):
         self.embedding = Embedding(config, dtype=dtype, device=device)
         self.decoder = Decoder(config, dtype=dtype, device=device)
         self.head: Head = head
+        self.sequence = WholeSequence()
         self.output_layer: Linear | None = None
         if not config.share_embeddings_and_output_weights:
             hidden, vocab = required(config.hidden_size), required(config.vocab_size)
@@ -86,7 +88,8 @@ class GPTModel(nn.Module):
     ) -> Tensor:
         """Return what `forward` returns where the span is last, else the residual stream [b, s, h] after it.
 
-        x is the tokens [b, s] where the span is first, else the residual stream before it.
+        x is the tokens [b, s] where the span is first, else the residual stream before it. Where the model works on
+        some tokens of the sequence only, all are of those, but document_ids are of the whole sequence.
         """
         if self.training and dropout is None and max(self.config.hidden_dropout, self.config.attention_dropout) > 0:
             raise ValueError("a model with dropout needs random streams to train: pass dropout=DropoutStreams(...)")
@@ -94,8 +97,11 @@ class GPTModel(nn.Module):
         if span.first:
             assert self.embedding is not None, "the first span has the embedding"
             x = self.embedding(x, position_ids, streams)
-        length = position_ids.shape[1]
-        context = AttentionContext(hidden_positions(length, x.device, document_ids), self._cos_sin(length, x), streams)
+        length = position_ids.shape[1] * self.sequence.parts
+        positions = self.sequence.positions(length, x.device)
+        context = AttentionContext(
+            hidden_positions(positions, length, document_ids), self._cos_sin(positions, x), streams, self.sequence
+        )
         x = self.decoder(x, context, span.layers, normalise=span.last)
         return self.head(x, self.output_weight, labels) if span.last else x
 
@@ -107,10 +113,10 @@ class GPTModel(nn.Module):
         assert self.embedding is not None, "a tied output layer shares the word embeddings"
         return self.embedding.word_embeddings.weight
 
-    def _cos_sin(self, length: int, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
+    def _cos_sin(self, positions: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
         if self.config.position_embedding_type != "rope":
             return None
-        return rotary_cos_sin(self.config, length, hidden.dtype, hidden.device)
+        return rotary_cos_sin(self.config, positions, hidden.dtype)
 
 
 def head(hidden: Tensor, weight: Tensor, labels: Tensor | None) -> Tensor:
@@ -118,10 +124,13 @@ def head(hidden: Tensor, weight: Tensor, labels: Tensor | None) -> Tensor:
     return linear(hidden, weight) if labels is None else linear_cross_entropy(hidden, weight, labels)
 
 
-def hidden_positions(length: int, device: torch.device, document_ids: Tensor | None) -> Tensor:
-    """Return a boolean mask [1 or b, s, s], True where a query (row) must not see a key (column)."""
-    later = torch.ones(length, length, dtype=torch.bool, device=device).triu(1)[None]
-    return later if document_ids is None else later | (document_ids[:, :, None] != document_ids[:, None, :])
+def hidden_positions(positions: Tensor, length: int, document_ids: Tensor | None) -> Tensor:
+    """Return a boolean mask [1 or b, q, s], True where a query (row) must not see a key (column).
+
+    The queries stand at positions [q] of a sequence of ``length`` keys, whose documents are document_ids [b, s].
+    """
+    later = positions[:, None] < torch.arange(length, device=positions.device)
+    return later[None] if document_ids is None else later | (document_ids[:, positions, None] != document_ids[:, None])
 
 
 class Embedding(nn.Module):

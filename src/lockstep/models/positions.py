@@ -38,9 +38,9 @@ def scaled_frequencies(frequencies: Tensor, factor: float) -> Tensor:
     return torch.where(periods > _HIGH_FREQUENCY_FACTOR, frequencies, stretched)
 
 
-def rotary_cos_sin(config: ModelConfig, length: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return cosine and sine [s, 1, r] for positions 0 to length, computed in float32 and rounded to `dtype`."""
-    positions = torch.arange(length, dtype=torch.float32, device=device)
+def rotary_cos_sin(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return cosine and sine [s, 1, r] for int64 positions [s], computed in float32 and rounded to `dtype`."""
+    device, positions = positions.device, positions.float()
     if config.seq_len_interpolation_factor is not None:
         positions = positions * (1 / config.seq_len_interpolation_factor)
     angles = torch.outer(positions, inverse_frequencies(config, device))

@@ -9,6 +9,7 @@ from lockstep.models import GPTModel
 from lockstep.models.attention import SelfAttention
 from lockstep.models.decoder import Span
 from lockstep.models.mlp import MLP
+from lockstep.parallel.context import SequencePart
 from lockstep.parallel.mesh import Mesh
 from lockstep.parallel.modules import (
     ColumnParallelLinear,
@@ -24,10 +25,12 @@ def parallelize(model: GPTModel, mesh: Mesh) -> list[Span]:
     """Lay a model of one process out over the mesh, in place; return its stages on this process.
 
     The model is on the meta device: afterwards its parameters have the shapes of this process's part. In order:
-    pipeline stages drop what is not theirs; every process keeps its part of each split weight; attention, MLP,
-    embedding and head are told of their part.
+    pipeline stages drop what is not theirs; the model is told of its part of every sequence; every process keeps its
+    part of each split weight; attention, MLP, embedding and head are told of their part.
     """
     spans = _keep_stages(model, mesh)
+    if mesh.cp.size > 1:
+        model.sequence = SequencePart(mesh.cp)
     if mesh.tp.size > 1:
         _keep_parts(model, mesh)
         for module in list(model.modules()):

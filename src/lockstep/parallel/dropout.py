@@ -1,6 +1,6 @@
-"""Dropout masks that do not depend on the tensor-parallel layout.
+"""Dropout masks that depend neither on the tensor-parallel nor on the context-parallel layout.
 
-Shape legend: b batch, s sequence, h hidden, n query heads.
+Shape legend: b batch, s sequence, q tokens of this process, h hidden, n query heads.
 """
 
 from collections.abc import Mapping
@@ -10,11 +10,12 @@ from torch import Tensor
 
 from lockstep.models import DropoutStreams
 from lockstep.models.dropout import STREAM_NAMES
+from lockstep.parallel.context import SequencePart
 from lockstep.parallel.mesh import Mesh
 
 
 class LayoutDropoutStreams(DropoutStreams):
-    """Draws the mask that one process would draw and keeps the part of this one: its heads, its part of the sequence.
+    """Draws the mask that one process would draw and keeps the part of this one: its heads, its tokens.
 
     ``heads`` is the number of query heads of the whole model. Data-parallel processes and pipeline stages draw from
     streams of their own.
@@ -24,15 +25,21 @@ class LayoutDropoutStreams(DropoutStreams):
         numbers: Mapping[str, int] = dict.fromkeys(STREAM_NAMES, mesh.pp.rank * mesh.dp.size + mesh.dp.rank)
         super().__init__(seed, device, numbers)
         self._mesh = mesh
+        self._sequence = SequencePart(mesh.cp)
         self._heads = heads // mesh.tp.size
 
     def dropped(self, name: str, shape: tuple[int, ...], probability: float) -> Tensor:
-        """Draw the mask of this process's tensor: attention [b * n / size, s, s], others [b, s or s / size, h]."""
-        size, rank = self._mesh.tp.size, self._mesh.tp.rank
+        """Draw the mask of this process's tensor: attention [b * n / size, q, s], others [b, q or q / size, h]."""
+        tp = self._mesh.tp
+        whole: tuple[int, ...]
         if name == "attention":
-            whole = (shape[0] // self._heads, size, self._heads, *shape[1:])
-            return super().dropped(name, whole, probability)[:, rank].flatten(0, 1)
-        if self._mesh.sequence_parallel:
-            whole = (shape[0], size, *shape[1:])
-            return super().dropped(name, whole, probability)[:, rank]
-        return super().dropped(name, shape, probability)
+            whole = (shape[0] // self._heads, tp.size, self._heads, shape[2], shape[2])
+            return self._own(super().dropped(name, whole, probability)[:, tp.rank].flatten(0, 1))
+        shares = tp.size if self._mesh.sequence_parallel else 1
+        whole = (shape[0], shape[1] * shares * self._mesh.cp.size, *shape[2:])
+        own = self._own(super().dropped(name, whole, probability))
+        return own.chunk(shares, dim=1)[tp.rank] if shares > 1 else own
+
+    def _own(self, mask: Tensor) -> Tensor:
+        """Keep the rows of this process's tokens of a mask whose dimension 1 is the sequence."""
+        return mask if self._mesh.cp.size == 1 else mask[:, self._sequence.positions(mask.shape[1], mask.device)]

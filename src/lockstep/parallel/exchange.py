@@ -1,4 +1,4 @@
-"""Exchanges between tensor-parallel processes, each with its counterpart in the backward pass.
+"""Exchanges between the processes of an axis, each with its counterpart in the backward pass.
 
 Shape legend: b batch, s sequence, h hidden; s is dimension 1 everywhere.
 """
@@ -24,7 +24,7 @@ def added(x: Tensor, axis: Axis) -> Tensor:
 
 
 def joined(x: Tensor, axis: Axis) -> Tensor:
-    """Return the whole sequence [b, s, h] from the parts [b, s / size, h]; backward adds up and splits."""
+    """Return the parts [b, s / size, ...] end to end, [b, s, ...]; backward adds up and splits."""
     return _Joined.apply(x, axis)
 
 

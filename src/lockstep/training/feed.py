@@ -27,7 +27,8 @@ class Samples(Protocol):
 class Batch:
     """Samples that are processed together: tensors [b, s], integers but for ``loss_mask``.
 
-    ``document_ids`` numbers the documents of a sample where attention must not cross them.
+    ``document_ids`` numbers the documents of a sample where attention must not cross them. Where the batch has a part
+    of every sample, ``document_ids`` are still those of whole samples, and so are the numbers of ``valid_tokens`` [b].
     """
 
     tokens: torch.Tensor
@@ -35,6 +36,7 @@ class Batch:
     loss_mask: torch.Tensor
     position_ids: torch.Tensor
     document_ids: torch.Tensor | None = None
+    valid_tokens: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -49,6 +51,11 @@ class Batch:
         """Yield the batch in pieces of ``samples`` samples, in order."""
         for start in range(0, len(self), samples):
             yield Batch(**{k: v[start : start + samples] for k, v in self._tensors().items()})
+
+    def at(self, positions: torch.Tensor) -> "Batch":
+        """Return the part of every whole sample that stands at some positions."""
+        part = {k: v[:, positions] for k, v in self._tensors().items() if k != "document_ids"}
+        return Batch(**part, document_ids=self.document_ids, valid_tokens=self.loss_mask.sum(dim=1))
 
     def aside(self) -> dict[str, torch.Tensor]:
         """Return all but the tokens, by name."""

@@ -60,10 +60,15 @@ class WholePasses:
         losses = self._model(
             batch.tokens, batch.position_ids, batch.labels, document_ids=batch.document_ids, dropout=dropout
         )  # [b, s]
-        return masked_sum(losses, batch.loss_mask)
+        return masked_sum(losses, batch.loss_mask, batch.valid_tokens)
 
 
-def masked_sum(losses: torch.Tensor, loss_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the sum of the losses [b, s] of valid tokens, and their number (scalars, at least FP32)."""
+def masked_sum(
+    losses: torch.Tensor, loss_mask: torch.Tensor, valid_tokens: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the sum of the losses [b, s] of valid tokens, and their number (scalars, at least FP32).
+
+    ``valid_tokens`` [b] are the numbers of valid tokens of whole samples where the losses are of parts of them.
+    """
     mask = loss_mask.to(widened(losses).dtype)
-    return (losses * mask).sum(), mask.sum()
+    return (losses * mask).sum(), (mask if valid_tokens is None else valid_tokens.to(mask.dtype)).sum()

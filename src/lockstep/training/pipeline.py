@@ -120,7 +120,13 @@ class _Stage(nn.Module):
         self.sums: list[Tensor] = []
 
     def forward(
-        self, x: Tensor, position_ids: Tensor, labels: Tensor, loss_mask: Tensor, document_ids: Tensor | None = None
+        self,
+        x: Tensor,
+        position_ids: Tensor,
+        labels: Tensor,
+        loss_mask: Tensor,
+        document_ids: Tensor | None = None,
+        valid_tokens: Tensor | None = None,
     ) -> Tensor:
         """Return the residual stream [b, s, h] for the next stage, or after the last one the objective (scalar)."""
         output = self._model.forward_span(
@@ -128,6 +134,6 @@ class _Stage(nn.Module):
         )
         if not self.span.last:
             return output
-        loss_sum, tokens = masked_sum(output, loss_mask)
+        loss_sum, tokens = masked_sum(output, loss_mask, valid_tokens)
         self.sums.append(torch.stack([loss_sum.detach(), tokens]))
         return loss_sum if self.objective is None else self.objective(loss_sum, tokens)

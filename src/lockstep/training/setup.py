@@ -22,6 +22,7 @@ from lockstep.parallel.apply import part_of
 from lockstep.parallel.dropout import LayoutDropoutStreams
 from lockstep.training.batches import build_batch_schedule, eval_batch_size, num_samples, train_iterations
 from lockstep.training.console import dataset_size_lines, parameters_line, say
+from lockstep.training.context import ContextPasses
 from lockstep.training.evaluate import Evaluator, Split
 from lockstep.training.exits import ExitRule
 from lockstep.training.feed import Feed, sample_order
@@ -131,10 +132,13 @@ def build_parallel_model(
 def build_passes(
     config: ConfigContainer, model: GPTModel, spans: Sequence[Span], mesh: Mesh, device: torch.device
 ) -> Passes:
-    """Build what runs the model over micro-batches: in a pipeline where there is one."""
+    """Build what runs the model over micro-batches: in a pipeline where there is one, on a part of every sequence."""
     assert config.model.num_attention_heads is not None, "a resolved tree has heads"
     dropout = LayoutDropoutStreams(config.rng.seed, device, mesh, config.model.num_attention_heads)
-    return PipelinePasses(model, spans, mesh, dropout) if mesh.pp.size > 1 else WholePasses(model, dropout)
+    passes: Passes = WholePasses(model, dropout)
+    if mesh.pp.size > 1:
+        passes = PipelinePasses(model, spans, mesh, dropout)
+    return ContextPasses(passes, mesh.cp) if mesh.cp.size > 1 else passes
 
 
 def build_trainer(config: ConfigContainer, model: nn.Module, passes: Passes, datasets: Datasets, mesh: Mesh) -> Trainer:

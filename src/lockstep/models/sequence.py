@@ -1,0 +1,21 @@
+"""Which tokens of every sequence a model works on.
+
+Shape legend: b batch, s sequence, q tokens that the model works on.
+"""
+
+import torch
+from torch import Tensor
+
+
+class WholeSequence:
+    """All tokens, in order. A layout puts in its place what has some of them and can get at the others."""
+
+    parts = 1
+
+    def positions(self, length: int, device: torch.device) -> Tensor:
+        """Return where in a sequence of so many tokens those of this model stand, int64 [q]."""
+        return torch.arange(length, device=device)
+
+    def joined(self, x: Tensor) -> Tensor:
+        """Return x of all tokens of the sequence [b, s, ...], in order, from that of this model's [b, q, ...]."""
+        return x

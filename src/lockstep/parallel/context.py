@@ -1,0 +1,33 @@
+"""The part of every sequence that one of several context-parallel processes has.
+
+Shape legend: b batch, s sequence, q tokens of this process.
+"""
+
+import torch
+from torch import Tensor
+
+from lockstep.models.sequence import WholeSequence
+from lockstep.parallel.exchange import joined
+from lockstep.parallel.mesh import Axis
+
+
+class SequencePart(WholeSequence):
+    """One chunk from the front and the one as far from the end, of twice as many chunks as there are processes.
+
+    A late token attends to more keys than an early one: so every process has the same work.
+    """
+
+    def __init__(self, axis: Axis):
+        self.parts = axis.size
+        self._axis = axis
+
+    def positions(self, length: int, device: torch.device) -> Tensor:
+        """Return where in a sequence of so many tokens those of this process stand, int64 [q]."""
+        chunks = torch.arange(length, device=device).chunk(2 * self.parts)
+        return torch.cat((chunks[self._axis.rank], chunks[-1 - self._axis.rank]))
+
+    def joined(self, x: Tensor) -> Tensor:
+        """Return x of the whole sequence [b, s, ...] from the parts [b, q, ...]; backward adds up and splits."""
+        by_process = joined(x, self._axis).unflatten(1, (self.parts, 2, -1))
+        front, back = by_process[:, :, 0], by_process[:, :, 1].flip(1)
+        return torch.cat((front, back), dim=1).flatten(1, 2)

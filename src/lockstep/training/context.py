@@ -1,0 +1,36 @@
+"""Passes of one of several context-parallel processes.
+
+Shapes: m micro-batches.
+"""
+
+import torch
+
+from lockstep.parallel.context import SequencePart
+from lockstep.parallel.mesh import Axis
+from lockstep.training.feed import Batch
+from lockstep.training.passes import Objective, Passes
+
+
+class ContextPasses:
+    """Hands ``inner`` this process's part of every sequence; what it finds are parts of the losses of ``cp``."""
+
+    def __init__(self, inner: Passes, cp: Axis) -> None:
+        self._inner = inner
+        self._cp = cp
+        self._sequence = SequencePart(cp)
+        self.dropout = inner.dropout
+
+    def train(self, batch: Batch, micro_batch_size: int, objective: Objective) -> torch.Tensor:
+        """Run forward and backward passes; see ``Passes``."""
+        return self._whole(self._inner.train(self._part(batch), micro_batch_size, objective))
+
+    def evaluate(self, batch: Batch, micro_batch_size: int) -> torch.Tensor:
+        """Run forward passes without dropout; see ``Passes``."""
+        return self._whole(self._inner.evaluate(self._part(batch), micro_batch_size))
+
+    def _part(self, batch: Batch) -> Batch:
+        return batch.at(self._sequence.positions(batch.tokens.shape[1], batch.tokens.device))
+
+    def _whole(self, sums: torch.Tensor) -> torch.Tensor:
+        """Add up the loss sums; the numbers of valid tokens [m, 2] are already those of whole sequences."""
+        return torch.stack([self._cp.sum_(sums[:, 0].contiguous()), sums[:, 1]], dim=1)
