@@ -15,10 +15,11 @@ from lockstep.training import checkpoint_files as files
 def _write(root: Path, iteration: int, content: str) -> Path:
     scratch = files.scratch_dir(root, iteration)
     (scratch / "data").write_text(content)
-    facts: dict[str, dict[str, Any]] = {"progress": {}, "schedules": {}, "tensors": {}}
+    facts: dict[str, dict[str, Any]] = {"progress": {}, "schedules": {}, "streams": {}}
+    contents = {"data": files.settle(scratch / "data")}
     files.write_json(
         scratch / files.MANIFEST,
-        {"format": 1, "iteration": iteration, "lockstep": "x", **facts, "files": files.file_facts(scratch)},
+        {"format": files.FORMAT, "iteration": iteration, "lockstep": "x", **facts, "files": contents},
     )
     return scratch
 

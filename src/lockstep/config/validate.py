@@ -104,8 +104,6 @@ _ALONE = (
     "train.check_weight_hash_across_dp_replicas_interval",
     "rng.data_parallel_random_init",
     "dist.distributed_timeout_seconds_after_init",
-    "checkpoint.save",
-    "checkpoint.load",
 )
 
 

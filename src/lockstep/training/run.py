@@ -5,15 +5,13 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
+from datetime import timedelta
 from typing import Any
 
 import torch
 
 from lockstep.config import ConfigContainer
 from lockstep.errors import UserError
-from lockstep.models import fingerprint
 from lockstep.models.ops import matmul_mode
 from lockstep.parallel import Mesh, start_processes
 from lockstep.record.environment import code_version, device_facts, environment_variables, package_versions
@@ -21,7 +19,8 @@ from lockstep.record.paths import create_run_dir
 from lockstep.record.schema import RUN_FILE
 from lockstep.record.writer import RunWriter
 from lockstep.training.checkpoint_load import Source, announce, check_save_folder, open_source, restore
-from lockstep.training.checkpoint_save import CheckpointHook, take_snapshot
+from lockstep.training.checkpoint_peers import Peers
+from lockstep.training.checkpoint_save import CheckpointHook, Saved
 from lockstep.training.console import ConsoleHook, say, timestamped
 from lockstep.training.device import choose_device, switches
 from lockstep.training.exits import ExitRule, ExitSignal
@@ -46,8 +45,6 @@ def run(config: ConfigContainer, *, door: str, command: Command, name: str) -> R
     started = time.monotonic()
     config = config.copy()
     device = choose_device(config.run.device)
-    check_save_folder(config)
-    source = open_source(config)
     if config.logger.logging_level is not None:
         logging.getLogger("lockstep").setLevel(config.logger.logging_level)
     hooks: list[Hook] = []
@@ -57,6 +54,11 @@ def run(config: ConfigContainer, *, door: str, command: Command, name: str) -> R
         if signal is not None:
             stack.enter_context(signal.watched())
         mesh = stack.enter_context(start_processes(config, device, on_loss=partial(_fail, hooks)))
+        checkpoints = config.checkpoint.save is not None or config.checkpoint.load is not None
+        timeout = timedelta(minutes=config.dist.distributed_timeout_minutes)
+        peers = Peers.of(mesh, timeout) if checkpoints else Peers()
+        peers.by_leader(lambda: check_save_folder(config))
+        source = open_source(config, peers)
         limits = config.train.exit_interval, config.train.exit_duration_in_mins
         exit_rule = ExitRule(started, *limits, signal, agree=mesh.from_leader)
         if source is not None:
@@ -70,12 +72,11 @@ def run(config: ConfigContainer, *, door: str, command: Command, name: str) -> R
                 _start_record(writer, config, device, source, door=door, command=vars(command), name=name)
             parts = build(config, device, mesh, exit_rule)
             if source is not None:
-                parts = _restored(source, config, parts, progress)
+                parts = restore(source, config, mesh, parts, progress, peers)
             if writer is not None:
                 _complete_record(writer, config, device, parts, mesh)
             hooks += _build_hooks(config, device, name, writer)
-            if writer is not None:
-                hooks += _checkpoint_hooks(config, parts, writer)
+            hooks += _checkpoint_hooks(config, mesh, parts, writer, peers)
         except BaseException as error:
             if writer is not None:
                 _abandon(writer, hooks, error)
@@ -83,12 +84,6 @@ def run(config: ConfigContainer, *, door: str, command: Command, name: str) -> R
         run_dir = mesh.from_leader(writer.run_dir if writer is not None else None)
         info = RunInfo(config, name, run_dir, device, parts.train_iters, parts.flops_per_sample, mesh.world.size)
         return _go(info, parts, hooks, exit_rule, progress)
-
-
-def _restored(source: Source, config: ConfigContainer, parts: Parts, progress: Progress) -> Parts:
-    """Return the parts as the checkpoint left them, and set ``progress`` to where it was taken."""
-    trainer = restore(source, config, parts.model, parts.trainer, parts.evaluator, progress)
-    return replace(parts, trainer=trainer, initial_weights=fingerprint(parts.model))
 
 
 def _start_record(
@@ -166,13 +161,14 @@ def _build_hooks(config: ConfigContainer, device: torch.device, name: str, write
     return hooks
 
 
-def _checkpoint_hooks(config: ConfigContainer, parts: Parts, writer: RunWriter) -> list[Hook]:
+def _checkpoint_hooks(
+    config: ConfigContainer, mesh: Mesh, parts: Parts, writer: RunWriter | None, peers: Peers
+) -> list[Hook]:
     """Return the hook that saves checkpoints, where they are asked for."""
-    trainer = parts.trainer
-    if config.checkpoint.save is None or trainer is None:
+    if config.checkpoint.save is None or parts.trainer is None:
         return []
-    snapshot = partial(take_snapshot, config, parts.model, trainer, parts.evaluator)
-    return [CheckpointHook(config, snapshot, {"run_dir": str(writer.run_dir.absolute())})]
+    origin = {"run_dir": str(writer.run_dir.absolute())} if writer is not None else {}
+    return [CheckpointHook(config, Saved(config, mesh, parts).snapshot, origin, peers)]
 
 
 def _go(info: RunInfo, parts: Parts, hooks: Sequence[Hook], exit_rule: ExitRule, progress: Progress) -> RunResult:
