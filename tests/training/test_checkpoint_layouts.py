@@ -1,0 +1,115 @@
+"""Checkpoints of several processes: exact in the layout they come from, and equal in every other."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lockstep.lab.compare import compare_paths
+from lockstep.training.checkpoint_storage import read_index, read_whole
+from tests.parallel.spawn import Turn, in_turn
+from tests.training.checkpoint_runs import DROPOUT, SEQUENCE, SHARDED, TENSOR, echo, train
+
+_CLOCKED = ("seconds", "tokens_per_second", "memory_bytes")
+
+_EXACT: dict[str, tuple[int, dict[str, Any]]] = {
+    "tp2+sp async dropout": (2, {**SEQUENCE, **DROPOUT, "checkpoint.async_save": True}),
+    "sharded dp2 async dropout": (2, {**SHARDED, **DROPOUT, "checkpoint.async_save": True}),
+    "tp2 x sharded dp2": (4, {**TENSOR, **SHARDED}),
+}
+_SOURCES: dict[str, tuple[int, dict[str, Any]]] = {
+    "one": (1, {}),
+    "sharded dp4": (4, SHARDED),
+    "tp2 x sharded dp2": (4, {**TENSOR, **SHARDED}),
+}
+_MOVES: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "one to tp2+sp": ("one", 2, SEQUENCE),
+    "one to sharded dp4": ("one", 4, SHARDED),
+    "sharded dp4 to tp2": ("sharded dp4", 2, TENSOR),
+    "tp2 x sharded dp2 to one": ("tp2 x sharded dp2", 1, {}),
+    "tp2 x sharded dp2 to dp2": ("tp2 x sharded dp2", 2, {}),
+}
+
+
+def _saving(root: Path) -> dict[str, Any]:
+    return {"checkpoint.save": str(root), "checkpoint.save_interval": 20, "train.exit_interval": 10}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of all runs of this file, made in one spawn."""
+    root = tmp_path_factory.mktemp("runs")
+    turns = [Turn(1, train, ({}, root / "uninterrupted"))]
+    for name, (processes, layout) in _SOURCES.items():
+        turns.append(Turn(processes, train, ({**layout, **_saving(root / name / "ckpt")}, root / name / "first")))
+    for name, (processes, layout) in _EXACT.items():
+        folder = root / name
+        loading = {"checkpoint.load": str(folder / "ckpt")}
+        if name not in _SOURCES:
+            turns.append(Turn(processes, train, ({**layout, **_saving(folder / "ckpt")}, folder / "first")))
+        plain = {key: value for key, value in layout.items() if not key.startswith("checkpoint.")}
+        turns.append(Turn(processes, train, (plain, folder / "whole")))
+        turns.append(Turn(processes, train, ({**plain, **loading}, folder / "second")))
+    for name, (source, processes, layout) in _MOVES.items():
+        changes = {**layout, "checkpoint.load": str(root / source / "ckpt")}
+        turns.append(Turn(processes, echo, (changes, root / name / "run", root / name / "echo")))
+    for turn, results in zip(turns, in_turn(turns), strict=True):
+        for result in results:
+            if isinstance(result, Exception):
+                raise AssertionError(f"{turn}") from result
+    return root
+
+
+def _lines(run_dir: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in _CLOCKED} for line in lines]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", _EXACT)
+def test_resumed_run_is_bitwise_the_uninterrupted_one(name, runs) -> None:
+    folder = runs / name
+    whole = _lines(folder / "whole")
+    assert _lines(folder / "first") + _lines(folder / "second") == whole
+    assert [line["iteration"] for line in whole if line["kind"] == "train"] == list(range(1, 21))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", _MOVES)
+def test_another_layout_starts_from_the_same_numbers(name, runs) -> None:
+    source = runs / _MOVES[name][0] / "ckpt" / "iter_0000010"
+    target = runs / name / "echo" / "iter_0000010"
+    before, after = read_index(source), read_index(target)
+    assert set(before) == set(after)
+    assert {name.split(".")[1] for name in before if name.startswith("optimizer.")} == {"main", "exp_avg", "exp_avg_sq"}
+    for tensor, stored in before.items():
+        assert torch.equal(read_whole(source, stored), read_whole(target, after[tensor])), tensor
+    head, tail = (json.loads((folder / "manifest.json").read_text()) for folder in (source, target))
+    for same in ("iteration", "progress", "schedules", "optimizer", "loss_scaler"):
+        assert head[same] == tail[same]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", _MOVES)
+def test_another_layout_goes_on_within_rounding(name, runs) -> None:
+    decision = compare_paths(runs / "uninterrupted", runs / name / "run").decision
+    assert decision.verdict == "rounding", decision
+    lines = [line for line in _lines(runs / name / "run") if line["kind"] == "train"]
+    assert [line["iteration"] for line in lines] == list(range(11, 21))
+    weights = json.loads((runs / name / "run" / "run.json").read_text())["initial_weights"]
+    assert set(weights["parameters"]) == {
+        tensor.removeprefix("model.")
+        for tensor in read_index(runs / name / "echo" / "iter_0000010")
+        if tensor.startswith("model.")
+    }
+
+
+@pytest.mark.slow
+def test_the_processes_share_out_the_writing(runs) -> None:
+    for source, (processes, _) in _SOURCES.items():
+        folder = runs / source / "ckpt" / "iter_0000010"
+        sizes = {file.name: file.stat().st_size for file in folder.glob("tensors-*.safetensors")}
+        assert sorted(sizes) == [f"tensors-{rank:05d}-00001.safetensors" for rank in range(processes)]
+        assert max(sizes.values()) < 1.6 * min(sizes.values()), sizes
