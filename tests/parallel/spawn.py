@@ -42,7 +42,7 @@ def in_turn(turns: Sequence[Turn]) -> list[list[Any]]:
     Returns for each turn what its processes returned or, as an exception, raised.
     """
     count = max(turn.processes for turn in turns)
-    ports = [_free_port() for _ in turns]
+    ports = [free_port() for _ in turns]
     with mp.get_context("spawn").Manager() as manager:
         results = manager.dict()
         mp.spawn(_take_turns, args=(turns, ports, results), nprocs=count)
@@ -62,7 +62,8 @@ def _take_turns(rank: int, turns: Sequence[Turn], ports: Sequence[int], results:
             results[number, rank] = error
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port that nothing listens on."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])

@@ -1,13 +1,15 @@
 """Runs of a tiny model on several processes, as jobs of `tests.parallel.spawn.in_turn`."""
 
+import contextlib
 import importlib
+import io
 import os
 from pathlib import Path
 from typing import Any
 
 from lockstep.config import ConfigContainer, Origin, resolve
 from lockstep.parallel import Mesh
-from lockstep.training import Command, run
+from lockstep.training import Command, checkpoint_storage, run
 from lockstep.training.checkpoint_load import Source
 from lockstep.training.checkpoint_peers import Peers
 from lockstep.training.checkpoint_save import Saved, write_checkpoint
@@ -77,3 +79,33 @@ def echo(changes: dict[str, Any], run_dir: Path, target: Path) -> str:
         return train(changes, run_dir)
     finally:
         module.restore = restore  # type: ignore[attr-defined]
+
+
+def train_on_a_full_disk(changes: dict[str, Any], run_dir: Path, rank: int) -> str:
+    """Train where process ``rank`` cannot write tensors."""
+
+    def full(tensors: object, path: Path) -> None:
+        path.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    save_file = checkpoint_storage.save_file
+    if os.environ["RANK"] == str(rank):
+        checkpoint_storage.save_file = full
+    try:
+        return train(changes, run_dir)
+    finally:
+        checkpoint_storage.save_file = save_file
+
+
+def damage(path: Path) -> None:
+    """Change the last byte of a file."""
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+
+
+def train_aloud(changes: dict[str, Any], run_dir: Path) -> list[str]:
+    """Train and return the lines that were printed."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        train(changes, run_dir)
+    return printed.getvalue().splitlines()

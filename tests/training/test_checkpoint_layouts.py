@@ -1,16 +1,28 @@
 """Checkpoints of several processes: exact in the layout they come from, and equal in every other."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from lockstep.errors import CommonError
 from lockstep.lab.compare import compare_paths
 from lockstep.training.checkpoint_storage import read_index, read_whole
 from tests.parallel.spawn import Turn, in_turn
-from tests.training.checkpoint_runs import DROPOUT, SEQUENCE, SHARDED, TENSOR, echo, train
+from tests.training.checkpoint_runs import (
+    DROPOUT,
+    SEQUENCE,
+    SHARDED,
+    TENSOR,
+    damage,
+    echo,
+    train,
+    train_aloud,
+    train_on_a_full_disk,
+)
 
 _CLOCKED = ("seconds", "tokens_per_second", "memory_bytes")
 
@@ -108,8 +120,53 @@ def test_another_layout_goes_on_within_rounding(name, runs) -> None:
 
 @pytest.mark.slow
 def test_the_processes_share_out_the_writing(runs) -> None:
-    for source, (processes, _) in _SOURCES.items():
-        folder = runs / source / "ckpt" / "iter_0000010"
-        sizes = {file.name: file.stat().st_size for file in folder.glob("tensors-*.safetensors")}
-        assert sorted(sizes) == [f"tensors-{rank:05d}-00001.safetensors" for rank in range(processes)]
-        assert max(sizes.values()) < 1.6 * min(sizes.values()), sizes
+    folder = runs / "sharded dp4" / "ckpt" / "iter_0000010"
+    sizes = {file.name: file.stat().st_size for file in folder.glob("tensors-*.safetensors")}
+    assert sorted(sizes) == [f"tensors-{rank:05d}-00001.safetensors" for rank in range(4)]
+    assert max(sizes.values()) < 1.2 * min(sizes.values()), sizes
+
+
+@pytest.mark.slow
+def test_two_processes_have_one_outcome(tmp_path) -> None:
+    root = tmp_path / "ckpt"
+    short = {"train.train_iters": 2, "validation.eval_iters": 0, "checkpoint.save_interval": 2}
+    saving = {**short, **DROPOUT, "checkpoint.save": str(root)}
+    loading = {"train.train_iters": 2, "validation.eval_iters": 0, **DROPOUT, "checkpoint.load": str(root)}
+    plain = {**loading, **dict.fromkeys(DROPOUT, 0.0)}
+    full = {**short, "checkpoint.save": str(tmp_path / "full")}
+    asynchronous = {**full, "checkpoint.async_save": True}
+    written = "tensors-00001-00001.safetensors"
+    turns = {
+        "saves": Turn(2, train, (saving, tmp_path / "0")),
+        "mixes": Turn(2, train, (saving, tmp_path / "1")),
+        "one": Turn(1, train_aloud, (loading, tmp_path / "2")),
+        "plain": Turn(1, train_aloud, (plain, tmp_path / "3")),
+        "another model": Turn(2, train, ({**loading, "model.ffn_hidden_size": 32}, tmp_path / "4")),
+        "disk 1": Turn(2, train_on_a_full_disk, (full, tmp_path / "5", 1)),
+        "disk 0": Turn(2, train_on_a_full_disk, (asynchronous, tmp_path / "6", 0)),
+        "damage": Turn(1, damage, (root / "iter_0000002" / written,)),
+        "damaged": Turn(2, train, (loading, tmp_path / "7")),
+    }
+    results = dict(zip(turns, in_turn(list(turns.values())), strict=True))
+    assert results["saves"] == ["finished", "finished"]
+    for name, message in {
+        "mixes": "already holds checkpoints of another run",
+        "another model": "model.ffn_hidden_size is 32, in the checkpoint 24",
+        "disk 1": "saving the checkpoint of iteration 2 to .* failed: .*No space left on device",
+        "disk 0": "saving the checkpoint of iteration 2 to .* failed: .*No space left on device",
+        "damaged": f"{written} is damaged: its contents have changed since it was saved",
+    }.items():
+        first, second = results[name]
+        assert isinstance(first, CommonError), (name, first)
+        assert isinstance(second, CommonError), (name, second)
+        assert str(first) == str(second)
+        assert re.search(message, str(first)), str(first)
+        assert "\n" not in str(first)
+    assert list((tmp_path / "full").iterdir()) == [], "half a checkpoint does not stay on a full disk"
+    assert not any((tmp_path / name).exists() for name in ("1", "4", "7")), "nothing was trained"
+    (lines,) = results["one"]
+    assert lines[0] == f"resuming from {root} at iteration 2"
+    assert any(line.startswith("another layout than the checkpoint's: processes = 1 (checkpoint: 2)") for line in lines)
+    new = "dropout: new random streams, as the checkpoint has those of 2 data-parallel processes and this run has 1"
+    assert new in lines
+    assert new not in results["plain"][0]

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,7 +61,9 @@ def run(config: ConfigContainer, *, door: str, command: Command, name: str) -> R
         peers.by_leader(lambda: check_save_folder(config))
         source = open_source(config, peers)
         limits = config.train.exit_interval, config.train.exit_duration_in_mins
-        exit_rule = ExitRule(started, *limits, signal, agree=mesh.from_leader)
+        exit_rule = ExitRule(
+            started, *limits, signal, agree=mesh.from_leader, anywhere=partial(_anywhere, mesh, device)
+        )
         if source is not None:
             announce(source, config)
         writer = RunWriter(create_run_dir(config.run.dir, name)) if mesh.leads else None
@@ -84,6 +87,11 @@ def run(config: ConfigContainer, *, door: str, command: Command, name: str) -> R
         run_dir = mesh.from_leader(writer.run_dir if writer is not None else None)
         info = RunInfo(config, name, run_dir, device, parts.train_iters, parts.flops_per_sample, mesh.world.size)
         return _go(info, parts, hooks, exit_rule, progress)
+
+
+def _anywhere(mesh: Mesh, device: torch.device, flag: bool) -> bool:
+    """Tell whether the flag is up on any process."""
+    return bool(mesh.world.highest_(torch.tensor(int(flag), device=device)).item())
 
 
 def _start_record(
