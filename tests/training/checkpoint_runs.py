@@ -6,6 +6,7 @@ import io
 import os
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from lockstep.config import ConfigContainer, Origin, resolve
 from lockstep.parallel import Mesh
@@ -17,7 +18,7 @@ from lockstep.training.hooks import Progress
 from lockstep.training.setup import Parts
 
 TINY: dict[str, Any] = {
-    "model.num_layers": 2,
+    "model.num_layers": 4,
     "model.hidden_size": 16,
     "model.num_attention_heads": 4,
     "model.num_query_groups": 2,
@@ -44,6 +45,8 @@ TINY: dict[str, Any] = {
 DROPOUT = {"model.hidden_dropout": 0.1, "model.attention_dropout": 0.1}
 SHARDED = {"ddp.use_distributed_optimizer": True}
 TENSOR = {"model.tensor_model_parallel_size": 2}
+PIPELINE = {"model.pipeline_model_parallel_size": 2}
+INTERLEAVED = {**PIPELINE, "model.virtual_pipeline_model_parallel_size": 2}
 SEQUENCE = {**TENSOR, "model.sequence_parallel": True}
 
 
@@ -74,27 +77,20 @@ def echo(changes: dict[str, Any], run_dir: Path, target: Path) -> str:
         write_checkpoint(target, snapshot, {"config": config.as_dict()}, {}, peers)
         return parts
 
-    module.restore = restored  # type: ignore[attr-defined]
-    try:
+    with mock.patch.object(module, "restore", restored):
         return train(changes, run_dir)
-    finally:
-        module.restore = restore  # type: ignore[attr-defined]
 
 
 def train_on_a_full_disk(changes: dict[str, Any], run_dir: Path, rank: int) -> str:
     """Train where process ``rank`` cannot write tensors."""
 
-    def full(tensors: object, path: Path) -> None:
+    def full(tensors: Any, path: Any, *_: Any) -> None:
         path.write_text("half")
         raise OSError(28, "No space left on device")
 
-    save_file = checkpoint_storage.save_file
-    if os.environ["RANK"] == str(rank):
-        checkpoint_storage.save_file = full
-    try:
+    here = os.environ["RANK"] == str(rank)
+    with mock.patch.object(checkpoint_storage, "save_file", full if here else checkpoint_storage.save_file):
         return train(changes, run_dir)
-    finally:
-        checkpoint_storage.save_file = save_file
 
 
 def damage(path: Path) -> None:

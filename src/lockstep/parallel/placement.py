@@ -13,7 +13,7 @@ import torch
 from lockstep.config.model import ModelConfig
 from lockstep.models import GPTModel
 from lockstep.parallel.mesh import Mesh
-from lockstep.parallel.plan import Shard, shard_of
+from lockstep.parallel.plan import WORD_EMBEDDINGS, Shard, shard_of
 
 Shape = tuple[int, ...]
 
@@ -176,20 +176,26 @@ class Placement:
     def written(self, sizes: Mapping[str, int], parameter: Callable[[str], str], *, replicated: bool) -> list[str]:
         """Return which of its tensors this process writes, so that each is written once; ``sizes`` are in bytes.
 
-        ``parameter`` tells the name of the parameter that a tensor belongs to. Tensors that all data-parallel
-        processes have (``replicated``) are shared out, so that each writes about as much as the others.
+        ``parameter`` tells the name of the parameter that a tensor belongs to. Tensors that all processes with the
+        same weights have (``replicated``) are shared out, so that each writes about as much as the others.
         """
-        once = [name for name in sizes if self._mesh.tp.rank == 0 or self._shard(parameter(name)) is not None]
+        once = [name for name in sizes if not self._elsewhere(parameter(name))]
         if not replicated:
             return once
-        loads = [0] * self._mesh.dp.size
+        replicas = self._mesh.replicas
+        loads = [0] * replicas.size
         mine = []
         for name in once:
             writer = loads.index(min(loads))
             loads[writer] += sizes[name]
-            if writer == self._mesh.dp.rank:
+            if writer == replicas.rank:
                 mine.append(name)
         return mine
+
+    def _elsewhere(self, name: str) -> bool:
+        """Tell whether another process writes what this one has: of tensor parallel, or the first of both ends."""
+        whole = self._mesh.tp.rank > 0 and self._shard(name) is None
+        return whole or (self._mesh.ends.rank > 0 and name == WORD_EMBEDDINGS)
 
     def _shard(self, name: str) -> Shard | None:
         return shard_of(name, self._config) if self._mesh.tp.size > 1 else None

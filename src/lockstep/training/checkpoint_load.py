@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 from lockstep.config import ConfigContainer
 from lockstep.config.model_parallel import ModelParallel
 from lockstep.errors import UserError
-from lockstep.models.init import fingerprint_of
+from lockstep.models.init import Fingerprint
 from lockstep.parallel import Mesh
+from lockstep.parallel.dropout import stream_layout, stream_number
 from lockstep.parallel.placement import Placed, Placement
 from lockstep.record.schema import encode
 from lockstep.training import checkpoint_files as files
@@ -196,8 +197,10 @@ def _fingerprint(
     source: Source, config: ConfigContainer, placement: Placement, index: dict[str, Stored]
 ) -> dict[str, dict[str, Any]]:
     """Return the fingerprint of the whole model, in the dtype of this run."""
-    dtype = params_dtype(config)
-    return fingerprint_of((name, read_whole(source.folder, index[MODEL + name]).to(dtype)) for name in placement.shapes)
+    prints = Fingerprint()
+    for name in placement.shapes:
+        prints.add(name, read_whole(source.folder, index[MODEL + name]).to(params_dtype(config)))
+    return prints.result()
 
 
 def _restore_tensors(source: Source, config: ConfigContainer, placement: Placement, parts: Parts) -> dict[str, Stored]:
@@ -266,24 +269,25 @@ def _restore_streams(source: Source, config: ConfigContainer, trainer: Trainer, 
     """Go on with the random streams, where the checkpoint has as many as this layout; start new ones where not."""
     if trainer.step.dropout is None:
         return
-    saved = source.manifest["streams"].get("data_parallel")
+    saved, ours = source.manifest["streams"], stream_layout(mesh)
     if not saved:
         raise UserError(f"{source.folder} was saved without random streams; add --no-load-rng")
-    if saved != mesh.dp.size:
+    if saved != ours:
         # Without dropout nothing is ever drawn from them.
         if max(config.model.hidden_dropout, config.model.attention_dropout) > 0:
-            say(
-                f"dropout: new random streams, as the checkpoint has those of {saved} data-parallel processes and this "
-                f"run has {mesh.dp.size}"
-            )
+            say(f"dropout starts new random streams: those of the checkpoint are of {_spelled(saved)}")
         return
-    path = source.folder / files.rng_file(mesh.dp.rank)
+    path = source.folder / files.rng_file(stream_number(mesh))
     try:
         trainer.step.dropout.load_state_dict(load_file(path))
     except (ValueError, RuntimeError, OSError, SafetensorError) as error:
         raise UserError(
             f"the random streams of {source.folder} do not fit this run's device ({error}); add --no-load-rng"
         ) from None
+
+
+def _spelled(layout: dict[str, int]) -> str:
+    return ", ".join(f"{key} = {value}" for key, value in layout.items())
 
 
 def _restore_scaler(source: Source, trainer: Trainer) -> None:

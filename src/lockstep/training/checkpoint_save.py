@@ -17,6 +17,7 @@ import lockstep
 from lockstep.config import ConfigContainer
 from lockstep.errors import CommonError, UserError
 from lockstep.parallel import Mesh
+from lockstep.parallel.dropout import keeps_streams, stream_layout, stream_number
 from lockstep.parallel.placement import Placed, Placement
 from lockstep.record.schema import encode
 from lockstep.training import checkpoint_files as files
@@ -69,12 +70,10 @@ class Saved:
         if settings.save_optim:
             tensors |= optimizer_tensors(optimizer, self.placement)
         streams = {}
-        # Tensor-parallel processes draw from equal streams.
-        if settings.save_rng and dropout is not None and self.mesh.tp.rank == 0:
-            streams[files.rng_file(self.mesh.dp.rank)] = dropout.state_dict()
+        if settings.save_rng and dropout is not None and keeps_streams(self.mesh):
+            streams[files.rng_file(stream_number(self.mesh))] = dropout.state_dict()
         facts = _facts(trainer, self.parts.evaluator, progress, with_optimizer=settings.save_optim)
-        facts |= {"streams": {"data_parallel": self.mesh.dp.size if settings.save_rng else 0}}
-        facts |= {"layout": self.mesh.describe()}
+        facts |= {"streams": stream_layout(self.mesh) if settings.save_rng else {}, "layout": self.mesh.describe()}
         return Snapshot(progress.iteration, written_here(tensors, optimizer, self.placement), streams, facts)
 
 
@@ -238,7 +237,8 @@ class CheckpointHook(Hook):
         layout = snapshot.facts["layout"]
         say(
             f"  [{datetime.now():%Y-%m-%d %H:%M:%S.%f}] successfully saved checkpoint from iteration "
-            f"{snapshot.iteration:7d} to {self._root} [ t 1/{layout['tensor_parallel']}, gtp_remat 1/1, p 1/1 ]"
+            f"{snapshot.iteration:7d} to {self._root} "
+            f"[ t 1/{layout['tensor_parallel']}, gtp_remat 1/1, p 1/{layout['pipeline_parallel']} ]"
         )
 
     def _prune(self, iteration: int) -> None:
