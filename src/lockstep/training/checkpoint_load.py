@@ -1,7 +1,7 @@
 """Continuing from a checkpoint: which one, whether it fits the run, and putting its state into the run's parts."""
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from lockstep.config import ConfigContainer
-from lockstep.config.model_parallel import ModelParallel
 from lockstep.errors import UserError
 from lockstep.models.init import Fingerprint
 from lockstep.parallel import Mesh
@@ -17,6 +16,7 @@ from lockstep.parallel.dropout import stream_layout, stream_number
 from lockstep.parallel.placement import Placed, Placement
 from lockstep.record.schema import encode
 from lockstep.training import checkpoint_files as files
+from lockstep.training.checkpoint_args import names_weights, taken_lines
 from lockstep.training.checkpoint_peers import Peers
 from lockstep.training.checkpoint_state import (
     MODEL,
@@ -33,18 +33,6 @@ from lockstep.training.loop import Trainer
 from lockstep.training.precision import params_dtype
 from lockstep.training.schedule import LearningRateSchedule, WeightDecaySchedule
 from lockstep.training.setup import Parts
-
-_FREE = {
-    "hidden_dropout",
-    "attention_dropout",
-    "init_method_std",
-    "embedding_init_method_std",
-    "use_cpu_initialization",
-    "deterministic_mode",
-    "make_vocab_size_divisible_by",
-    *(field.name for field in fields(ModelParallel)),
-}
-"""Settings of the model that may change at a resume: they do not say what the weights are weights of."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +112,7 @@ def check_model(config: ConfigContainer, source: Source) -> None:
     saved = source.config.get("model", {})
     differing = []
     for info, ours, _ in config.model.items():
-        if info.spec.effect != "run" or info.name in _FREE or info.name not in saved:
+        if not names_weights(info) or info.name not in saved:
             continue
         unknown_yet = info.name == "vocab_size" and ours is None
         if saved[info.name] != encode(ours) and not unknown_yet:
@@ -142,6 +130,8 @@ def announce(source: Source, config: ConfigContainer) -> None:
         say(f"fine-tuning from iteration 0 with the weights of {source.root}, iteration {source.iteration}")
     else:
         say(f"resuming from {source.root} at iteration {source.iteration}")
+    for line in taken_lines(config):
+        say(line)
     for name in files.unfinished(source.root):
         say(f"the unfinished save {name} in {source.root} is not used")
 
