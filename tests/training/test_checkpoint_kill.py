@@ -104,9 +104,12 @@ def test_a_signal_to_one_of_two_processes_saves_and_ends_both_with_code_0(tmp_pa
     assert f"successfully saved checkpoint from iteration {files.tracked_iteration(tmp_path / 'ckpt'):7d}" in printed
 
 
-@pytest.mark.parametrize("kills", [5, pytest.param(20, marks=pytest.mark.slow)])
-def test_a_usable_checkpoint_remains_after_kill_9(kills, tmp_path) -> None:
-    command = [sys.executable, "-m", "tests.training.kill_saves", str(tmp_path), str(kills), "7"]
+@pytest.mark.parametrize(
+    ("kills", "processes"),
+    [(5, 1), pytest.param(20, 1, marks=pytest.mark.slow), pytest.param(20, 2, marks=pytest.mark.slow)],
+)
+def test_a_usable_checkpoint_remains_after_kill_9(kills, processes, tmp_path) -> None:
+    command = [sys.executable, "-m", "tests.training.kill_saves", str(tmp_path), str(kills), "7", str(processes)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     outcome = json.loads(done.stdout.splitlines()[-1])
