@@ -76,7 +76,7 @@ def test_all_problems_come_back_at_once() -> None:
         ),
         (["--context-parallel-size", "2"], "--context-parallel-size = 2: context parallelism"),
         (["--save", "x"], "--save needs checkpoint.save_interval (--save-interval)"),
-        (["--use-checkpoint-args"], "settings are not taken from a checkpoint yet"),
+        (["--use-checkpoint-args"], "--use-checkpoint-args has no effect without checkpoint.load"),
         (["--attention-backend", "flash"], "fused attention is not supported yet"),
         (["--position-embedding-type", "yarn"], "use learned_absolute, rope or none"),
         (["--train-samples", "8"], "exclude each other"),

@@ -142,6 +142,7 @@ def test_two_processes_have_one_outcome(tmp_path) -> None:
     saving = {**short, **DROPOUT, "checkpoint.save": str(root)}
     loading = {"train.train_iters": 2, "validation.eval_iters": 0, **DROPOUT, "checkpoint.load": str(root)}
     plain = {**loading, **dict.fromkeys(DROPOUT, 0.0)}
+    alone = {**loading, **SHARDED, "checkpoint.load_optim": False}
     full = {**short, "checkpoint.save": str(tmp_path / "full")}
     asynchronous = {**full, "checkpoint.async_save": True}
     written = "tensors-00001-00001.safetensors"
@@ -150,6 +151,7 @@ def test_two_processes_have_one_outcome(tmp_path) -> None:
         "mixes": Turn(2, train, (saving, tmp_path / "1")),
         "one": Turn(1, train_aloud, (loading, tmp_path / "2")),
         "plain": Turn(1, train_aloud, (plain, tmp_path / "3")),
+        "weights alone": Turn(2, echo, (alone, tmp_path / "8", tmp_path / "alone")),
         "another model": Turn(2, train, ({**loading, "model.ffn_hidden_size": 32}, tmp_path / "4")),
         "disk 1": Turn(2, train_on_a_full_disk, (full, tmp_path / "5", 1)),
         "disk 0": Turn(2, train_on_a_full_disk, (asynchronous, tmp_path / "6", 0)),
@@ -158,6 +160,14 @@ def test_two_processes_have_one_outcome(tmp_path) -> None:
     }
     results = dict(zip(turns, in_turn(list(turns.values())), strict=True))
     assert results["saves"] == ["finished", "finished"]
+    assert results["weights alone"] == ["finished", "finished"]
+    source, target = root / "iter_0000002", tmp_path / "alone" / "iter_0000002"
+    damage(source / written)  # Once more mends it.
+    before, after = read_index(source), read_index(target)
+    for name in (name.removeprefix("model.") for name in before if name.startswith("model.")):
+        weights = read_whole(source, before[f"model.{name}"])
+        assert torch.equal(read_whole(target, after[f"model.{name}"]), weights)
+        assert torch.equal(read_whole(target, after[f"optimizer.main.{name}"]), weights.float())
     for name, message in {
         "mixes": "already holds checkpoints of another run",
         "another model": "model.ffn_hidden_size is 32, in the checkpoint 24",
