@@ -6,8 +6,10 @@ import math
 import pytest
 import torch
 
-from lockstep.parallel.placement import Box, place, stretch_boxes
-from lockstep.parallel.plan import Shard
+from lockstep.config import ConfigContainer
+from lockstep.parallel import Axis, Mesh
+from lockstep.parallel.placement import Box, Placement, place, stretch_boxes
+from lockstep.parallel.plan import Shard, shard_of
 
 
 def test_a_stretch_is_cut_into_boxes_of_rests_and_whole_rows() -> None:
@@ -67,3 +69,28 @@ def test_a_view_can_be_filled_in_place() -> None:
 
 def _cut(tensor: torch.Tensor, box: Box) -> torch.Tensor:
     return tensor[tuple(slice(a, a + n) for a, n in zip(box.offsets, box.sizes, strict=True))]
+
+
+@pytest.mark.parametrize("replicated", [True, False])
+def test_every_parameter_is_written_by_one_process_of_those_that_have_it(replicated) -> None:
+    config = ConfigContainer().model
+    for name, value in {"num_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "vocab_size": 5}.items():
+        setattr(config, name, value)
+    for name, value in {"ffn_hidden_size": 8, "kv_channels": 4, "num_query_groups": 2, "seq_length": 8}.items():
+        setattr(config, name, value)
+    config.max_position_embeddings = 8
+    tied = "embedding.word_embeddings.weight"
+    writers: dict[str, list[tuple[int, int, int]]] = {}
+    for tp, replica, end in itertools.product(range(2), range(3), range(2)):
+        mesh = Mesh(tp=Axis(2, tp), replicas=Axis(3, replica), pp=Axis(2, end), ends=Axis(2, end))
+        placement = Placement(config, mesh)
+        sizes = {name: math.prod(shape) for name, shape in placement.shapes.items() if name == tied or end == 0}
+        for name in placement.written(sizes, str, replicated=replicated):
+            writers.setdefault(name, []).append((tp, replica, end))
+    assert set(writers) == set(placement.shapes)
+    for name, places in writers.items():
+        parts = 2 if shard_of(name, config) is not None else 1
+        assert len({tp for tp, _, _ in places}) == parts, name
+        assert len(places) == parts * (1 if replicated else 3), name
+        assert {end for _, _, end in places} == {0}, name
+    assert not replicated or len({replica for places in writers.values() for _, replica, _ in places}) == 3

@@ -30,7 +30,7 @@ TINY: dict[str, Any] = {
     "model.attention_dropout": 0.0,
     # No layout divides it.
     "model.make_vocab_size_divisible_by": 1,
-    "tokenizer.vocab_size": 50,
+    "tokenizer.vocab_size": 51,
     "train.micro_batch_size": 1,
     "train.global_batch_size": 4,
     "train.train_iters": 20,
