@@ -19,6 +19,7 @@ from lockstep.errors import CommonError, UserError
 from lockstep.parallel import Mesh
 from lockstep.parallel.dropout import keeps_streams, stream_layout, stream_number
 from lockstep.parallel.placement import Placed, Placement
+from lockstep.parallel.watch import LostProcessError
 from lockstep.record.schema import encode
 from lockstep.training import checkpoint_files as files
 from lockstep.training.checkpoint_peers import Peers
@@ -201,7 +202,9 @@ class CheckpointHook(Hook):
         self._settle()
 
     def on_failure(self, error: BaseException) -> None:
-        """Let a save in the background come to its end."""
+        """Let a save in the background come to its end, which it cannot without all processes."""
+        if isinstance(error, LostProcessError):
+            return
         try:
             self._settle()
         except UserError as failed:
