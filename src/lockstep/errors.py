@@ -8,6 +8,10 @@ class UserError(ValueError):
     """A mistake in what the user gave: shown as one short message with the remedy, without a traceback."""
 
 
+class CommonError(UserError):
+    """A mistake that all processes of a run learn of together: one of them says it."""
+
+
 class ConfigError(UserError):
     """One or more problems in a configuration, collected and reported together.
 

@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from lockstep.errors import ConfigError, UserError
+from lockstep.errors import CommonError, ConfigError, UserError
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -17,7 +17,7 @@ def run(job: Callable[[], int]) -> int:
         return job()
     except UserError as error:
         # Under a launcher every process finds the same mistake in the configuration: one of them says it.
-        if not isinstance(error, ConfigError) or os.environ.get("RANK", "0") == "0":
+        if not isinstance(error, ConfigError | CommonError) or os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
     except BrokenPipeError:

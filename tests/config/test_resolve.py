@@ -85,7 +85,7 @@ def test_all_problems_come_back_at_once() -> None:
             "the product of --hierarchical-context-parallel-sizes = [2, 2] is not model.context_parallel_size",
         ),
         (["--save", "x"], "--save needs checkpoint.save_interval (--save-interval)"),
-        (["--use-checkpoint-args"], "settings are not taken from a checkpoint yet"),
+        (["--use-checkpoint-args"], "--use-checkpoint-args has no effect without checkpoint.load"),
         (["--attention-backend", "flash"], "fused attention is not supported yet"),
         (["--position-embedding-type", "yarn"], "use learned_absolute, rope or none"),
         (["--train-samples", "8"], "exclude each other"),

@@ -1,7 +1,10 @@
-"""Runs a function on several gloo processes of this machine and returns what each of them returned."""
+"""Runs functions on several gloo processes of this machine and returns what each of them returned."""
 
+import os
+import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,3 +25,45 @@ def on_processes(job: Callable[[], Any], processes: int) -> list[Any]:
         results = manager.dict()
         mp.spawn(_worker, args=(job, processes, folder, results), nprocs=processes)
         return [results[rank] for rank in range(processes)]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A module-level function with its arguments, to be called on the first so many of the processes."""
+
+    processes: int
+    job: Callable[..., Any]
+    arguments: tuple[Any, ...] = ()
+
+
+def in_turn(turns: Sequence[Turn]) -> list[list[Any]]:
+    """Call functions one after another, each in the environment that a launcher makes; one spawn serves all of them.
+
+    Returns for each turn what its processes returned or, as an exception, raised.
+    """
+    count = max(turn.processes for turn in turns)
+    ports = [free_port() for _ in turns]
+    with mp.get_context("spawn").Manager() as manager:
+        results = manager.dict()
+        mp.spawn(_take_turns, args=(turns, ports, results), nprocs=count)
+        return [[results[n, rank] for rank in range(turn.processes)] for n, turn in enumerate(turns)]
+
+
+def _take_turns(rank: int, turns: Sequence[Turn], ports: Sequence[int], results: Any) -> None:
+    torch.set_num_threads(1)
+    for number, (turn, port) in enumerate(zip(turns, ports, strict=True)):
+        if rank >= turn.processes:
+            continue
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank}
+        os.environ.update({key: str(value) for key, value in {**where, "WORLD_SIZE": turn.processes}.items()})
+        try:
+            results[number, rank] = turn.job(*turn.arguments)
+        except Exception as error:
+            results[number, rank] = error
+
+
+def free_port() -> int:
+    """Return a port that nothing listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])

@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 
 from lockstep.config import ConfigContainer
 from lockstep.errors import ConfigError, UserError
-from lockstep.training import Command, RunResult, checkpoint_save, run
+from lockstep.training import Command, RunResult, checkpoint_storage, run
 from lockstep.training.step import TrainStep
 
 _CLOCKED = ("seconds", "tokens_per_second", "memory_bytes")
-_SHARD = "shard-00001-model-00001-of-00001.safetensors"
+_SHARD = "tensors-00000-00001.safetensors"
 _DROPOUT = {"model.hidden_dropout": 0.1, "model.attention_dropout": 0.1}
 
 
@@ -122,7 +122,8 @@ def test_a_checkpoint_holds_everything_under_canonical_names_and_no_pickle(confi
     changes = {"mixed_precision.bf16": True, "checkpoint.save": str(root), "checkpoint.save_interval": 4}
     _run(configure(changes), tmp_path / "run")
     folder = root / "iter_0000004"
-    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "manifest.json", "rng.safetensors", _SHARD]
+    there = ["config.json", "manifest.json", "rng-00000.safetensors", _SHARD, "tensors.json"]
+    assert sorted(p.name for p in folder.iterdir()) == there
     tensors = load_file(folder / _SHARD)
     names = {name.removeprefix("model.") for name in tensors if name.startswith("model.")}
     assert "decoder.layers.0.self_attention.linear_qkv.weight" in names
@@ -132,7 +133,7 @@ def test_a_checkpoint_holds_everything_under_canonical_names_and_no_pickle(confi
         assert tensors[f"model.{name}"].dtype == torch.bfloat16
         assert torch.equal(tensors[f"optimizer.main.{name}"].bfloat16(), tensors[f"model.{name}"])
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert set(manifest["tensors"]) == set(tensors)
+    assert set(json.loads((folder / "tensors.json").read_text())["tensors"]) == set(tensors)
     assert (manifest["iteration"], manifest["optimizer"]["step"]) == (4, 4)
     assert manifest["progress"] == {
         "consumed_samples": 16,
@@ -214,7 +215,7 @@ def test_no_load_optim_and_no_load_rng_start_those_afresh(configure, tmp_path) -
     saving |= {"checkpoint.save_optim": False, "checkpoint.save_rng": False}
     _run(configure({**_DROPOUT, **saving}), tmp_path / "first")
     folder = Path(root) / "iter_0000002"
-    assert not (folder / "rng.safetensors").exists()
+    assert not (folder / "rng-00000.safetensors").exists()
     assert not any(name.startswith("optimizer.") for name in load_file(folder / _SHARD))
     loading = {**_DROPOUT, "checkpoint.load": root}
     with pytest.raises(UserError, match="was saved without optimizer state; add --no-load-optim"):
@@ -270,8 +271,9 @@ def test_a_damaged_file_is_named(refusal, saved) -> None:
     manifest = (folder / "manifest.json").read_text()
     (folder / "manifest.json").write_text(manifest[:-20])
     assert "manifest.json is damaged: it is cut off or no JSON" in refusal()
-    (folder / "manifest.json").write_text(manifest.replace('"format": 1', '"format": 9'))
-    assert "a checkpoint of format 9" in refusal()
+    (folder / "manifest.json").write_text(manifest.replace('"format": 2', '"format": 1'))
+    assert "a checkpoint of format 1, written by Lockstep" in refusal()
+    assert "this one reads format 2 only" in refusal()
     (folder / "manifest.json").unlink()
     assert "manifest.json is damaged: it cannot be read" in refusal()
 
@@ -320,13 +322,13 @@ def test_retention(changes, kept, configure, tmp_path) -> None:
 
 @pytest.mark.parametrize("async_save", [False, True])
 def test_a_save_that_fails_ends_the_run_with_its_reason(async_save, configure, tmp_path, monkeypatch) -> None:
-    def full(folder: Path, tensors: object) -> None:
-        (folder / "half").write_text("x")
+    def full(tensors: object, path: Path) -> None:
+        path.write_text("x")
         raise OSError(28, "No space left on device")
 
     root = tmp_path / "ckpt"
     saving = {"checkpoint.save": str(root), "checkpoint.save_interval": 1, "checkpoint.async_save": async_save}
-    monkeypatch.setattr("lockstep.training.checkpoint_save._write_tensors", full)
+    monkeypatch.setattr("lockstep.training.checkpoint_storage.save_file", full)
     with pytest.raises(
         UserError, match=r"saving the checkpoint of iteration 1 to .* failed: .*No space left on device"
     ):
@@ -379,7 +381,7 @@ def test_a_signal_ends_the_iteration_saves_and_stops(configure, tmp_path, capsys
 def test_a_save_in_the_background_is_not_touched_by_training(configure, tmp_path, monkeypatch) -> None:
     saving: dict[str, Any] = {"checkpoint.save_interval": 1, "train.train_iters": 2, "validation.eval_iters": 0}
     _run(configure({**saving, "checkpoint.save": str(tmp_path / "sync")}), tmp_path / "first")
-    trained, step, write = threading.Event(), TrainStep.__call__, checkpoint_save._write_tensors
+    trained, step, write = threading.Event(), TrainStep.__call__, checkpoint_storage.save_file
 
     def stepping(self: TrainStep, *args: Any) -> Any:
         result = step(self, *args)
@@ -387,12 +389,12 @@ def test_a_save_in_the_background_is_not_touched_by_training(configure, tmp_path
             trained.set()
         return result
 
-    def waiting(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    def waiting(tensors: dict[str, torch.Tensor], path: Path) -> None:
         assert trained.wait(30)
-        write(folder, tensors)
+        write(tensors, path)
 
     monkeypatch.setattr(TrainStep, "__call__", stepping)
-    monkeypatch.setattr(checkpoint_save, "_write_tensors", waiting)
+    monkeypatch.setattr(checkpoint_storage, "save_file", waiting)
     saving |= {"checkpoint.save": str(tmp_path / "async"), "checkpoint.async_save": True}
     _run(configure(saving), tmp_path / "second")
     before, after = (load_file(tmp_path / kind / "iter_0000001" / _SHARD) for kind in ("sync", "async"))

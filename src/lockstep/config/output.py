@@ -87,13 +87,13 @@ class CheckpointConfig(Section):
     use_checkpoint_args: bool = opt(
         False,
         "--use-checkpoint-args",
-        refused="settings are not taken from a checkpoint yet; give them on the command line",
+        help="Take the settings of model and tokenizer from the checkpoint; sizes that are given stay.",
         effect="path",
     )
     use_mp_args_from_checkpoint_args: bool = opt(
         False,
         "--use-mp-args-from-checkpoint-args",
-        refused="settings are not taken from a checkpoint yet; give them on the command line",
+        help="With use_checkpoint_args, take tensor- and pipeline-parallel sizes too.",
         effect="path",
     )
     use_tokenizer_model_from_checkpoint_args: bool = opt(
@@ -101,7 +101,7 @@ class CheckpointConfig(Section):
         "--no-use-tokenizer-model-from-checkpoint-args",
         "--disable-use-tokenizer-model-from-checkpoint-args",
         negated=True,
-        refused="settings are not taken from a checkpoint yet; give them on the command line",
+        help="With use_checkpoint_args, take the tokenizer too.",
         effect="path",
     )
     exit_on_missing_checkpoint: bool = opt(
@@ -133,7 +133,11 @@ class CheckpointConfig(Section):
         effect="path",
     )
     fully_parallel_save: bool = opt(
-        True, "--no-ckpt-fully-parallel-save", negated=True, refused="layouts beyond one process are not supported yet"
+        True,
+        "--no-ckpt-fully-parallel-save",
+        negated=True,
+        holds="processes with the same weights always share out the writing; what is saved is the same either way",
+        effect="path",
     )
     async_save: bool = opt(
         False, "--async-save", help="Write checkpoints in the background while training goes on.", effect="path"
@@ -154,21 +158,34 @@ class CheckpointConfig(Section):
         False, "--async-ckpt-use-cpu-shm", refused="a thread of the process writes in the background", effect="path"
     )
     fully_parallel_load: bool = opt(
-        False, "--ckpt-fully-parallel-load", refused="layouts beyond one process are not supported yet"
+        False,
+        "--ckpt-fully-parallel-load",
+        holds="every process reads its part of the files itself; what is loaded is the same either way",
+        effect="path",
     )
     ckpt_fully_parallel_load_exchange_algo: Literal["broadcast", "gather_rounds", "gather_object"] = opt(
         "broadcast",
         "--ckpt-fully-parallel-load-exchange-algo",
-        refused="layouts beyond one process are not supported yet",
+        refused="processes read their parts of the files themselves and exchange nothing",
+        effect="path",
     )
     ckpt_fully_parallel_load_per_rank_objects: bool = opt(
-        False, "--ckpt-fully-parallel-load-per-rank-objects", refused="layouts beyond one process are not supported yet"
+        False,
+        "--ckpt-fully-parallel-load-per-rank-objects",
+        refused="processes read their parts of the files themselves and exchange nothing",
+        effect="path",
     )
     ckpt_fully_parallel_save_process_group: Literal["dp", "ep_dp"] = opt(
-        "dp", "--ckpt-fully-parallel-save-process-group", refused="layouts beyond one process are not supported yet"
+        "dp",
+        "--ckpt-fully-parallel-save-process-group",
+        refused="the writing is shared out over all processes with the same weights",
+        effect="path",
     )
     ckpt_fully_parallel_load_process_group: Literal["dp", "ep_dp"] = opt(
-        "dp", "--ckpt-fully-parallel-load-process-group", refused="layouts beyond one process are not supported yet"
+        "dp",
+        "--ckpt-fully-parallel-load-process-group",
+        refused="processes read their parts of the files themselves and exchange nothing",
+        effect="path",
     )
     ckpt_assume_constant_structure: bool = opt(
         False,
@@ -228,7 +245,7 @@ class CheckpointConfig(Section):
     dist_ckpt_optim_fully_reshardable: bool = opt(
         False,
         "--dist-ckpt-optim-fully-reshardable",
-        refused="this tunes Megatron-LM's checkpoint format, which is not used here",
+        holds="the optimizer's state can always be loaded in another layout",
         effect="path",
     )
     distrib_optim_fully_reshardable_mem_efficient: bool = opt(

@@ -1,4 +1,4 @@
-"""From what was given to what will run: references, derived values, validation."""
+"""From what was given to what will run: references, settings of a checkpoint, derived values, validation."""
 
 from lockstep.config.container import ConfigContainer
 from lockstep.config.derive import derive, interpolate
@@ -14,6 +14,11 @@ def resolve(config: ConfigContainer, world_size: int = 1) -> ConfigContainer:
     """
     resolved = config.copy()
     interpolate(resolved)
+    if resolved.checkpoint.use_checkpoint_args:
+        # Imported here only: the tree itself needs no trainer.
+        from lockstep.training.checkpoint_args import take_settings
+
+        take_settings(resolved)
     derive(resolved, world_size)
     found = problems(resolved, world_size)
     if found:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 from lockstep.config.fields import FieldInfo, coerce, describe, section_fields
 from lockstep.errors import ConfigError, nearest
 
-OriginKind = Literal["default", "recipe", "hf", "file", "command line", "python", "derived"]
+OriginKind = Literal["default", "recipe", "hf", "file", "command line", "python", "checkpoint", "derived"]
 
 
 @dataclass(frozen=True)

@@ -125,8 +125,6 @@ _ALONE = (
     "train.check_weight_hash_across_dp_replicas_interval",
     "rng.data_parallel_random_init",
     "dist.distributed_timeout_seconds_after_init",
-    "checkpoint.save",
-    "checkpoint.load",
 )
 
 
@@ -509,6 +507,7 @@ def _checkpoint(c: ConfigContainer) -> Iterator[str]:
         "checkpoint.finetune": k.finetune,
         "checkpoint.load_optim": not k.load_optim,
         "checkpoint.load_rng": not k.load_rng,
+        "checkpoint.use_checkpoint_args": k.use_checkpoint_args,
         "scheduler.override_opt_param_scheduler": s.override_opt_param_scheduler,
         "scheduler.use_checkpoint_opt_param_scheduler": s.use_checkpoint_opt_param_scheduler,
     }
@@ -516,6 +515,13 @@ def _checkpoint(c: ConfigContainer) -> Iterator[str]:
         if getattr(k, needed) is None:
             for path in (path for path, asked in given.items() if asked):
                 yield f"{_name(c, path)} has no effect without checkpoint.{needed} (--{needed}); give it or drop this"
+    taking = {
+        "checkpoint.use_mp_args_from_checkpoint_args": k.use_mp_args_from_checkpoint_args,
+        "checkpoint.use_tokenizer_model_from_checkpoint_args": not k.use_tokenizer_model_from_checkpoint_args,
+    }
+    if not k.use_checkpoint_args:
+        for path in (path for path, asked in taking.items() if asked):
+            yield f"{_name(c, path)} has no effect without checkpoint.use_checkpoint_args (--use-checkpoint-args)"
     if k.save_interval and k.save_retain_interval and k.save_retain_interval % k.save_interval:
         yield (
             f"{_name(c, 'checkpoint.save_retain_interval')} = {k.save_retain_interval} is not a multiple of "

@@ -14,6 +14,21 @@ from lockstep.parallel.context import SequencePart
 from lockstep.parallel.mesh import Mesh
 
 
+def stream_number(mesh: Mesh) -> int:
+    """Return the number of the streams that this process draws from: one for each pipeline stage and dp process."""
+    return mesh.pp.rank * mesh.dp.size + mesh.dp.rank
+
+
+def stream_layout(mesh: Mesh) -> dict[str, int]:
+    """Return what of a layout decides which streams there are."""
+    return {"data_parallel": mesh.dp.size, "pipeline_parallel": mesh.pp.size}
+
+
+def keeps_streams(mesh: Mesh) -> bool:
+    """Tell whether this process is the first of those that draw from the same streams."""
+    return mesh.tp.rank == mesh.cp.rank == 0
+
+
 class LayoutDropoutStreams(DropoutStreams):
     """Draws the mask that one process would draw and keeps the part of this one: its heads, its tokens.
 
@@ -22,7 +37,7 @@ class LayoutDropoutStreams(DropoutStreams):
     """
 
     def __init__(self, seed: int, device: torch.device, mesh: Mesh, heads: int):
-        numbers: Mapping[str, int] = dict.fromkeys(STREAM_NAMES, mesh.pp.rank * mesh.dp.size + mesh.dp.rank)
+        numbers: Mapping[str, int] = dict.fromkeys(STREAM_NAMES, stream_number(mesh))
         super().__init__(seed, device, numbers)
         self._mesh = mesh
         self._sequence = SequencePart(mesh.cp)

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,19 @@ from lockstep.errors import UserError
 TRACKER = "latest_checkpointed_iteration.txt"
 MANIFEST = "manifest.json"
 CONFIG = "config.json"
-RNG = "rng.safetensors"
-FORMAT = 1
+INDEX = "tensors.json"
+FORMAT = 2
 
 _SAVING = ".saving-"
 _REPLACED = ".replaced-"
 _REMOVING = ".removing-"
 _NAME = re.compile(r"iter_(\d{7,})")
 _CHUNK = 1 << 20
+
+
+def rng_file(number: int) -> str:
+    """Return the name of the file with the random streams of data-parallel process ``number``."""
+    return f"rng-{number:05d}.safetensors"
 
 
 def iteration_dir(root: Path, iteration: int) -> Path:
@@ -114,9 +118,8 @@ def scratch_dir(root: Path, iteration: int) -> Path:
 
 
 def publish(root: Path, scratch: Path, iteration: int) -> None:
-    """Give a checkpoint that is whole its name, then let the tracker name it."""
-    for path in [*scratch.iterdir(), scratch]:
-        _sync(path)
+    """Give a checkpoint that is whole, its files synced, its name; then let the tracker name it."""
+    _sync(scratch)
     target = iteration_dir(root, iteration)
     aside = root / f"{_REPLACED}{target.name}.{os.getpid()}"
     if target.exists():
@@ -159,15 +162,16 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file; floats keep every digit, and only finite ones are taken."""
-    path.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
+    """Write and sync a JSON file; floats keep every digit, and only finite ones are taken."""
+    path.write_text(json.dumps(value, indent=indent, allow_nan=False) + "\n", encoding="utf-8")
+    _sync(path)
 
 
-def file_facts(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return size in bytes and SHA-256 of every file of a checkpoint but its manifest."""
-    files = (path for path in sorted(folder.iterdir()) if path.name != MANIFEST)
-    return {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
+def settle(path: Path) -> dict[str, Any]:
+    """Sync a file that was written, and return its size in bytes and its SHA-256."""
+    _sync(path)
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -176,60 +180,67 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: missing or damaged, or of a format this version does not know.
     """
-    manifest = _read_json(folder / MANIFEST)
+    manifest = read_json(folder / MANIFEST)
     if manifest.get("format") != FORMAT:
         raise UserError(
-            f"{folder} is a checkpoint of format {manifest.get('format')!r}, this Lockstep reads format {FORMAT}"
+            f"{folder} is a checkpoint of format {manifest.get('format')!r}, written by Lockstep "
+            f"{manifest.get('lockstep')}; this one reads format {FORMAT} only"
         )
-    expected = {"iteration": int, "progress": dict, "schedules": dict, "tensors": dict, "files": dict, "lockstep": str}
+    expected = {"iteration": int, "progress": dict, "schedules": dict, "streams": dict, "files": dict, "lockstep": str}
     for key, kind in expected.items():
         if not isinstance(manifest.get(key), kind):
-            raise _damaged(folder / MANIFEST, f"it lacks {key}")
+            raise damaged(folder / MANIFEST, f"it lacks {key}")
     return manifest
 
 
 def read_config(folder: Path) -> dict[str, dict[str, Any]]:
     """Return the resolved configuration that was saved, by section."""
-    sections = _read_json(folder / CONFIG).get("config")
+    sections = read_json(folder / CONFIG).get("config")
     if not isinstance(sections, dict) or not all(isinstance(keys, dict) for keys in sections.values()):
-        raise _damaged(folder / CONFIG, "it is no mapping of sections")
+        raise damaged(folder / CONFIG, "it is no mapping of sections")
     return sections
 
 
-def verify(folder: Path, manifest: dict[str, Any]) -> None:
-    """Check that every file of a checkpoint is as it was written.
+def verify(folder: Path, manifest: dict[str, Any], share: int = 0, shares: int = 1) -> None:
+    """Check that every file of a checkpoint is as it was written; of several processes, each checks its share.
 
     Raises:
         UserError: one is missing, cut off or changed.
     """
-    for name, problem in _file_problems(folder, manifest["files"]):
-        raise _damaged(folder / name, problem)
+    by_size = sorted(manifest["files"].items(), key=lambda entry: (-entry[1]["bytes"], entry[0]))
+    for name, facts in by_size[share::shares]:
+        problem = _problem(folder / name, facts)
+        if problem is not None:
+            raise damaged(folder / name, problem)
 
 
-def _file_problems(folder: Path, files: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    for name, facts in files.items():
-        path = folder / name
-        if not path.is_file():
-            yield name, "it is missing"
-        elif path.stat().st_size != facts["bytes"]:
-            yield name, f"it has {path.stat().st_size} bytes of {facts['bytes']}"
-        elif _sha256(path) != facts["sha256"]:
-            yield name, "its contents have changed since it was saved"
+def _problem(path: Path, facts: dict[str, Any]) -> str | None:
+    if not path.is_file():
+        return "it is missing"
+    if path.stat().st_size != facts["bytes"]:
+        return f"it has {path.stat().st_size} bytes of {facts['bytes']}"
+    return None if _sha256(path) == facts["sha256"] else "its contents have changed since it was saved"
 
 
-def _damaged(path: Path, problem: str) -> UserError:
+def damaged(path: Path, problem: str) -> UserError:
+    """Return the error of a file that cannot be used."""
     return UserError(f"the checkpoint file {path} is damaged: {problem}; load another with --ckpt-step")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file.
+
+    Raises:
+        UserError: there is none.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
-        raise _damaged(path, "it cannot be read") from None
+        raise damaged(path, "it cannot be read") from None
     except ValueError:
-        raise _damaged(path, "it is cut off or no JSON") from None
+        raise damaged(path, "it is cut off or no JSON") from None
     if not isinstance(value, dict):
-        raise _damaged(path, "it is no JSON object")
+        raise damaged(path, "it is no JSON object")
     return value
 
 

@@ -1,46 +1,38 @@
 """Continuing from a checkpoint: which one, whether it fits the run, and putting its state into the run's parts."""
 
-import warnings
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
 
 from lockstep.config import ConfigContainer
-from lockstep.config.model_parallel import ModelParallel
 from lockstep.errors import UserError
+from lockstep.models.init import Fingerprint
+from lockstep.parallel import Mesh
+from lockstep.parallel.dropout import stream_layout, stream_number
+from lockstep.parallel.placement import Placed, Placement
 from lockstep.record.schema import encode
 from lockstep.training import checkpoint_files as files
+from lockstep.training.checkpoint_args import names_weights, taken_lines
+from lockstep.training.checkpoint_peers import Peers
 from lockstep.training.checkpoint_state import (
+    MODEL,
     OPTIMIZER,
-    cause,
     check_tensors,
     make_optimizer_state,
     model_tensors,
-    reload_main_weights,
 )
+from lockstep.training.checkpoint_storage import Stored, read_index, read_tensors, read_whole
 from lockstep.training.console import say
 from lockstep.training.evaluate import Evaluator
 from lockstep.training.hooks import Progress
 from lockstep.training.loop import Trainer
+from lockstep.training.precision import params_dtype
 from lockstep.training.schedule import LearningRateSchedule, WeightDecaySchedule
-
-_FREE = {
-    "hidden_dropout",
-    "attention_dropout",
-    "init_method_std",
-    "embedding_init_method_std",
-    "use_cpu_initialization",
-    "deterministic_mode",
-    "make_vocab_size_divisible_by",
-    *(field.name for field in fields(ModelParallel)),
-}
-"""Settings of the model that may change at a resume: they do not say what the weights are weights of."""
+from lockstep.training.setup import Parts
 
 
 @dataclass(frozen=True)
@@ -69,21 +61,27 @@ class Source:
         }
 
 
-def open_source(config: ConfigContainer) -> Source | None:
+def open_source(config: ConfigContainer, peers: Peers) -> Source | None:
     """Return the checkpoint that a configuration asks to continue from, or None where it asks for a fresh run.
+
+    The processes share out the verification of its files.
 
     Raises:
         UserError: there is none, it is damaged, or its model is another one.
     """
-    settings = config.checkpoint
-    if settings.load is None:
+    if config.checkpoint.load is None:
         return None
-    root = Path(settings.load)
-    folder = files.find(root, settings.ckpt_step)
-    manifest = files.read_manifest(folder)
-    files.verify(folder, manifest)
-    source = Source(root, folder, manifest, files.read_config(folder))
-    if not settings.finetune:
+    source = peers.by_leader(lambda: _head(config))
+    peers.everywhere(lambda: files.verify(source.folder, source.manifest, peers.rank, peers.size))
+    return source
+
+
+def _head(config: ConfigContainer) -> Source:
+    assert config.checkpoint.load is not None, "a checkpoint is named"
+    root = Path(config.checkpoint.load)
+    folder = files.find(root, config.checkpoint.ckpt_step)
+    source = Source(root, folder, files.read_manifest(folder), files.read_config(folder))
+    if not config.checkpoint.finetune:
         check_model(config, source)
     return source
 
@@ -114,7 +112,7 @@ def check_model(config: ConfigContainer, source: Source) -> None:
     saved = source.config.get("model", {})
     differing = []
     for info, ours, _ in config.model.items():
-        if info.spec.effect != "run" or info.name in _FREE or info.name not in saved:
+        if not names_weights(info) or info.name not in saved:
             continue
         unknown_yet = info.name == "vocab_size" and ours is None
         if saved[info.name] != encode(ours) and not unknown_yet:
@@ -132,6 +130,8 @@ def announce(source: Source, config: ConfigContainer) -> None:
         say(f"fine-tuning from iteration 0 with the weights of {source.root}, iteration {source.iteration}")
     else:
         say(f"resuming from {source.root} at iteration {source.iteration}")
+    for line in taken_lines(config):
+        say(line)
     for name in files.unfinished(source.root):
         say(f"the unfinished save {name} in {source.root} is not used")
 
@@ -148,41 +148,87 @@ def note_changes(source: Source, config: ConfigContainer) -> None:
         say(f"settings that differ from the checkpoint's: {', '.join(changed)}")
 
 
+def note_layout(source: Source, mesh: Mesh) -> None:
+    """Name what of the layout differs from that of the checkpoint."""
+    saved = source.manifest.get("layout", {})
+    changed = [
+        f"{key} = {value} (checkpoint: {saved.get(key)})"
+        for key, value in mesh.describe().items()
+        if saved.get(key) != value
+    ]
+    if changed:
+        say(f"another layout than the checkpoint's: {', '.join(changed)}")
+
+
 def restore(
-    source: Source,
-    config: ConfigContainer,
-    model: nn.Module,
-    trainer: Trainer | None,
-    evaluator: Evaluator | None,
-    progress: Progress,
-) -> Trainer | None:
-    """Put a checkpoint's state into the parts of a run and move ``progress`` to it; return the trainer to go on with.
+    source: Source, config: ConfigContainer, mesh: Mesh, parts: Parts, progress: Progress, peers: Peers
+) -> Parts:
+    """Put a checkpoint's state into the parts of a run and move ``progress`` to it; return the parts to go on with.
 
     Raises:
-        UserError: the checkpoint does not fit the run.
+        UserError: on all processes, where the checkpoint does not fit the run.
     """
-    settings = config.checkpoint
+    placement = Placement(config.model, mesh)
+    if not config.checkpoint.finetune:
+        note_changes(source, config)
+        note_layout(source, mesh)
+    restored: list[Trainer | None] = []
+
+    def fill() -> dict[str, dict[str, Any]]:
+        index = _restore_tensors(source, config, placement, parts)
+        restored.append(_restore_rest(source, config, mesh, parts, progress))
+        return _fingerprint(source, config, placement, index) if mesh.leads else {}
+
+    weights = peers.everywhere(fill)[0]
+    return replace(parts, trainer=restored[0], initial_weights=weights if mesh.leads else {})
+
+
+def _fingerprint(
+    source: Source, config: ConfigContainer, placement: Placement, index: dict[str, Stored]
+) -> dict[str, dict[str, Any]]:
+    """Return the fingerprint of the whole model, in the dtype of this run."""
+    prints = Fingerprint()
+    for name in placement.shapes:
+        prints.add(name, read_whole(source.folder, index[MODEL + name]).to(params_dtype(config)))
+    return prints.result()
+
+
+def _restore_tensors(source: Source, config: ConfigContainer, placement: Placement, parts: Parts) -> dict[str, Stored]:
+    """Fill weights and optimizer state of this process; return the index of the checkpoint."""
+    settings, trainer = config.checkpoint, parts.trainer
     if not settings.finetune:
         check_model(config, source)
-        note_changes(source, config)
-    with_optimizer = settings.load_optim and not settings.finetune and trainer is not None
-    wanted = model_tensors(model)
+    index = read_index(source.folder)
+    wanted = model_tensors(parts.model, placement)
+    with_optimizer = _takes_optimizer(config, trainer)
     if with_optimizer:
         assert trainer is not None
-        wanted |= _optimizer_state(source, trainer)
+        wanted |= _optimizer_state(source, trainer, placement, index)
     hint = "add --no-load-optim to continue without the optimizer's state, or --finetune to take the weights alone"
-    check_tensors(wanted, source.manifest["tensors"], hint, convert=not with_optimizer)
-    _read_tensors(source, wanted)
-    if trainer is not None and not with_optimizer:
-        reload_main_weights(trainer.step.optimizer)
+    check_tensors(wanted, index, hint, convert=not with_optimizer)
+    read_tensors(source.folder, wanted)
+    if trainer is not None and not (with_optimizer and trainer.step.optimizer.weights.copies):
+        trainer.step.optimizer.weights.copy_from_model()
+    return index
+
+
+def _takes_optimizer(config: ConfigContainer, trainer: Trainer | None) -> bool:
+    return config.checkpoint.load_optim and not config.checkpoint.finetune and trainer is not None
+
+
+def _restore_rest(
+    source: Source, config: ConfigContainer, mesh: Mesh, parts: Parts, progress: Progress
+) -> Trainer | None:
+    """Move ``progress``, data, random streams, loss scale and schedules; return the trainer to go on with."""
+    settings, trainer = config.checkpoint, parts.trainer
     if settings.finetune:
         return trainer
-    _restore_progress(source, trainer, evaluator, progress)
+    _restore_progress(source, trainer, parts.evaluator, progress)
     if trainer is None:
         return None
     if settings.load_rng:
-        _restore_streams(source, trainer)
-    if not with_optimizer:
+        _restore_streams(source, config, trainer, mesh)
+    if not _takes_optimizer(config, trainer):
         # As in Megatron-LM: the position in the schedules belongs to the optimizer's state.
         progress.stepped_samples = 0
         return trainer
@@ -190,24 +236,12 @@ def restore(
     return _with_schedules(source, config, trainer, progress)
 
 
-def _optimizer_state(source: Source, trainer: Trainer) -> dict[str, torch.Tensor]:
+def _optimizer_state(source: Source, trainer: Trainer, placement: Placement, names: Iterable[str]) -> dict[str, Placed]:
     facts = source.manifest.get("optimizer")
     if not isinstance(facts, dict):
         raise UserError(f"{source.folder} was saved without optimizer state; add --no-load-optim or --finetune")
-    names = (name for name in source.manifest["tensors"] if name.startswith(OPTIMIZER))
-    return make_optimizer_state(trainer.step.optimizer, names, facts.get("step"))
-
-
-@torch.no_grad()
-def _read_tensors(source: Source, wanted: dict[str, torch.Tensor]) -> None:
-    """Fill the wanted tensors in place; safetensors files run no code when read."""
-    reader = dcp.HuggingFaceStorageReader(str(source.folder))
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")
-            dcp.load(wanted, storage_reader=reader, no_dist=True)
-    except (dcp.CheckpointException, SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{source.folder} cannot be read: {cause(error)}; load another with --ckpt-step") from error
+    saved = (name for name in names if name.startswith(OPTIMIZER))
+    return make_optimizer_state(trainer.step.optimizer, placement, saved, facts.get("step"))
 
 
 def _restore_progress(source: Source, trainer: Trainer | None, evaluator: Evaluator | None, progress: Progress) -> None:
@@ -221,18 +255,29 @@ def _restore_progress(source: Source, trainer: Trainer | None, evaluator: Evalua
         evaluator.seek(saved["evaluated_samples"])
 
 
-def _restore_streams(source: Source, trainer: Trainer) -> None:
+def _restore_streams(source: Source, config: ConfigContainer, trainer: Trainer, mesh: Mesh) -> None:
+    """Go on with the random streams, where the checkpoint has as many as this layout; start new ones where not."""
     if trainer.step.dropout is None:
         return
-    path = source.folder / files.RNG
-    if not path.is_file():
+    saved, ours = source.manifest["streams"], stream_layout(mesh)
+    if not saved:
         raise UserError(f"{source.folder} was saved without random streams; add --no-load-rng")
+    if saved != ours:
+        # Without dropout nothing is ever drawn from them.
+        if max(config.model.hidden_dropout, config.model.attention_dropout) > 0:
+            say(f"dropout starts new random streams: those of the checkpoint are of {_spelled(saved)}")
+        return
+    path = source.folder / files.rng_file(stream_number(mesh))
     try:
         trainer.step.dropout.load_state_dict(load_file(path))
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError, SafetensorError) as error:
         raise UserError(
             f"the random streams of {source.folder} do not fit this run's device ({error}); add --no-load-rng"
         ) from None
+
+
+def _spelled(layout: dict[str, int]) -> str:
+    return ", ".join(f"{key} = {value}" for key, value in layout.items())
 
 
 def _restore_scaler(source: Source, trainer: Trainer) -> None:

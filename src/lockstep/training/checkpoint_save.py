@@ -2,59 +2,87 @@
 
 import logging
 import shutil
-import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import nn
 
 import lockstep
 from lockstep.config import ConfigContainer
-from lockstep.errors import UserError
+from lockstep.errors import CommonError, UserError
+from lockstep.parallel import Mesh
+from lockstep.parallel.dropout import keeps_streams, stream_layout, stream_number
+from lockstep.parallel.placement import Placed, Placement
+from lockstep.parallel.watch import LostProcessError
 from lockstep.record.schema import encode
 from lockstep.training import checkpoint_files as files
-from lockstep.training.checkpoint_state import cause, describe, model_tensors, optimizer_step, optimizer_tensors
+from lockstep.training.checkpoint_peers import Peers
+from lockstep.training.checkpoint_state import model_tensors, optimizer_step, optimizer_tensors, written_here
+from lockstep.training.checkpoint_storage import write_tensors
 from lockstep.training.console import say
 from lockstep.training.evaluate import Evaluator
 from lockstep.training.hooks import Hook, Progress, RunInfo
 from lockstep.training.loop import Trainer
-
-_FILE_BYTES = 1 << 30
-"""Tensors are spread over files of about this size: the writer builds each file in memory as a whole."""
+from lockstep.training.setup import Parts
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The state of a run between two iterations: tensors by canonical name, dropout streams, and plain values."""
+    """What this process saves of a run between two iterations.
+
+    Tensors go by canonical name, with their place; dropout streams by the name of their file. ``facts`` are plain
+    values, equal on all processes.
+    """
 
     iteration: int
-    tensors: dict[str, torch.Tensor]
-    streams: dict[str, torch.Tensor]
+    tensors: dict[str, Placed]
+    streams: dict[str, dict[str, torch.Tensor]]
     facts: dict[str, Any]
 
     def on_host(self) -> "Snapshot":
         """Return a copy in host memory that training does not touch."""
-        tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.tensors.items()}
-        return Snapshot(self.iteration, tensors, self.streams, self.facts)
+        return replace(self, tensors={name: placed.on_host() for name, placed in self.tensors.items()})
 
 
-def take_snapshot(
-    config: ConfigContainer, model: nn.Module, trainer: Trainer, evaluator: Evaluator | None, progress: Progress
-) -> Snapshot:
-    """Return the present state of a run; the tensors are the run's own."""
-    optimizer, dropout = trainer.step.optimizer, trainer.step.dropout
-    tensors = model_tensors(model)
-    with_optimizer = config.checkpoint.save_optim
-    if with_optimizer:
-        tensors |= optimizer_tensors(optimizer)
-    facts = {
+@dataclass(frozen=True)
+class Saved:
+    """The parts of a run that a checkpoint is made of."""
+
+    config: ConfigContainer
+    mesh: Mesh
+    parts: Parts
+    placement: Placement = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "placement", Placement(self.config.model, self.mesh))
+
+    def snapshot(self, progress: Progress) -> Snapshot:
+        """Return the present state of the run; the tensors are the run's own."""
+        trainer, settings = self.parts.trainer, self.config.checkpoint
+        assert trainer is not None, "only a run that trains saves"
+        optimizer, dropout = trainer.step.optimizer, trainer.step.dropout
+        tensors = model_tensors(self.parts.model, self.placement)
+        if settings.save_optim:
+            tensors |= optimizer_tensors(optimizer, self.placement)
+        streams = {}
+        if settings.save_rng and dropout is not None and keeps_streams(self.mesh):
+            streams[files.rng_file(stream_number(self.mesh))] = dropout.state_dict()
+        facts = _facts(trainer, self.parts.evaluator, progress, with_optimizer=settings.save_optim)
+        facts |= {"streams": stream_layout(self.mesh) if settings.save_rng else {}, "layout": self.mesh.describe()}
+        return Snapshot(progress.iteration, written_here(tensors, optimizer, self.placement), streams, facts)
+
+
+def _facts(
+    trainer: Trainer, evaluator: Evaluator | None, progress: Progress, *, with_optimizer: bool
+) -> dict[str, Any]:
+    optimizer = trainer.step.optimizer
+    return {
         "iteration": progress.iteration,
         "progress": {
             "consumed_samples": progress.consumed_samples,
@@ -66,29 +94,46 @@ def take_snapshot(
         "loss_scaler": optimizer.scaler.state_dict() if with_optimizer and optimizer.scaler is not None else None,
         "micro_batch_size": trainer.batches.micro_batch_size,
     }
-    streams = dropout.state_dict() if config.checkpoint.save_rng and dropout is not None else {}
-    return Snapshot(progress.iteration, tensors, streams, facts)
 
 
-def write_checkpoint(root: Path, snapshot: Snapshot, config: dict[str, Any], origin: dict[str, Any]) -> None:
-    """Write a snapshot as a checkpoint of ``root``, whole or not at all.
+def write_checkpoint(
+    root: Path, snapshot: Snapshot, config: dict[str, Any], origin: dict[str, Any], peers: Peers
+) -> None:
+    """Write a snapshot as a checkpoint of ``root``, whole or not at all; all processes together.
 
     ``config`` and ``origin`` are kept as JSON, beside the tensors and in the manifest.
+
+    Raises:
+        UserError: on all processes, if one of them could not write.
     """
-    scratch = files.scratch_dir(root, snapshot.iteration)
+    scratch = peers.by_leader(lambda: files.scratch_dir(root, snapshot.iteration))
     try:
-        _fill(scratch, snapshot, config, origin)
-        files.publish(root, scratch, snapshot.iteration)
+        names = write_tensors(scratch, snapshot.tensors, peers.group)
+        parts = peers.everywhere(lambda: _write_streams(scratch, snapshot, names))
+        facts = {name: fact for part in parts for name, fact in part.items()}
+        peers.by_leader(lambda: _complete(root, scratch, snapshot, config, origin, facts))
     except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
+        if peers.leads:
+            shutil.rmtree(scratch, ignore_errors=True)
         raise
 
 
-def _fill(folder: Path, snapshot: Snapshot, config: dict[str, Any], origin: dict[str, Any]) -> None:
-    """Write all files of a checkpoint, the manifest last."""
-    _write_tensors(folder, snapshot.tensors)
-    if snapshot.streams:
-        save_file(snapshot.streams, folder / files.RNG)
+def _write_streams(folder: Path, snapshot: Snapshot, written: list[str]) -> dict[str, dict[str, Any]]:
+    """Write this process's random streams, and return size and SHA-256 of all files that it wrote."""
+    for name, streams in snapshot.streams.items():
+        save_file(streams, folder / name)
+    return {name: files.settle(folder / name) for name in [*written, *snapshot.streams]}
+
+
+def _complete(
+    root: Path,
+    folder: Path,
+    snapshot: Snapshot,
+    config: dict[str, Any],
+    origin: dict[str, Any],
+    facts: dict[str, dict[str, Any]],
+) -> None:
+    """Add the configuration and, last, the manifest with the ``facts`` of all files, and publish the checkpoint."""
     files.write_json(folder / files.CONFIG, encode(config))
     manifest = {
         "format": files.FORMAT,
@@ -96,40 +141,26 @@ def _fill(folder: Path, snapshot: Snapshot, config: dict[str, Any], origin: dict
         "torch": str(torch.__version__),
         **snapshot.facts,
         **origin,
-        "tensors": describe(snapshot.tensors),
-        "files": files.file_facts(folder),
+        "files": {**facts, files.CONFIG: files.settle(folder / files.CONFIG)},
     }
     files.write_json(folder / files.MANIFEST, encode(manifest))
-
-
-def _write_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write one file or more; every file says which part of each tensor it holds, so that ranks can write their own."""
-    writer = dcp.HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=_spread(tensors), save_distributed=True)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        dcp.save(tensors, storage_writer=writer, no_dist=True)
-
-
-def _spread(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
-    """Return the number of the file, from 1, that each tensor goes to."""
-    numbers, number, size = {}, 1, 0
-    for name, tensor in tensors.items():
-        if size and size + tensor.nbytes > _FILE_BYTES:
-            number, size = number + 1, 0
-        numbers[name] = number
-        size += tensor.nbytes
-    return numbers
+    files.publish(root, folder, snapshot.iteration)
 
 
 class CheckpointHook(Hook):
     """Saves every ``checkpoint.save_interval`` iterations, before an early exit, and at the end of training.
 
     With ``checkpoint.async_save`` files are written in the background from a copy in host memory, one checkpoint at a
-    time; a save that failed ends the run at the next save or at its end.
+    time; a save that failed ends the run at the next save or at its end. Every process has this hook: they save
+    together. ``origin`` goes into the manifest.
     """
 
     def __init__(
-        self, config: ConfigContainer, snapshot: Callable[[Progress], Snapshot], origin: dict[str, Any]
+        self,
+        config: ConfigContainer,
+        snapshot: Callable[[Progress], Snapshot],
+        origin: dict[str, Any],
+        peers: Peers | None = None,
     ) -> None:
         settings = config.checkpoint
         assert settings.save is not None, "built only where checkpoints are saved"
@@ -140,12 +171,16 @@ class CheckpointHook(Hook):
         self._config = {"config": config.as_dict()}
         self._origin = origin
         self._snapshot = snapshot
+        self._peers = peers or Peers()
         self._writer = ThreadPoolExecutor(1, "checkpoint") if settings.async_save else None
         self._pending: Future[None] | None = None
         self._trained = False
 
     def on_start(self, info: RunInfo) -> None:
         """Make the folder and clear what earlier saves left unfinished."""
+        self._peers.by_leader(self._prepare)
+
+    def _prepare(self) -> None:
         try:
             self._root.mkdir(parents=True, exist_ok=True)
             files.remove_leftovers(self._root)
@@ -167,7 +202,9 @@ class CheckpointHook(Hook):
         self._settle()
 
     def on_failure(self, error: BaseException) -> None:
-        """Let a save in the background come to its end."""
+        """Let a save in the background come to its end, which it cannot without all processes."""
+        if isinstance(error, LostProcessError):
+            return
         try:
             self._settle()
         except UserError as failed:
@@ -193,16 +230,21 @@ class CheckpointHook(Hook):
 
     def _write(self, snapshot: Snapshot) -> None:
         try:
-            write_checkpoint(self._root, snapshot, self._config, self._origin)
-            settings = self._settings
-            recent = settings.most_recent_k if settings.most_recent_k >= 0 else None
-            files.prune(self._root, snapshot.iteration, recent, settings.save_retain_interval)
-        except (OSError, dcp.CheckpointException) as error:
-            raise UserError(
-                f"saving the checkpoint of iteration {snapshot.iteration} to {self._root} failed: {cause(error)}; "
-                "the checkpoints before it are as they were"
+            write_checkpoint(self._root, snapshot, self._config, self._origin, self._peers)
+            self._peers.by_leader(lambda: self._prune(snapshot.iteration))
+        except (OSError, SafetensorError, UserError) as error:
+            raise CommonError(
+                f"saving the checkpoint of iteration {snapshot.iteration} to {self._root} failed: "
+                f"{' '.join(str(error).split())}; the checkpoints before it are as they were"
             ) from error
+        layout = snapshot.facts["layout"]
         say(
             f"  [{datetime.now():%Y-%m-%d %H:%M:%S.%f}] successfully saved checkpoint from iteration "
-            f"{snapshot.iteration:7d} to {self._root} [ t 1/1, gtp_remat 1/1, p 1/1 ]"
+            f"{snapshot.iteration:7d} to {self._root} "
+            f"[ t 1/{layout['tensor_parallel']}, gtp_remat 1/1, p 1/{layout['pipeline_parallel']} ]"
         )
+
+    def _prune(self, iteration: int) -> None:
+        settings = self._settings
+        recent = settings.most_recent_k if settings.most_recent_k >= 0 else None
+        files.prune(self._root, iteration, recent, settings.save_retain_interval)

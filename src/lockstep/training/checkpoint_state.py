@@ -5,37 +5,58 @@ Tensors are named by the full name of their parameter in the model, whatever the
 such as ``exp_avg``.
 """
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint import CheckpointException
 
 from lockstep.errors import UserError
+from lockstep.parallel.placement import Placed, Placement
+from lockstep.training.checkpoint_storage import Stored
 from lockstep.training.optimizer import Optimizer
+from lockstep.training.sharded import ShardedMainWeights
 
 MODEL, OPTIMIZER = "model.", "optimizer."
 _STATES = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
 
-def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the weights by canonical name; the tensors are the model's own."""
-    return {MODEL + name: tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items()}
+def model_tensors(model: nn.Module, placement: Placement) -> dict[str, Placed]:
+    """Return the weights that this process has, by canonical name; the tensors are the model's own."""
+    return {MODEL + name: placement.placed(name, weight) for name, weight in model.named_parameters()}
 
 
-def optimizer_tensors(optimizer: Optimizer) -> dict[str, torch.Tensor]:
-    """Return main weights and optimizer state by canonical name; the tensors are the optimizer's own.
+def optimizer_tensors(optimizer: Optimizer, placement: Placement) -> dict[str, Placed]:
+    """Return what this process has of main weights and optimizer state; the tensors are the optimizer's own.
 
     State that no step has made yet is left out.
     """
-    tensors = {f"{OPTIMIZER}main.{name}": main.detach() for name, main in _main_copies(optimizer)}
+    tensors = {}
     weights = optimizer.weights
-    for name, main in zip(weights.names, weights.main_params, strict=True):
-        for kind, value in optimizer.inner.state.get(main, {}).items():
-            if kind in _STATES and value is not None:
-                tensors[f"{OPTIMIZER}{kind}.{name}"] = value
+    for name, main, span in zip(weights.main_names, weights.main_params, weights.main_spans, strict=True):
+        state = {kind: value for kind, value in optimizer.inner.state.get(main, {}).items() if kind in _STATES}
+        if weights.copies:
+            state["main"] = main
+        for kind, value in state.items():
+            if value is not None:
+                tensors[f"{OPTIMIZER}{kind}.{name}"] = placement.placed(name, value, span)
     return tensors
+
+
+def written_here(tensors: dict[str, Placed], optimizer: Optimizer, placement: Placement) -> dict[str, Placed]:
+    """Return the tensors that this process saves, of those it has: together the processes save each one once."""
+    sharded = isinstance(optimizer.weights, ShardedMainWeights)
+    chosen: dict[str, Placed] = {}
+    for group, replicated in ((MODEL, True), (OPTIMIZER, not sharded)):
+        having = {name: placed for name, placed in tensors.items() if name.startswith(group)}
+        sizes = {name: placed.tensor.nbytes for name, placed in having.items()}
+        names = placement.written(sizes, parameter_of, replicated=replicated)
+        chosen |= {name: having[name] for name in names}
+    return chosen
+
+
+def parameter_of(name: str) -> str:
+    """Return the parameter that a tensor of a checkpoint belongs to."""
+    return name.removeprefix(MODEL) if name.startswith(MODEL) else name.removeprefix(OPTIMIZER).partition(".")[2]
 
 
 def optimizer_step(optimizer: Optimizer) -> int | None:
@@ -45,75 +66,50 @@ def optimizer_step(optimizer: Optimizer) -> int | None:
     return steps.pop() if steps else None
 
 
-def make_optimizer_state(optimizer: Optimizer, names: Iterator[str], step: int | None) -> dict[str, torch.Tensor]:
-    """Give the optimizer empty state for the canonical ``names``, and return what has to be filled.
+def make_optimizer_state(
+    optimizer: Optimizer, placement: Placement, saved: Iterable[str], step: int | None
+) -> dict[str, Placed]:
+    """Give the optimizer empty state of the kinds that were ``saved``, and return what has to be filled.
 
-    ``step`` counts the updates made.
+    ``saved`` are canonical names; ``step`` counts the updates made.
 
     Raises:
-        UserError: a name belongs to no parameter of the model.
+        UserError: a name belongs to no parameter of the model, or to a kind of state that is not known.
     """
     weights = optimizer.weights
-    params = dict(zip(weights.names, weights.main_params, strict=True))
-    for full in names:
+    params = dict(zip(weights.main_names, weights.main_params, strict=True))
+    for full in saved:
         kind, _, name = full.removeprefix(OPTIMIZER).partition(".")
-        if kind == "main":
-            continue
-        if kind not in _STATES or name not in params:
+        if (kind != "main" and kind not in _STATES) or name not in placement.shapes:
             raise UserError(f"the checkpoint holds {full}, which this run's optimizer has not; add --no-load-optim")
+        if kind == "main" or name not in params:
+            continue
         state = optimizer.inner.state[params[name]]
         state[kind] = torch.zeros_like(params[name])
         if step is not None:
             # Where the optimizer itself would make it: fused updates count on the device of the parameter.
             state["step"] = torch.tensor(float(step), dtype=torch.float32, device=params[name].device)
-    return optimizer_tensors(optimizer)
+    return optimizer_tensors(optimizer, placement)
 
 
-@torch.no_grad()
-def reload_main_weights(optimizer: Optimizer) -> None:
-    """Set the main weights to the model's own, where they are copies."""
-    weights = optimizer.weights
-    for main, param in zip(weights.main_params, weights.model_params, strict=True):
-        if main is not param:
-            main.copy_(param)
-
-
-def _main_copies(optimizer: Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
-    weights = optimizer.weights
-    for name, main, param in zip(weights.names, weights.main_params, weights.model_params, strict=True):
-        if main is not param:
-            yield name, main
-
-
-def cause(error: BaseException) -> str:
-    """Return what went wrong in one line: PyTorch wraps what a rank raised, with its traceback, in another error."""
-    if isinstance(error, CheckpointException) and error.failures:
-        error, _ = next(iter(error.failures.values()))
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def describe(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Return shape and dtype of each tensor, fit for JSON."""
-    return {
-        name: {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
-        for name, tensor in tensors.items()
-    }
-
-
-def check_tensors(wanted: dict[str, torch.Tensor], saved: dict[str, Any], remedy: str, *, convert: bool) -> None:
+def check_tensors(wanted: Mapping[str, Placed], saved: Mapping[str, Stored], remedy: str, *, convert: bool) -> None:
     """Check that a checkpoint has every wanted tensor in its shape and, unless it may be converted, its dtype.
 
     Raises:
         UserError: it has not; names the first tensor that is missing or differs.
     """
-    described = describe(wanted)
-    missing = [name for name in described if name not in saved]
+    missing = [name for name in wanted if name not in saved]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(f"the checkpoint has no tensor {missing[0]}{more}; {remedy}")
-    for name, ours in described.items():
-        for key in ("shape",) if convert else ("shape", "dtype"):
-            if saved[name].get(key) != ours[key]:
-                raise UserError(
-                    f"the checkpoint has {name} with {key} {saved[name].get(key)}, this run with {ours[key]}; {remedy}"
-                )
+    for name, placed in wanted.items():
+        for what, ours, theirs in _differences(placed, saved[name], convert):
+            raise UserError(f"the checkpoint has {name} with {what} {theirs}, this run with {ours}; {remedy}")
+
+
+def _differences(placed: Placed, stored: Stored, convert: bool) -> Iterator[tuple[str, object, object]]:
+    if placed.shape != stored.shape:
+        yield "shape", list(placed.shape), list(stored.shape)
+    dtype = str(placed.tensor.dtype).removeprefix("torch.")
+    if dtype != stored.dtype and not convert:
+        yield "dtype", dtype, stored.dtype

@@ -42,8 +42,8 @@ class ExitRule:
     """Stops a run on a signal, after an iteration divisible by ``interval``, or ``minutes`` after ``started``.
 
     ``started`` is on the clock of ``time.monotonic``; None means no limit of that kind.
-    Clocks differ, and signals arrive at different moments: ``agree`` turns what this process sees into what all of them
-    act on.
+    Clocks differ, and signals arrive at different moments, perhaps at one process only: ``agree`` turns what this
+    process sees into what the first one sees, ``anywhere`` into whether any of them sees it.
     """
 
     started: float
@@ -51,6 +51,7 @@ class ExitRule:
     minutes: int | None = None
     signal: ExitSignal | None = None
     agree: Callable[[bool], bool] = lambda over: over
+    anywhere: Callable[[bool], bool] = lambda received: received
 
     def out_of_time(self) -> bool:
         """Tell whether the time of the run is over."""
@@ -58,7 +59,7 @@ class ExitRule:
 
     def reason(self, iteration: int) -> str | None:
         """Return why the run stops after an iteration; None when it goes on."""
-        if self.signal is not None and self.agree(self.signal.received):
+        if self.signal is not None and self.anywhere(self.signal.received):
             return f"exiting program after receiving {self.signal.name}."
         if self.out_of_time():
             return f"exiting program after {(time.monotonic() - self.started) / 60} minutes"

@@ -69,13 +69,16 @@ class Feed:
     """Takes batches from a dataset in the order of a sampler, on the host.
 
     ``order`` returns the sample numbers of each micro-batch that follows so many samples; ``split`` names the data in
-    messages. ``taken`` counts the samples that were taken.
+    messages. ``shares`` processes take turns at the order; ``taken`` counts the samples that all of them took.
     """
 
-    def __init__(self, dataset: Samples, order: Callable[[int], Iterator[Sequence[int]]], split: str) -> None:
+    def __init__(
+        self, dataset: Samples, order: Callable[[int], Iterator[Sequence[int]]], split: str, shares: int = 1
+    ) -> None:
         self._dataset = dataset
         self._order = order
         self._split = split
+        self._shares = shares
         self._indices = order(0)
         self.taken = 0
 
@@ -104,7 +107,7 @@ class Feed:
                     "give more data, a shorter run, or dataset.dataloader_type=cyclic"
                 )
             samples.extend(self._dataset[index] for index in chunk)
-            self.taken += len(chunk)
+            self.taken += len(chunk) * self._shares
         return Batch(**collate(samples))
 
 

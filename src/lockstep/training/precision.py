@@ -40,10 +40,16 @@ class MainWeights:
         self._build_main()
 
     def _build_main(self) -> None:
-        """Set the main weights, and for each the name and shape of the parameter it belongs to."""
+        """Set the main weights; for each the name and shape of its parameter, and which elements it has (None: all)."""
         self.main_names = self.names
+        self.main_spans: list[tuple[int, int] | None] = [None] * len(self.names)
         self.main_shapes = [p.shape for p in self.model_params]
         self.main_params = [_main_copy(p) if _is_low(p.dtype) else p for p in self.model_params]
+
+    @property
+    def copies(self) -> bool:
+        """Whether the main weights have more digits than the model's."""
+        return any(_is_low(p.dtype) for p in self.model_params)
 
     def _accumulate(self, param: torch.Tensor) -> None:
         """Add the gradient of one micro-batch to its buffer and drop it."""
@@ -87,6 +93,13 @@ class MainWeights:
         for main, param in zip(self.main_params, self.model_params, strict=True):
             if main is not param:
                 param.copy_(main)
+
+    @torch.no_grad()
+    def copy_from_model(self) -> None:
+        """Set the main weights to the model's."""
+        for main, param in zip(self.main_params, self.model_params, strict=True):
+            if main is not param:
+                main.copy_(param)
 
 
 def _is_low(dtype: torch.dtype) -> bool:

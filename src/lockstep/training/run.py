@@ -5,7 +5,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,6 @@ import torch
 
 from lockstep.config import ConfigContainer
 from lockstep.errors import UserError
-from lockstep.models import fingerprint
 from lockstep.models.ops import matmul_mode
 from lockstep.parallel import Mesh, start_processes
 from lockstep.record.environment import code_version, device_facts, environment_variables, package_versions
@@ -21,7 +20,8 @@ from lockstep.record.paths import create_run_dir
 from lockstep.record.schema import RUN_FILE
 from lockstep.record.writer import RunWriter
 from lockstep.training.checkpoint_load import Source, announce, check_save_folder, open_source, restore
-from lockstep.training.checkpoint_save import CheckpointHook, take_snapshot
+from lockstep.training.checkpoint_peers import Peers
+from lockstep.training.checkpoint_save import CheckpointHook, Saved
 from lockstep.training.console import ConsoleHook, say, timestamped
 from lockstep.training.device import choose_device, switches
 from lockstep.training.exits import ExitRule, ExitSignal
@@ -46,8 +46,6 @@ def run(config: ConfigContainer, *, door: str, command: Command, name: str) -> R
     started = time.monotonic()
     config = config.copy()
     device = choose_device(config.run.device)
-    check_save_folder(config)
-    source = open_source(config)
     if config.logger.logging_level is not None:
         logging.getLogger("lockstep").setLevel(config.logger.logging_level)
     hooks: list[Hook] = []
@@ -57,8 +55,15 @@ def run(config: ConfigContainer, *, door: str, command: Command, name: str) -> R
         if signal is not None:
             stack.enter_context(signal.watched())
         mesh = stack.enter_context(start_processes(config, device, on_loss=partial(_fail, hooks)))
+        checkpoints = config.checkpoint.save is not None or config.checkpoint.load is not None
+        timeout = timedelta(minutes=config.dist.distributed_timeout_minutes)
+        peers = Peers.of(mesh, timeout) if checkpoints else Peers()
+        peers.by_leader(lambda: check_save_folder(config))
+        source = open_source(config, peers)
         limits = config.train.exit_interval, config.train.exit_duration_in_mins
-        exit_rule = ExitRule(started, *limits, signal, agree=mesh.from_leader)
+        exit_rule = ExitRule(
+            started, *limits, signal, agree=mesh.from_leader, anywhere=partial(_anywhere, mesh, device)
+        )
         if source is not None:
             announce(source, config)
         writer = RunWriter(create_run_dir(config.run.dir, name)) if mesh.leads else None
@@ -70,12 +75,11 @@ def run(config: ConfigContainer, *, door: str, command: Command, name: str) -> R
                 _start_record(writer, config, device, source, door=door, command=vars(command), name=name)
             parts = build(config, device, mesh, exit_rule)
             if source is not None:
-                parts = _restored(source, config, parts, progress)
+                parts = restore(source, config, mesh, parts, progress, peers)
             if writer is not None:
                 _complete_record(writer, config, device, parts, mesh)
             hooks += _build_hooks(config, device, name, writer)
-            if writer is not None:
-                hooks += _checkpoint_hooks(config, parts, writer)
+            hooks += _checkpoint_hooks(config, mesh, parts, writer, peers)
         except BaseException as error:
             if writer is not None:
                 _abandon(writer, hooks, error)
@@ -85,10 +89,9 @@ def run(config: ConfigContainer, *, door: str, command: Command, name: str) -> R
         return _go(info, parts, hooks, exit_rule, progress)
 
 
-def _restored(source: Source, config: ConfigContainer, parts: Parts, progress: Progress) -> Parts:
-    """Return the parts as the checkpoint left them, and set ``progress`` to where it was taken."""
-    trainer = restore(source, config, parts.model, parts.trainer, parts.evaluator, progress)
-    return replace(parts, trainer=trainer, initial_weights=fingerprint(parts.model))
+def _anywhere(mesh: Mesh, device: torch.device, flag: bool) -> bool:
+    """Tell whether the flag is up on any process."""
+    return bool(mesh.world.highest_(torch.tensor(int(flag), device=device)).item())
 
 
 def _start_record(
@@ -166,13 +169,14 @@ def _build_hooks(config: ConfigContainer, device: torch.device, name: str, write
     return hooks
 
 
-def _checkpoint_hooks(config: ConfigContainer, parts: Parts, writer: RunWriter) -> list[Hook]:
+def _checkpoint_hooks(
+    config: ConfigContainer, mesh: Mesh, parts: Parts, writer: RunWriter | None, peers: Peers
+) -> list[Hook]:
     """Return the hook that saves checkpoints, where they are asked for."""
-    trainer = parts.trainer
-    if config.checkpoint.save is None or trainer is None:
+    if config.checkpoint.save is None or parts.trainer is None:
         return []
-    snapshot = partial(take_snapshot, config, parts.model, trainer, parts.evaluator)
-    return [CheckpointHook(config, snapshot, {"run_dir": str(writer.run_dir.absolute())})]
+    origin = {"run_dir": str(writer.run_dir.absolute())} if writer is not None else {}
+    return [CheckpointHook(config, Saved(config, mesh, parts).snapshot, origin, peers)]
 
 
 def _go(info: RunInfo, parts: Parts, hooks: Sequence[Hook], exit_rule: ExitRule, progress: Progress) -> RunResult:

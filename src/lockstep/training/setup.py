@@ -192,4 +192,4 @@ def _feed(config: ConfigContainer, dataset: Dataset | None, split: str, micro_ba
         remedy = "" if split == "train" else ", or set validation.eval_iters=0"
         raise UserError(f"the {split} split has no data (dataset.split = {config.dataset.split}); give it some{remedy}")
     order = partial(sample_order, config.dataset.dataloader_type, len(dataset), micro_batch_size, mesh.dp)
-    return Feed(dataset, order, split)
+    return Feed(dataset, order, split, mesh.dp.size)

@@ -33,16 +33,18 @@ class ShardedMainWeights(MainWeights):
         self._part = self._laid_out([p.detach() for p in self.model_params])[self._axis.rank].clone()
         first, length = self._axis.rank * len(self._part), len(self._part)
         self.main_names, self.main_shapes, self.main_params = [], [], []
+        self.main_spans = []
         self._ranges = []
         start = -first
         for name, param, size in zip(self.names, self.model_params, self._sizes, strict=True):
             begin, end = max(0, start), min(length, start + size)
-            start += size
             if begin < end:
+                self.main_spans.append((begin - start, end - start))
                 self._ranges.append(slice(begin, end))
                 self.main_names.append(name)
                 self.main_shapes.append(param.shape)
                 self.main_params.append(nn.Parameter(self._part[begin:end]))
+            start += size
 
     def _laid_out(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return all elements, at least FP32, as one row for each process, the last filled up with zeros."""
@@ -63,6 +65,11 @@ class ShardedMainWeights(MainWeights):
         """Round the main weights to the model's dtype, on all processes."""
         for param, values in zip(self.model_params, self.gathered(self._part, self.model_params[0].dtype), strict=True):
             param.copy_(values)
+
+    @torch.no_grad()
+    def copy_from_model(self) -> None:
+        """Set the main weights to the model's, which are equal on all processes."""
+        self._part.copy_(self._laid_out([p.detach() for p in self.model_params])[self._axis.rank])
 
     def gathered(self, part: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
         """Return tensors of the shapes of the model's parameters from the parts of all processes, as ``dtype``."""
