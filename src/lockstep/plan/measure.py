@@ -19,7 +19,7 @@ from lockstep.parallel.dropout import LayoutDropoutStreams
 from lockstep.parallel.mesh import build_mesh
 from lockstep.plan.gpus import Gpu
 from lockstep.plan.standins import like_gpu
-from lockstep.plan.tracker import MemoryTracker, Part
+from lockstep.plan.tracker import PARTS, MemoryTracker, Part
 from lockstep.training.batches import build_batch_schedule, eval_batch_size
 from lockstep.training.feed import Batch
 from lockstep.training.optimizer import Optimizer, Update
@@ -39,16 +39,16 @@ class Memory:
 
     Attributes:
         rank: of the process.
-        role: what sets the process apart from others.
         parts: bytes by part; they add up to the peak.
+        highest: the most that each part has at any time; another part may have its most at another time.
         moment: what the process is doing at the peak.
         parameters: of the model, on this process.
         resident_bytes: what it holds between two iterations.
     """
 
     rank: int
-    role: str
     parts: dict[Part, int]
+    highest: dict[Part, int]
     moment: str
     parameters: int
     resident_bytes: int
@@ -74,12 +74,13 @@ def _measure_rank(config: ConfigContainer, world_size: int, rank: int, gpu: Gpu)
     with _processes(config, world_size, rank) as mesh, MemoryTracker() as tracker, like_gpu():
         tracker.reserve("workspace", _MULTIPLYING_THREADS * gpu.workspace_bytes)
         run = _Run(config, mesh, tracker)
-        run.iterate(micro_batches=1)  # sets up the optimizer's state
+        run.set_up_state()
         tracker.reset_peak()
         resident = sum(tracker.present.values())
         run.iterate(micro_batches=_UNLIKE_MICRO_BATCHES)
         run.evaluate()
-        return Memory(rank, "", tracker.peak_parts, tracker.peak_moment, run.parameters, resident)
+        highest = {part: tracker.highest[part] for part in PARTS}
+        return Memory(rank, tracker.peak_parts, highest, tracker.peak_moment, run.parameters, resident)
 
 
 @contextmanager
@@ -113,6 +114,11 @@ class _Run:
         streams.device = _META  # the generators stay on the CPU: there are none for the meta device
         per_token = config.model.calculate_per_token_loss
         self._step = TrainStep(self._model, self._optimizer, streams, per_token=per_token, dp=mesh.dp)
+
+    def set_up_state(self) -> None:
+        """Take a step without gradients, which leaves the optimizer with its state."""
+        self._optimizer.start_step()
+        self._optimizer.step(1.0, 0.0)
 
     def iterate(self, micro_batches: int) -> None:
         """Take one step, on so many micro-batches at most of those that the device holds."""

@@ -59,6 +59,7 @@ class MemoryTracker(TorchDispatchMode):
     def reset_peak(self) -> None:
         """Forget the peak so far."""
         self.peak_bytes = 0
+        self.highest: Counter[Part] = Counter()
         self.peak_parts: dict[Part, int] = {}
         self.peak_moment = ""
         self._note_peak()
@@ -99,6 +100,7 @@ class MemoryTracker(TorchDispatchMode):
         for counter in (block.parts, self._now):
             counter[before] -= size
             counter[part] += size
+        self.highest[part] = max(self.highest[part], self._now[part])
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -129,6 +131,7 @@ class MemoryTracker(TorchDispatchMode):
         block.alive = weakref.ref(storage, lambda _: self._forget(key))
         self._blocks[key] = block
         self._now[self.part] += size
+        self.highest[self.part] = max(self.highest[self.part], self._now[self.part])
         self._total += size
         if self._total > self.peak_bytes:
             self._note_peak()
@@ -141,6 +144,8 @@ class MemoryTracker(TorchDispatchMode):
 
     def _note_peak(self) -> None:
         self.peak_bytes, self.peak_parts, self.peak_moment = self._total, self.present, self.moment
+        for part, size in self.peak_parts.items():
+            self.highest[part] = max(self.highest[part], size)
 
 
 def _read(tensor: Tensor) -> Any:

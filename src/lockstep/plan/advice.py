@@ -1,0 +1,118 @@
+"""The smallest change that makes a configuration fit, found by measuring."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from lockstep.config import ConfigContainer
+from lockstep.plan.layouts import Changes, layout_of, layouts_for
+from lockstep.plan.planner import Answer, Planner
+
+_MOST_GPUS = 16  # times those that were asked for
+
+
+@dataclass(frozen=True)
+class Advice:
+    """Changes, in the order of how much they intrude, and what they come to. ``gpus`` may be more than asked for."""
+
+    changes: Changes
+    gpus: int
+    answer: Answer
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One change; of the steps of one kind only one is taken, later ones spare more."""
+
+    kind: str
+    changes: Changes
+
+
+def advise(planner: Planner, gpus: int) -> Advice | None:
+    """Return the smallest change that fits; None where nothing does on up to 16 times the GPUs.
+
+    Changes are tried in this order: sharded optimizer, sequence parallelism, recomputation, a smaller micro-batch, each
+    alone and then together; other layouts, with as few of the former as they need; more GPUs. Every result has been
+    measured.
+    """
+    asked = planner.resolved(gpus)
+    steps = list(_steps(asked, gpus))
+    for step in steps:
+        if _fits(planner, gpus, [step]):
+            return _advice(planner, gpus, [step])
+    taken: list[_Step] = []
+    for step in steps:
+        taken = [*(t for t in taken if t.kind != step.kind), step]
+        if len(taken) > 1 and _fits(planner, gpus, taken):
+            return _advice(planner, gpus, _pruned(planner, gpus, taken, steps))
+    times = 1
+    while times <= _MOST_GPUS:
+        found = _other_layout(planner, gpus * times, steps, layout_of(asked, gpus).model_parallel)
+        if found is not None:
+            return found
+        times *= 2
+    return None
+
+
+def _steps(config: ConfigContainer, gpus: int) -> Iterator[_Step]:
+    layout, model = layout_of(config, gpus), config.model
+    if layout.dp > 1 and not layout.sharded_optimizer:
+        yield _Step("sharded optimizer", {"ddp.use_distributed_optimizer": True})
+    if layout.tp > 1 and not layout.sequence_parallel:
+        yield _Step("sequence parallelism", {"model.sequence_parallel": True})
+    if model.recompute_granularity is None:
+        yield _Step("recomputation", {"model.recompute_granularity": "selective"})
+    if (model.recompute_granularity, model.recompute_method, model.recompute_num_layers) != ("full", "uniform", 1):
+        full: Changes = {
+            "model.recompute_granularity": "full",
+            "model.recompute_method": "uniform",
+            "model.recompute_num_layers": 1,
+        }
+        yield _Step("recomputation", full if not model.recompute_modules else {**full, "model.recompute_modules": None})
+    micro = config.train.micro_batch_size or 1
+    while micro > 1:
+        micro = next(size for size in range(micro // 2, 0, -1) if micro % size == 0)
+        yield _Step("micro-batch", {"train.micro_batch_size": micro})
+
+
+def _other_layout(planner: Planner, gpus: int, steps: list[_Step], least: int) -> Advice | None:
+    """Return the layout with least model parallelism that fits with all that spares memory, and what of it it needs."""
+    sparing = {step.kind: step for step in steps if step.kind in ("recomputation", "micro-batch")}
+    for layout in layouts_for(gpus):
+        if layout.model_parallel < least:
+            continue
+        taken = [_Step("layout", layout.changes), *sparing.values()]
+        if _fits(planner, gpus, taken):
+            return _advice(planner, gpus, _pruned(planner, gpus, taken, steps))
+    return None
+
+
+def _pruned(planner: Planner, gpus: int, taken: list[_Step], steps: list[_Step]) -> list[_Step]:
+    """Drop every step that the others do without, what intrudes most first, or take a lesser one of its kind."""
+    for step in reversed(taken):
+        at = taken.index(step)
+        before, after = taken[:at], taken[at + 1 :]
+        lesser = itertools.takewhile(lambda s, step=step: s is not step, (s for s in steps if s.kind == step.kind))
+        for instead in ([], *([other] for other in lesser)):
+            if _fits(planner, gpus, [*before, *instead, *after]):
+                taken = [*before, *instead, *after]
+                break
+    return taken
+
+
+def _merged(steps: list[_Step]) -> Changes:
+    return {path: value for step in steps for path, value in step.changes.items()}
+
+
+def _fits(planner: Planner, gpus: int, steps: list[_Step]) -> bool:
+    answer = planner.try_(gpus, _merged(steps))
+    return answer is not None and answer.fits
+
+
+def _advice(planner: Planner, gpus: int, steps: list[_Step]) -> Advice:
+    changes = _merged(steps)
+    answer = planner.try_(gpus, changes)
+    assert answer is not None, "only what fits becomes advice"
+    asked = planner.resolved(gpus) if planner.try_(gpus, {}) is not None else None
+    different = {path: value for path, value in changes.items() if asked is None or asked.get(path) != value}
+    return Advice(different, gpus, answer)

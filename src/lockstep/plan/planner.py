@@ -1,0 +1,87 @@
+"""Answers what a configuration needs on a number of GPUs, with changes to it or without."""
+
+import contextlib
+import io
+from dataclasses import dataclass
+
+from lockstep.config import ConfigContainer, Origin, resolve
+from lockstep.data.tokenizers import build_tokenizer
+from lockstep.errors import ConfigError
+from lockstep.plan.gpus import Gpu
+from lockstep.plan.layouts import Changes, Layout, layout_of, layouts_for
+from lockstep.plan.measure import Memory, measure
+from lockstep.training.setup import set_vocab_size
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a layout needs on each GPU.
+
+    Attributes:
+        layout: sizes of its axes.
+        memory: of the process that needs most.
+        room_bytes: what a GPU has for the peak.
+    """
+
+    layout: Layout
+    memory: Memory
+    room_bytes: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether every process finds room on its GPU."""
+        return self.memory.peak_bytes <= self.room_bytes
+
+
+class Planner:
+    """Measures a configuration, as a door has read it, on GPUs of one type; every question is measured once."""
+
+    def __init__(self, config: ConfigContainer, gpu: Gpu) -> None:
+        self._config = config.copy()
+        self.gpu = gpu
+        self._answers: dict[tuple[frozenset[tuple[str, str]], int], Answer] = {}
+
+    def resolved(self, gpus: int, changes: Changes | None = None) -> ConfigContainer:
+        """Return the configuration for so many GPUs, with changes, as a run would have it.
+
+        Raises:
+            UserError: it cannot run.
+        """
+        changed = self._config.copy()
+        for path, value in (changes or {}).items():
+            changed.set(path, value, Origin("derived", "lockstep plan"))
+        if resolve(changed, gpus).model.vocab_size is None:
+            self._find_vocabulary(gpus, changes)
+            return self.resolved(gpus, changes)
+        return resolve(changed, gpus)
+
+    def _find_vocabulary(self, gpus: int, changes: Changes | None) -> None:
+        resolved = resolve(self._config, gpus) if not changes else self.resolved(gpus)
+        with contextlib.redirect_stdout(io.StringIO()):  # what is said of the padding belongs to a run
+            set_vocab_size(resolved, build_tokenizer(resolved.tokenizer).vocab_size)
+        self._config.set("model.vocab_size", resolved.model.vocab_size, resolved.origin("model.vocab_size"))
+
+    def ask(self, gpus: int, changes: Changes | None = None) -> Answer:
+        """Return what the configuration needs on so many GPUs.
+
+        Raises:
+            UserError: it cannot run.
+        """
+        key = frozenset((path, repr(value)) for path, value in (changes or {}).items()), gpus
+        if key not in self._answers:
+            config = self.resolved(gpus, changes)
+            room = self.gpu.memory_bytes - self.gpu.outside_bytes(gpus)
+            self._answers[key] = Answer(layout_of(config, gpus), measure(config, gpus, self.gpu), room)
+        return self._answers[key]
+
+    def try_(self, gpus: int, changes: Changes) -> Answer | None:
+        """Return the same, or None where the configuration cannot run so."""
+        try:
+            return self.ask(gpus, changes)
+        except ConfigError:
+            return None
+
+    def layouts(self, gpus: int) -> list[Answer]:
+        """Return the layouts that can run on so many GPUs: those that fit first, least model parallelism first."""
+        answers = [answer for layout in layouts_for(gpus) if (answer := self.try_(gpus, layout.changes)) is not None]
+        return sorted(answers, key=lambda a: (not a.fits, a.layout.model_parallel if a.fits else a.memory.peak_bytes))
