@@ -116,7 +116,7 @@ def work(folder: Path, words: list[str]) -> int:
         resident.append(torch.cuda.memory_allocated())
         return report
 
-    loop.run_iteration = watched
+    loop.run_iteration = watched  # type: ignore[assignment]
     code = main(["pretrain-gpt", *words])
     found = {
         "measured_bytes": torch.cuda.max_memory_allocated(),

@@ -1,10 +1,10 @@
 """The smallest change that makes a configuration fit, found by measuring."""
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lockstep.config import ConfigContainer
+from lockstep.errors import ConfigError
 from lockstep.plan.layouts import Changes, layout_of, layouts_for
 from lockstep.plan.planner import Answer, Planner
 
@@ -31,20 +31,18 @@ class _Step:
 def advise(planner: Planner, gpus: int) -> Advice | None:
     """Return the smallest change that fits; None where nothing does on up to 16 times the GPUs.
 
-    Changes are tried in this order: sharded optimizer, sequence parallelism, recomputation, a smaller micro-batch, each
-    alone and then together; other layouts, with as few of the former as they need; more GPUs. Every result has been
-    measured.
+    Changes are tried in this order, each alone and then with those before it: sharded optimizer, sequence parallelism,
+    recomputation, a smaller micro-batch. Then come other layouts, with as few of these as they need, and then more
+    GPUs. Every result has been measured.
     """
     asked = planner.resolved(gpus)
     steps = list(_steps(asked, gpus))
-    for step in steps:
-        if _fits(planner, gpus, [step]):
-            return _advice(planner, gpus, [step])
     taken: list[_Step] = []
     for step in steps:
         taken = [*(t for t in taken if t.kind != step.kind), step]
-        if len(taken) > 1 and _fits(planner, gpus, taken):
-            return _advice(planner, gpus, _pruned(planner, gpus, taken, steps))
+        for tried in ([step], taken):
+            if _fits(planner, gpus, tried):
+                return _advice(planner, gpus, _pruned(planner, gpus, tried, steps))
     times = 1
     while times <= _MOST_GPUS:
         found = _other_layout(planner, gpus * times, steps, layout_of(asked, gpus).model_parallel)
@@ -92,7 +90,8 @@ def _pruned(planner: Planner, gpus: int, taken: list[_Step], steps: list[_Step])
     for step in reversed(taken):
         at = taken.index(step)
         before, after = taken[:at], taken[at + 1 :]
-        lesser = itertools.takewhile(lambda s, step=step: s is not step, (s for s in steps if s.kind == step.kind))
+        alike = [other for other in steps if other.kind == step.kind]
+        lesser = alike[: alike.index(step)] if step in alike else []
         for instead in ([], *([other] for other in lesser)):
             if _fits(planner, gpus, [*before, *instead, *after]):
                 taken = [*before, *instead, *after]
@@ -105,14 +104,18 @@ def _merged(steps: list[_Step]) -> Changes:
 
 
 def _fits(planner: Planner, gpus: int, steps: list[_Step]) -> bool:
-    answer = planner.try_(gpus, _merged(steps))
-    return answer is not None and answer.fits
+    return planner.fitting(gpus, _merged(steps)) is not None
 
 
 def _advice(planner: Planner, gpus: int, steps: list[_Step]) -> Advice:
     changes = _merged(steps)
-    answer = planner.try_(gpus, changes)
-    assert answer is not None, "only what fits becomes advice"
-    asked = planner.resolved(gpus) if planner.try_(gpus, {}) is not None else None
-    different = {path: value for path, value in changes.items() if asked is None or asked.get(path) != value}
-    return Advice(different, gpus, answer)
+    return Advice(_differences(planner, gpus, changes), gpus, planner.ask(gpus, changes))
+
+
+def _differences(planner: Planner, gpus: int, changes: Changes) -> Changes:
+    """Leave out what the configuration says already."""
+    try:
+        asked = planner.resolved(gpus)
+    except ConfigError:  # so many GPUs are possible with the changes only
+        return changes
+    return {path: value for path, value in changes.items() if asked.get(path) != value}

@@ -59,9 +59,14 @@ class Memory:
         return sum(self.parts.values())
 
 
-def measure(config: ConfigContainer, world_size: int, gpu: Gpu) -> Memory:
-    """Return the memory of the process that needs most, for a resolved configuration with its vocabulary."""
-    return max((_measure_rank(config, world_size, rank, gpu) for rank in _unlike_ranks()), key=lambda m: m.peak_bytes)
+def measure(config: ConfigContainer, world_size: int, gpu: Gpu, limit: int | None = None) -> Memory:
+    """Return the memory of the process that needs most, for a resolved configuration with its vocabulary.
+
+    Raises:
+        OverLimit: a process needs more than ``limit`` bytes, which spares measuring how much more.
+    """
+    ranks = _unlike_ranks()
+    return max((_measure_rank(config, world_size, rank, gpu, limit) for rank in ranks), key=lambda m: m.peak_bytes)
 
 
 def _unlike_ranks() -> list[int]:
@@ -69,9 +74,9 @@ def _unlike_ranks() -> list[int]:
     return [0]
 
 
-def _measure_rank(config: ConfigContainer, world_size: int, rank: int, gpu: Gpu) -> Memory:
+def _measure_rank(config: ConfigContainer, world_size: int, rank: int, gpu: Gpu, limit: int | None) -> Memory:
     gc.collect()  # what earlier measurements left in cycles must not be freed in the middle of this one
-    with _processes(config, world_size, rank) as mesh, MemoryTracker() as tracker, like_gpu():
+    with _processes(config, world_size, rank) as mesh, MemoryTracker(limit) as tracker, like_gpu():
         tracker.reserve("workspace", _MULTIPLYING_THREADS * gpu.workspace_bytes)
         run = _Run(config, mesh, tracker)
         run.set_up_state()

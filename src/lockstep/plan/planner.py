@@ -10,7 +10,10 @@ from lockstep.errors import ConfigError
 from lockstep.plan.gpus import Gpu
 from lockstep.plan.layouts import Changes, Layout, layout_of, layouts_for
 from lockstep.plan.measure import Memory, measure
+from lockstep.plan.tracker import OverLimit
 from lockstep.training.setup import set_vocab_size
+
+_Question = tuple[int, frozenset[tuple[str, str]]]
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,8 @@ class Planner:
     def __init__(self, config: ConfigContainer, gpu: Gpu) -> None:
         self._config = config.copy()
         self.gpu = gpu
-        self._answers: dict[tuple[frozenset[tuple[str, str]], int], Answer] = {}
+        self._answers: dict[_Question, Answer] = {}
+        self._unfit: set[_Question] = set()
 
     def resolved(self, gpus: int, changes: Changes | None = None) -> ConfigContainer:
         """Return the configuration for so many GPUs, with changes, as a run would have it.
@@ -67,21 +71,36 @@ class Planner:
         Raises:
             UserError: it cannot run.
         """
-        key = frozenset((path, repr(value)) for path, value in (changes or {}).items()), gpus
+        key = _key(gpus, changes or {})
         if key not in self._answers:
             config = self.resolved(gpus, changes)
-            room = self.gpu.memory_bytes - self.gpu.outside_bytes(gpus)
-            self._answers[key] = Answer(layout_of(config, gpus), measure(config, gpus, self.gpu), room)
+            self._answers[key] = Answer(layout_of(config, gpus), measure(config, gpus, self.gpu), self._room(gpus))
         return self._answers[key]
 
-    def try_(self, gpus: int, changes: Changes) -> Answer | None:
-        """Return the same, or None where the configuration cannot run so."""
-        try:
-            return self.ask(gpus, changes)
-        except ConfigError:
-            return None
+    def fitting(self, gpus: int, changes: Changes) -> Answer | None:
+        """Return what the configuration needs with changes; None where it cannot run so or does not fit."""
+        key = _key(gpus, changes)
+        if key not in self._answers and key not in self._unfit:
+            try:
+                config = self.resolved(gpus, changes)
+                memory = measure(config, gpus, self.gpu, limit=self._room(gpus))
+                self._answers[key] = Answer(layout_of(config, gpus), memory, self._room(gpus))
+            except (ConfigError, OverLimit):
+                self._unfit.add(key)
+        answer = self._answers.get(key)
+        return answer if answer is not None and answer.fits else None
+
+    def _room(self, gpus: int) -> int:
+        return self.gpu.memory_bytes - self.gpu.outside_bytes(gpus)
 
     def layouts(self, gpus: int) -> list[Answer]:
         """Return the layouts that can run on so many GPUs: those that fit first, least model parallelism first."""
-        answers = [answer for layout in layouts_for(gpus) if (answer := self.try_(gpus, layout.changes)) is not None]
+        answers = []
+        for layout in layouts_for(gpus):
+            with contextlib.suppress(ConfigError):
+                answers.append(self.ask(gpus, layout.changes))
         return sorted(answers, key=lambda a: (not a.fits, a.layout.model_parallel if a.fits else a.memory.peak_bytes))
+
+
+def _key(gpus: int, changes: Changes) -> _Question:
+    return gpus, frozenset((path, repr(value)) for path, value in changes.items())

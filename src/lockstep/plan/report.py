@@ -20,9 +20,9 @@ _MEANING: dict[Part, str] = {
     "weights": "what the model computes with",
     "gradients": "and the buffers they are summed in",
     "optimizer": "main weights and state",
-    "experts": "their weights, gradients and optimizer",
-    "activations": "kept for the backward pass, and their gradients",
-    "logits": "of the output layer, and their gradient",
+    "experts": "all of theirs",
+    "activations": "kept for backward, and their gradients",
+    "logits": "and their gradient",
     "workspace": "of cuBLAS and of the optimizer step",
 }
 

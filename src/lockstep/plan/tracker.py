@@ -40,15 +40,20 @@ class _Block:
     alive: Any = None
 
 
+class OverLimit(Exception):  # noqa: N818 - an answer, not a mistake
+    """More memory was asked for than there may be."""
+
+
 class MemoryTracker(TorchDispatchMode):
     """Counts, while it is entered, the memory of meta tensors by part, and what it was at its peak.
 
     New memory belongs to ``part``; `assign` moves a tensor to another. Values that the host reads are ones: a meta
-    tensor has none.
+    tensor has none. More than ``limit`` bytes raise `OverLimit`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int | None = None) -> None:
         super().__init__()
+        self._limit = limit
         self.part: Part = "activations"
         self.moment = ""
         self._blocks: dict[int, _Block] = {}
@@ -135,6 +140,8 @@ class MemoryTracker(TorchDispatchMode):
         self._total += size
         if self._total > self.peak_bytes:
             self._note_peak()
+            if self._limit is not None and self._total > self._limit:
+                raise OverLimit
 
     def _forget(self, key: int) -> None:
         block = self._blocks.pop(key)
