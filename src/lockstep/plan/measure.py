@@ -15,7 +15,6 @@ from lockstep.config import ConfigContainer
 from lockstep.models import GPTModel
 from lockstep.models.decoder import Head
 from lockstep.parallel import Mesh, parallelize
-from lockstep.parallel.dropout import LayoutDropoutStreams
 from lockstep.parallel.mesh import build_mesh
 from lockstep.plan.gpus import Gpu
 from lockstep.plan.standins import like_gpu
@@ -24,13 +23,12 @@ from lockstep.training.batches import build_batch_schedule, eval_batch_size
 from lockstep.training.feed import Batch
 from lockstep.training.optimizer import Optimizer, Update
 from lockstep.training.precision import params_dtype
-from lockstep.training.step import TrainStep, masked_loss
+from lockstep.training.setup import build_passes
+from lockstep.training.step import TrainStep
 
 _META = torch.device("meta")
 # Threads that multiply matrices, each with a workspace: that of the forward pass and that of the backward pass.
 _MULTIPLYING_THREADS = 2
-# The first micro-batch fills the buffers of gradients, the second adds to them, all others are like it.
-_UNLIKE_MICRO_BATCHES = 2
 
 
 @dataclass(frozen=True)
@@ -65,13 +63,14 @@ def measure(config: ConfigContainer, world_size: int, gpu: Gpu, limit: int | Non
     Raises:
         OverLimit: a process needs more than ``limit`` bytes, which spares measuring how much more.
     """
-    ranks = _unlike_ranks()
+    ranks = _unlike_ranks(config, world_size)
     return max((_measure_rank(config, world_size, rank, gpu, limit) for rank in ranks), key=lambda m: m.peak_bytes)
 
 
-def _unlike_ranks() -> list[int]:
-    """Return one rank of each kind. The first of each axis has the most where a split is uneven."""
-    return [0]
+def _unlike_ranks(config: ConfigContainer, world_size: int) -> list[int]:
+    """Return one rank of each pipeline stage: the first along all other axes has the most where a split is uneven."""
+    stages = config.model.pipeline_model_parallel_size
+    return [stage * world_size // stages for stage in range(stages)]
 
 
 def _measure_rank(config: ConfigContainer, world_size: int, rank: int, gpu: Gpu, limit: int | None) -> Memory:
@@ -82,7 +81,7 @@ def _measure_rank(config: ConfigContainer, world_size: int, rank: int, gpu: Gpu,
         run.set_up_state()
         tracker.reset_peak()
         resident = sum(tracker.present.values())
-        run.iterate(micro_batches=_UNLIKE_MICRO_BATCHES)
+        run.iterate()
         run.evaluate()
         highest = {part: tracker.highest[part] for part in PARTS}
         return Memory(rank, tracker.peak_parts, highest, tracker.peak_moment, run.parameters, resident)
@@ -94,9 +93,9 @@ def _processes(config: ConfigContainer, world_size: int, rank: int) -> Iterator[
     if world_size == 1:
         yield Mesh()
         return
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    dist.init_process_group("cpu:fake,meta:fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
-        yield build_mesh("cpu", config.model.tensor_model_parallel_size, config.model.sequence_parallel)
+        yield build_mesh(config.model, "cpu")
     finally:
         dist.destroy_process_group()
 
@@ -108,40 +107,47 @@ class _Run:
         self._config, self._tracker, self._mesh = config, tracker, mesh
         self._batches = build_batch_schedule(config, mesh.dp.size)
         with tracker.during("weights", "building the model"):
-            self._model = parallelize(GPTModel(config.model, dtype=params_dtype(config), device=_META), mesh)
+            self._model = GPTModel(config.model, dtype=params_dtype(config), device=_META)
+            spans = parallelize(self._model, mesh)
         self.parameters = sum(p.numel() for p in self._model.parameters())
         self._label_weights()
         self._model.head = _Head(self._model.head, tracker)
         with tracker.during("optimizer", "building the optimizer"):
             self._optimizer = _TrackedOptimizer(self._model, config, mesh, tracker)
-        assert config.model.num_attention_heads is not None, "a resolved tree has heads"
-        streams = LayoutDropoutStreams(config.rng.seed, torch.device("cpu"), mesh, config.model.num_attention_heads)
-        streams.device = _META  # the generators stay on the CPU: there are none for the meta device
+        self._passes = build_passes(config, self._model, spans, mesh, torch.device("cpu"))
+        assert self._passes.dropout is not None, "a run has random streams"
+        self._passes.dropout.device = _META  # the generators stay on the CPU: there are none for the meta device
         per_token = config.model.calculate_per_token_loss
-        self._step = TrainStep(self._model, self._optimizer, streams, per_token=per_token, dp=mesh.dp)
+        self._step = TrainStep(self._passes, self._optimizer, per_token=per_token, dp=mesh.dp)
 
     def set_up_state(self) -> None:
         """Take a step without gradients, which leaves the optimizer with its state."""
         self._optimizer.start_step()
         self._optimizer.step(1.0, 0.0)
 
-    def iterate(self, micro_batches: int) -> None:
-        """Take one step, on so many micro-batches at most of those that the device holds."""
+    def iterate(self) -> None:
+        """Take one step, on no more than the micro-batches that are unlike of those that the device holds."""
         micro, size = self._batches.micro_batch_size, self._batches.stages[-1][1] // self._mesh.dp.size
         with self._tracker.during("activations", "forward and backward pass"):
             whole = self._batch(size)
-            self._step(_first(whole, min(size, micro * micro_batches)), micro, lr=1.0, weight_decay=0.0)
+            self._step(_first(whole, self._unlike(size // micro) * micro), micro, lr=1.0, weight_decay=0.0)
 
     def evaluate(self) -> None:
-        """Run one forward pass of an evaluation."""
+        """Run one forward pass of an evaluation, or as many as fill a pipeline."""
         if self._config.validation.eval_iters == 0:
             return
         size, micro = eval_batch_size(self._config)
-        self._model.eval()
-        with self._tracker.during("activations", "evaluation"), torch.no_grad():
-            whole = self._batch(size // self._mesh.dp.size)
-            masked_loss(self._model, _first(whole, micro))
-        self._model.train()
+        size //= self._mesh.dp.size
+        with self._tracker.during("activations", "evaluation"):
+            whole = self._batch(size)
+            self._passes.evaluate(_first(whole, self._unlike(size // micro) * micro), micro)
+
+    def _unlike(self, micro_batches: int) -> int:
+        """Return after how many micro-batches all others are like those before them.
+
+        The first fills the buffers of gradients, the second adds to them; a pipeline fills, and empties.
+        """
+        return min(micro_batches, 2 * self._mesh.pp.size)
 
     def _label_weights(self) -> None:
         for name, param in self._model.named_parameters():
