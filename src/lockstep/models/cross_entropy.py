@@ -188,7 +188,7 @@ class _NativeLoss(torch.autograd.Function):
         hidden, weight, labels, log_sum = ctx.saved_tensors
         logits: Tensor = ctx.logits
         ctx.logits = None
-        index = torch.arange(ctx.height, device=labels.device)
+        index = torch.arange(min(ctx.height, labels.shape[0]), device=labels.device)
         for start in range(0, labels.shape[0], ctx.height):
             span = slice(start, start + ctx.height)
             gradient = logits[span].float().sub_(log_sum[span, None]).exp_()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from lockstep.config import ConfigContainer
 from lockstep.errors import ConfigError
-from lockstep.plan.layouts import Changes, layout_of, layouts_for
+from lockstep.plan.layouts import Changes, Layout, layout_of, layouts_for
 from lockstep.plan.planner import Answer, Planner
 
 _MOST_GPUS = 16  # times those that were asked for
@@ -45,7 +45,7 @@ def advise(planner: Planner, gpus: int) -> Advice | None:
                 return _advice(planner, gpus, _pruned(planner, gpus, tried, steps))
     times = 1
     while times <= _MOST_GPUS:
-        found = _other_layout(planner, gpus * times, steps, layout_of(asked, gpus).model_parallel)
+        found = _other_layout(planner, gpus * times, steps, layout_of(asked, gpus))
         if found is not None:
             return found
         times *= 2
@@ -73,13 +73,13 @@ def _steps(config: ConfigContainer, gpus: int) -> Iterator[_Step]:
         yield _Step("micro-batch", {"train.micro_batch_size": micro})
 
 
-def _other_layout(planner: Planner, gpus: int, steps: list[_Step], least: int) -> Advice | None:
+def _other_layout(planner: Planner, gpus: int, steps: list[_Step], asked: Layout) -> Advice | None:
     """Return the layout with least model parallelism that fits with all that spares memory, and what of it it needs."""
     sparing = {step.kind: step for step in steps if step.kind in ("recomputation", "micro-batch")}
-    for layout in layouts_for(gpus):
-        if layout.model_parallel < least:
+    for layout in layouts_for(gpus, asked):
+        if layout.model_parallel < asked.model_parallel:
             continue
-        taken = [_Step("layout", layout.changes), *sparing.values()]
+        taken = [_Step("layout", layout.changes(asked)), *sparing.values()]
         if _fits(planner, gpus, taken):
             return _advice(planner, gpus, _pruned(planner, gpus, taken, steps))
     return None

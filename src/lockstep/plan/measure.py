@@ -1,6 +1,7 @@
 """The memory of a training run on one of its GPUs, found by running its own code on the meta device."""
 
 import gc
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lockstep.config import ConfigContainer
+from lockstep.config.stages import stage_layers
 from lockstep.models import GPTModel
 from lockstep.models.decoder import Head
 from lockstep.parallel import Mesh, parallelize
@@ -68,9 +70,15 @@ def measure(config: ConfigContainer, world_size: int, gpu: Gpu, limit: int | Non
 
 
 def _unlike_ranks(config: ConfigContainer, world_size: int) -> list[int]:
-    """Return one rank of each pipeline stage: the first along all other axes has the most where a split is uneven."""
-    stages = config.model.pipeline_model_parallel_size
-    return [stage * world_size // stages for stage in range(stages)]
+    """Return the ranks of which one needs most: along all axes but that of the pipeline the first always does.
+
+    Earlier stages have more micro-batches in flight, and the first has the embedding: a later one counts where it has
+    more layers than all before it, and the last, which has the logits.
+    """
+    layers, stages = stage_layers(config.model), config.model.pipeline_model_parallel_size
+    held = [sum(map(len, layers[stage::stages])) for stage in range(stages)]
+    unlike = [stage for stage in range(stages) if stage in (0, stages - 1) or held[stage] > max(held[:stage])]
+    return [stage * world_size // stages for stage in unlike]
 
 
 def _measure_rank(config: ConfigContainer, world_size: int, rank: int, gpu: Gpu, limit: int | None) -> Memory:
@@ -93,11 +101,13 @@ def _processes(config: ConfigContainer, world_size: int, rank: int) -> Iterator[
     if world_size == 1:
         yield Mesh()
         return
-    dist.init_process_group("cpu:fake,meta:fake", store=FakeStore(), rank=rank, world_size=world_size)
+    hook = sys.excepthook  # which PyTorch replaces by one that names the rank
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
         yield build_mesh(config.model, "cpu")
     finally:
         dist.destroy_process_group()
+        sys.excepthook = hook
 
 
 class _Run:

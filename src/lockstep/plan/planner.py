@@ -13,6 +13,12 @@ from lockstep.plan.measure import Memory, measure
 from lockstep.plan.tracker import OverLimit
 from lockstep.training.setup import set_vocab_size
 
+_NOT_MEASURED = {
+    "model.context_parallel_size": 1,
+    "model.expert_model_parallel_size": 1,
+    "dist.use_torch_fsdp2": False,
+    "dist.use_megatron_fsdp": False,
+}
 _Question = tuple[int, frozenset[tuple[str, str]]]
 
 
@@ -54,16 +60,16 @@ class Planner:
         changed = self._config.copy()
         for path, value in (changes or {}).items():
             changed.set(path, value, Origin("derived", "lockstep plan"))
-        if resolve(changed, gpus).model.vocab_size is None:
-            self._find_vocabulary(gpus, changes)
-            return self.resolved(gpus, changes)
-        return resolve(changed, gpus)
-
-    def _find_vocabulary(self, gpus: int, changes: Changes | None) -> None:
-        resolved = resolve(self._config, gpus) if not changes else self.resolved(gpus)
+        resolved = resolve(changed, gpus)
+        for path, alone in _NOT_MEASURED.items():
+            if resolved.get(path) != alone:
+                raise ConfigError(f"{path} = {resolved.get(path)}: lockstep plan cannot measure this yet")
+        if resolved.model.vocab_size is not None:
+            return resolved
         with contextlib.redirect_stdout(io.StringIO()):  # what is said of the padding belongs to a run
             set_vocab_size(resolved, build_tokenizer(resolved.tokenizer).vocab_size)
         self._config.set("model.vocab_size", resolved.model.vocab_size, resolved.origin("model.vocab_size"))
+        return self.resolved(gpus, changes)  # whether the layout divides the vocabulary can be told only now
 
     def ask(self, gpus: int, changes: Changes | None = None) -> Answer:
         """Return what the configuration needs on so many GPUs.
@@ -95,10 +101,10 @@ class Planner:
 
     def layouts(self, gpus: int) -> list[Answer]:
         """Return the layouts that can run on so many GPUs: those that fit first, least model parallelism first."""
-        answers = []
-        for layout in layouts_for(gpus):
+        asked, answers = layout_of(self.resolved(gpus), gpus), []
+        for layout in layouts_for(gpus, asked):
             with contextlib.suppress(ConfigError):
-                answers.append(self.ask(gpus, layout.changes))
+                answers.append(self.ask(gpus, layout.changes(asked)))
         return sorted(answers, key=lambda a: (not a.fits, a.layout.model_parallel if a.fits else a.memory.peak_bytes))
 
 

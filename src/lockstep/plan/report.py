@@ -21,7 +21,7 @@ _MEANING: dict[Part, str] = {
     "gradients": "and the buffers they are summed in",
     "optimizer": "main weights and state",
     "experts": "all of theirs",
-    "activations": "kept for backward, and their gradients",
+    "activations": "kept for backward, gradients of them",
     "logits": "and their gradient",
     "workspace": "of cuBLAS and of the optimizer step",
 }
@@ -42,11 +42,12 @@ def words_for(door: str, config: ConfigContainer, changes: Changes) -> list[str]
 def print_plan(planner: Planner, gpus: int, asked: Answer, layouts: list[Answer], console: Console) -> None:
     """Print the parts of the asked layout, whether it fits, and the layouts."""
     memory, gpu = asked.memory, planner.gpu
-    parameters = f"{memory.parameters / 1e9:.2f} billion parameters on rank {memory.rank}, which needs most"
-    console.print(f"{asked.layout} on {gpus} x {gpu.name}: {parameters if gpus > 1 else parameters.split(' on ')[0]}")
-    table = Table("part", "", box=None, pad_edge=False)
-    for title in ("GiB at the peak", "GiB at most"):
-        table.add_column(title, justify="right")
+    whose = f" on rank {memory.rank}, which needs most" if gpus > 1 else ""
+    title = f"{asked.layout} on {gpus} x {gpu.name}: {memory.parameters / 1e9:.2f} billion parameters{whose}"
+    console.print(title, highlight=False, soft_wrap=True)
+    table = Table("GiB", "", box=None, pad_edge=False)
+    for heading in ("at the peak", "at most"):
+        table.add_column(heading, justify="right")
     for part, size in memory.parts.items():
         table.add_row(part, _MEANING[part], _gib(size), _gib(memory.highest[part]))
     table.add_row("peak", f"in the {memory.moment}", _gib(memory.peak_bytes), "", style="bold")
@@ -55,6 +56,7 @@ def print_plan(planner: Planner, gpus: int, asked: Answer, layouts: list[Answer]
     console.print(table)
     console.print(_verdict(asked), style="bold", highlight=False)
     if layouts:
+        console.print()
         console.print(_layout_table(asked, layouts))
 
 
@@ -64,9 +66,9 @@ def _verdict(asked: Answer) -> str:
 
 
 def _layout_table(asked: Answer, layouts: list[Answer]) -> Table:
-    table = Table("layout", box=None, pad_edge=False, title="layouts", title_justify="left")
-    for title in ("GiB at the peak", "of what a GPU has room for"):
-        table.add_column(title, justify="right")
+    table = Table("layout", box=None, pad_edge=False)
+    for heading in ("peak GiB", "of room"):
+        table.add_column(heading, justify="right")
     table.add_column("")
     for answer in layouts:
         share = answer.memory.peak_bytes / answer.room_bytes

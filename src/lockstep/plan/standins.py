@@ -13,12 +13,13 @@ from torch import Tensor
 def like_gpu() -> Iterator[None]:
     """Within it operations on meta tensors keep and allocate what a GPU's kernels do, and fused optimizers take them.
 
-    PyTorch has one RMSNorm kernel for GPUs and takes it apart elsewhere, and it offers fused optimizers on devices
-    that compute only.
+    PyTorch has one RMSNorm kernel for GPUs and takes it apart elsewhere; it offers fused optimizers on devices that
+    compute only, and has no process group that sends meta tensors from stage to stage.
     """
     with (
         patch("torch.nn.functional.rms_norm", _rms_norm),
         patch("torch.optim.optimizer._get_fused_kernels_supported_devices", lambda: ["meta"]),
+        patch("torch.distributed.batch_isend_irecv", lambda exchanges: []),
     ):
         yield
 

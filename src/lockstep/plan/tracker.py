@@ -40,8 +40,8 @@ class _Block:
     alive: Any = None
 
 
-class OverLimit(Exception):  # noqa: N818 - an answer, not a mistake
-    """More memory was asked for than there may be."""
+class OverLimit(BaseException):
+    """More memory was asked for than there may be. Not an ``Exception``: a pipeline's schedule would wrap that."""
 
 
 class MemoryTracker(TorchDispatchMode):
