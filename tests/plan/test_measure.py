@@ -118,9 +118,7 @@ def test_the_first_stage_of_a_pipeline_needs_most_unless_the_last_has_large_logi
 
 
 def test_in_flight_micro_batches_do_not_grow_with_the_batch() -> None:
-    few, many = (
-        total({**_PP, "train.micro_batch_size": 1, "train.global_batch_size": size}, 2) for size in (4, 16)
-    )
+    few, many = (total({**_PP, "train.micro_batch_size": 1, "train.global_batch_size": size}, 2) for size in (4, 16))
     assert many == pytest.approx(few, rel=0.01)
 
 
