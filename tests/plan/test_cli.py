@@ -53,9 +53,7 @@ def test_the_advice_of_either_door_fits_when_it_is_followed(
     assert main([*plan, memory, "--", *inner, *advice["words"]]) == 0
 
 
-def test_where_nothing_helps_it_says_so(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_where_nothing_helps_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("lockstep.plan.advice._MOST_GPUS", 1)
     assert main(["plan", "--gpu", "h100", "--gpu-memory", "0.7", "--no-layouts", "--", *BIG]) == DOES_NOT_FIT
     assert "no layout fits" in capsys.readouterr().out

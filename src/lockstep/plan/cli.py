@@ -53,6 +53,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     advice, change = None, []
     if not asked.fits:
         advice = advise(planner, gpus)
+        console.print()
         change = words_for(door, config, advice.changes) if advice is not None else []
         for line in advice_lines(advice, change, gpus):
             console.print(line, highlight=False, soft_wrap=True)
