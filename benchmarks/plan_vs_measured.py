@@ -58,6 +58,9 @@ _ONE_GPU = {
 _TWO_GPUS = {
     "Llama 1B, TP2+SP": f"{_1B} --micro-batch-size 4 --global-batch-size 8 --tensor-model-parallel-size 2 "
     "--sequence-parallel",
+    "Llama 1B, PP2": f"{_1B} --micro-batch-size 1 --global-batch-size 8 --pipeline-model-parallel-size 2",
+    "Llama 1B, PP2 interleaved": f"{_1B} --micro-batch-size 1 --global-batch-size 8 --pipeline-model-parallel-size 2 "
+    "--num-virtual-stages-per-pipeline-rank 2",
     "Llama 1B, DP2": f"{_1B} --micro-batch-size 2 --global-batch-size 8",
     "Llama 1B, sharded DP2": f"{_1B} --micro-batch-size 2 --global-batch-size 8 --use-distributed-optimizer",
     "GPT, dropout, TP2": f"{_GPT} --vocab-size 50257 --bf16 --tensor-model-parallel-size 2",
@@ -139,7 +142,7 @@ def compare(name: str, number: int, words: list[str], gpus: int, out: Path) -> d
         line |= plan(words, gpus)
         line["plan_seconds"] = round(time.monotonic() - started, 2)
         ranks = measure(out / f"{gpus}gpu-{number:02d}", words, gpus)
-    except (UserError, RuntimeError) as error:
+    except (UserError, RuntimeError, FileExistsError) as error:
         return line | {"failed": str(error)}
     line |= ranks[line["rank"]]
     line["highest_bytes"] = max(found["measured_bytes"] for found in ranks)
