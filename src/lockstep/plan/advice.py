@@ -54,7 +54,7 @@ def advise(planner: Planner, gpus: int) -> Advice | None:
 
 def _steps(config: ConfigContainer, gpus: int) -> Iterator[_Step]:
     layout, model = layout_of(config, gpus), config.model
-    if layout.dp > 1 and not layout.sharded_optimizer:
+    if layout.replicas > 1 and not layout.sharded_optimizer:
         yield _Step("sharded optimizer", {"ddp.use_distributed_optimizer": True})
     if layout.tp > 1 and not layout.sequence_parallel:
         yield _Step("sequence parallelism", {"model.sequence_parallel": True})
