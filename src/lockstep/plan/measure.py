@@ -122,7 +122,7 @@ class _Run:
         self.parameters = sum(p.numel() for p in self._model.parameters())
         self._label_weights()
         self._model.head = _Head(self._model.head, tracker)
-        with tracker.during("optimizer", "building the optimizer"):
+        with tracker.during("gradients", "building the optimizer"):  # its buffers: main weights are told apart
             self._optimizer = _TrackedOptimizer(self._model, config, mesh, tracker)
         self._passes = build_passes(config, self._model, spans, mesh, torch.device("cpu"))
         assert self._passes.dropout is not None, "a run has random streams"
@@ -211,9 +211,6 @@ class _TrackedOptimizer(Optimizer):
     def __init__(self, model: nn.Module, config: ConfigContainer, mesh: Mesh, tracker: MemoryTracker) -> None:
         super().__init__(model, config, mesh)
         self._tracker = tracker
-        for name, param in zip(self.weights.names, self.weights.model_params, strict=True):
-            if (buffer := self.weights.grad_buffer(param)) is not None:
-                tracker.assign(buffer, part_of(name, "gradients"))
         self._label()
 
     def step(self, lr: float, weight_decay: float, grad_factor: Tensor | None = None) -> Update:

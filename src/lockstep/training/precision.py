@@ -57,10 +57,6 @@ class MainWeights:
             self._filled.add(param)
         param.grad = None
 
-    def grad_buffer(self, param: nn.Parameter) -> torch.Tensor | None:
-        """Return the buffer that the gradients of one of the model's parameters are summed in, if it has one."""
-        return self._buffers.get(param)
-
     def start_step(self) -> None:
         """Forget the gradients of the step before."""
         self._filled.clear()
