@@ -34,7 +34,7 @@ def test_a_run_that_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     for answer in [plan["asked"], *plan["layouts"]]:
         assert answer["peak_bytes"] == sum(answer["parts"].values())
         assert all(answer["highest"][part] >= size for part, size in answer["parts"].items())
-    assert {answer["layout"]["name"] for answer in plan["layouts"]} == {"TP2+SP", "sharded DP2"}
+    assert {answer["layout"]["name"] for answer in plan["layouts"]} == {"TP2+SP", "sharded DP2", "sharded CP2"}
 
 
 @pytest.mark.parametrize("door", ["flags", "recipe"])

@@ -98,6 +98,14 @@ def test_activations_follow_the_layout() -> None:
     assert tensor.highest["logits"] < 0.6 * one.highest["logits"]
 
 
+def test_context_parallelism_halves_the_sequence() -> None:
+    one, two = memory_of({}), memory_of({"model.context_parallel_size": 2, **_SHARDED}, 2)
+    assert two.highest["logits"] == pytest.approx(one.highest["logits"] / 2, rel=0.2)
+    assert two.highest["activations"] < 0.6 * one.highest["activations"]
+    assert two.parts["weights"] == one.parts["weights"]
+    assert two.parts["optimizer"] == pytest.approx(one.parts["optimizer"] / 2, rel=0.02)
+
+
 def test_norms_keep_what_the_kernels_of_a_gpu_keep() -> None:
     """Taken apart into single operations, RMSNorm would keep several FP32 copies of its input."""
     rms, layer = (memory_of({"model.normalization": kind}).highest["activations"] for kind in ("RMSNorm", "LayerNorm"))
