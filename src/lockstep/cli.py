@@ -40,6 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     from lockstep.data.cli import register as register_data
     from lockstep.jobfile.cli import register as register_jobfile
     from lockstep.lab.cli import register as register_lab
+    from lockstep.plan.cli import register as register_plan
     from lockstep.record.cli import register as register_record
 
     parser = argparse.ArgumentParser(
@@ -54,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     register_record(subparsers)
     register_data(subparsers)
     register_jobfile(subparsers)
+    register_plan(subparsers)
     return parser
 
 

@@ -16,17 +16,33 @@ def check_command(words: Sequence[str], world_size: int) -> list[str]:
     Raises:
         UserError: no door is named, or the door refuses the arguments for ``world_size`` processes.
     """
+    _, config = read_command(words)
+    resolve(config, world_size=world_size)
+    program, *arguments = words
+    return [*words] if _script(program) else ["-m", "lockstep.cli", program, *arguments]
+
+
+def read_command(words: Sequence[str]) -> tuple[str, ConfigContainer]:
+    """Return the door of a training command, and the tree that it makes of the arguments, not yet resolved.
+
+    Raises:
+        UserError: no door is named, or the door does not understand the arguments.
+    """
     if not words:
         raise UserError("no training command; give it after --, such as: -- pretrain-gpt --num-layers 2 ...")
     program, arguments = words[0], list(words[1:])
-    script = _SCRIPTS.get(PurePosixPath(program).name)
-    if program not in _DOORS and script is None:
+    door = _script(program) or program
+    if door not in _DOORS:
         raise UserError(
             f"the training command begins with {program!r}; begin it with pretrain-gpt, train, or the path of "
             f"{' or '.join(_SCRIPTS)}.{nearest(program, _DOORS)}"
         )
-    resolve(_parse(script or program, arguments), world_size=world_size)
-    return [program, *arguments] if script else ["-m", "lockstep.cli", program, *arguments]
+    return door, _parse(door, arguments)
+
+
+def _script(program: str) -> str | None:
+    """Return the door of the script at a path."""
+    return _SCRIPTS.get(PurePosixPath(program).name)
 
 
 def _parse(door: str, arguments: Sequence[str]) -> ConfigContainer:

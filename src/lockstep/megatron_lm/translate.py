@@ -28,7 +28,7 @@ def flags_from_config(config: ConfigContainer) -> list[str]:
     for info, value, _ in config.items():
         if value == info.default or info.path in _SPECIAL:
             continue
-        words = _words(info, value)
+        words = words_of(info, value)
         if words is None:
             problems.append(f"{info.path} = {value} has no Megatron-LM flag")
         else:
@@ -44,7 +44,8 @@ def flags_from_config(config: ConfigContainer) -> list[str]:
     return flags
 
 
-def _words(info: FieldInfo, value: Any) -> list[str] | None:
+def words_of(info: FieldInfo, value: Any) -> list[str] | None:
+    """Return the flag that gives a field a value, and its words; None where there is none."""
     if info.path == "ddp.grad_reduce_in_fp32":
         return ["--accumulate-allreduce-grads-in-fp32"] if value else ["--grad-reduce-in-bf16"]
     if info.path == "dataset.mock" and value is False:

@@ -188,11 +188,11 @@ class _NativeLoss(torch.autograd.Function):
         hidden, weight, labels, log_sum = ctx.saved_tensors
         logits: Tensor = ctx.logits
         ctx.logits = None
-        index = torch.arange(labels.shape[0], device=labels.device)
-        for rows in index.split(ctx.height):
-            span = slice(int(rows[0]), int(rows[-1]) + 1)
+        index = torch.arange(min(ctx.height, labels.shape[0]), device=labels.device)
+        for start in range(0, labels.shape[0], ctx.height):
+            span = slice(start, start + ctx.height)
             gradient = logits[span].float().sub_(log_sum[span, None]).exp_()
             inside, position = _clamped(labels[span], weight.shape[0])
-            gradient[rows - rows[0], position] -= inside.float()
+            gradient[index[: len(gradient)], position] -= inside.float()
             logits[span] = gradient.mul_(grads[0][span, None])  # the gradient takes the place of the logits
         return logits @ weight, logits.t() @ hidden, None, None, None

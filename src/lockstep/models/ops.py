@@ -29,9 +29,9 @@ _HOPELESS_SPEEDUP = 0.05
 def matmul_mode(device: torch.device, dtype: torch.dtype) -> MatmulMode:
     """Return how products of `dtype` tensors are computed on `device`; measured once per process.
 
-    float32 and float64 are always native.
+    float32 and float64 are always native, and so is the meta device, which computes nothing and stands for a GPU.
     """
-    if dtype not in (torch.bfloat16, torch.float16):
+    if dtype not in (torch.bfloat16, torch.float16) or device.type == "meta":
         return "native"
     return _measured_mode(str(device), dtype)
 
