@@ -61,6 +61,21 @@ class Axis:
         _reduce_scatter(result.view(-1), tensor.reshape(-1), group=self.group)
         return result
 
+    def begin_sum(self, tensor: torch.Tensor) -> dist.Work | None:
+        """Start to add up a tensor over the axis, in place; None where there is nothing to wait for."""
+        return None if self.group is None else dist.all_reduce(tensor, group=self.group, async_op=True)
+
+    def begin_split_sum(self, tensor: torch.Tensor, part: torch.Tensor) -> dist.Work | None:
+        """Start to add up a tensor [size * n] over the axis; ``part`` [n], which may lie in it, gets this row."""
+        return None if self.group is None else _reduce_scatter(part, tensor, group=self.group, async_op=True)
+
+    def begin_stacked(self, part: torch.Tensor, whole: torch.Tensor) -> dist.Work | None:
+        """Start to put the parts [n] of all processes, in the order of their ranks, into ``whole`` [size * n]."""
+        if self.group is None:
+            whole.copy_(part)
+            return None
+        return _all_gather(whole, part, group=self.group, async_op=True)
+
 
 @dataclass(frozen=True)
 class Mesh:
