@@ -34,7 +34,7 @@ def _buckets(
     named: list[tuple[str, nn.Parameter]], size: int, *, overlap: bool = True, late: str = ""
 ) -> tuple[GradientBuckets, list[int]]:
     axis = _Watched()
-    reduction = Reduction(axis, size, overlap, lambda name: name == late)
+    reduction = Reduction(axis, size, overlap=overlap, late=lambda name: name == late)
     return GradientBuckets(named, torch.float32, reduction, sharded=False), axis.lengths
 
 
@@ -106,10 +106,16 @@ def test_the_parts_of_all_processes_cover_each_parameter_once() -> None:
     params = [param for _, param in _params(4, 2, 5)]
     found: dict[nn.Parameter, list[int]] = {param: [] for param in params}
     for rank in range(3):
-        for param, (begin, end), place in Bucket(params, torch.float32, Axis(3, rank), late=False).pieces():
+        for param, (begin, end), place in Bucket(params, torch.float32, Reduction(Axis(3, rank))).pieces():
             found[param] += range(begin, end)
             assert place.stop - place.start == end - begin
     assert [found[param] for param in params] == [list(range(len(param))) for param in params]
+
+
+def test_parts_are_filled_up() -> None:
+    bucket = Bucket([param for _, param in _params(4, 2, 5)], torch.float32, Reduction(Axis(2, 0), multiple=16))
+    assert bucket.length == 32
+    assert [len(view) for view in bucket.views(bucket.grads)] == [4, 2, 5]
 
 
 def test_the_size_of_a_bucket() -> None:

@@ -26,6 +26,7 @@ def problems(config: ConfigContainer, world_size: int = 1) -> list[str]:
         _precision,
         _data,
         _checkpoint,
+        _communication,
     ):
         found.extend(check(config))
     found.extend(_profiling(config, world_size))
@@ -50,8 +51,6 @@ def _layout(c: ConfigContainer, world_size: int) -> Iterator[str]:
     yield from _tensor_parallel(c)
     yield from _context_parallel(c)
     yield from _pipeline(c)
-    if world_size > 1:
-        yield from _alone(c)
     if world_size % processes == 0:
         yield from _shares(c, world_size // processes)
 
@@ -119,19 +118,20 @@ def _pipeline(c: ConfigContainer) -> Iterator[str]:
             yield f"{_name(c, 'model.num_layers')} = {m.num_layers}, {name} = {m.pipeline_model_parallel_size}: {error}"
 
 
-# What changes nothing in a run of one process and is not supported in one of several.
-_ALONE = (
-    "train.decrease_batch_size_if_needed",
-    "train.check_weight_hash_across_dp_replicas_interval",
-    "rng.data_parallel_random_init",
-    "dist.distributed_timeout_seconds_after_init",
-)
-
-
-def _alone(c: ConfigContainer) -> Iterator[str]:
-    for path in _ALONE:
-        if c.get(path):
-            yield f"{_name(c, path)} is supported with one process only for now; drop it, or start one"
+def _communication(c: ConfigContainer) -> Iterator[str]:
+    d, gather = c.ddp, _name(c, "ddp.overlap_param_gather")
+    if d.overlap_param_gather and not d.use_distributed_optimizer:
+        yield f"{gather} needs ddp.use_distributed_optimizer (--use-distributed-optimizer); add that or drop it"
+    if d.overlap_param_gather and not d.overlap_grad_reduce:
+        yield f"{gather} needs ddp.overlap_grad_reduce (--overlap-grad-reduce); add that or drop it"
+    if d.num_buckets is not None and d.bucket_size is not None:
+        yield "ddp.num_buckets (--ddp-num-buckets) and ddp.bucket_size (--ddp-bucket-size) exclude each other; drop one"
+    group, stages = c.model.microbatch_group_size_per_vp_stage, c.model.pipeline_model_parallel_size
+    if group is not None and group != stages:
+        yield (
+            f"{_name(c, 'model.microbatch_group_size_per_vp_stage')} = {group}: a virtual stage takes as many "
+            f"micro-batches in a row as there are pipeline stages; give {stages}, or drop it"
+        )
 
 
 def _shares(c: ConfigContainer, dp: int) -> Iterator[str]:
@@ -210,6 +210,11 @@ _POSITIVE = (
     "train.train_iters",
     "train.train_samples",
     "train.exit_interval",
+    "train.check_weight_hash_across_dp_replicas_interval",
+    "ddp.bucket_size",
+    "ddp.num_buckets",
+    "dist.distributed_timeout_minutes",
+    "dist.distributed_timeout_seconds_after_init",
     "checkpoint.save_interval",
     "checkpoint.save_retain_interval",
     "checkpoint.ckpt_step",

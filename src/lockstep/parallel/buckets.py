@@ -18,6 +18,7 @@ class Reduction:
     Attributes:
         axis: the processes that have the same weights.
         bucket_size: elements after which a bucket is full; parameters are never cut.
+        multiple: each process's part of a bucket is filled up to a multiple of so many elements.
         overlap: start a bucket as soon as its gradients are there, while backward passes go on.
         late: tells by the name of a parameter whether something must be added to its gradients after the last backward
             pass and before the reduction.
@@ -25,6 +26,7 @@ class Reduction:
 
     axis: Axis = field(default_factory=Axis)
     bucket_size: int = 40_000_000
+    multiple: int = 1
     overlap: bool = False
     late: Callable[[str], bool] = lambda name: False
 
@@ -40,17 +42,20 @@ def bucket_size(config: ConfigContainer, elements: int, processes: int) -> int:
 
 
 class Bucket:
-    """Some parameters, end to end and filled up with zeros to a length that the processes of an axis divide.
+    """Some parameters, end to end and filled up with zeros to equal parts, one for each process of an axis.
 
     ``grads`` is laid out so. Each process has one row of such a tensor, its part.
     """
 
-    def __init__(self, params: Sequence[nn.Parameter], dtype: torch.dtype, axis: Axis, late: bool) -> None:
+    def __init__(
+        self, params: Sequence[nn.Parameter], dtype: torch.dtype, reduction: Reduction, late: bool = False
+    ) -> None:
         self.params = list(params)
-        self.axis = axis
+        self.axis = reduction.axis
         self.late = late
         self._sizes = [p.numel() for p in self.params]
-        self.length = -(-sum(self._sizes) // axis.size) * axis.size
+        unit = self.axis.size * reduction.multiple
+        self.length = -(-sum(self._sizes) // unit) * unit
         self.grads = torch.zeros(self.length, dtype=dtype, device=self.params[0].device)
         self._work: dist.Work | None = None
         self.missing = 0
@@ -106,7 +111,7 @@ class GradientBuckets:
         for late in (False, True):
             params = [p for name, p in reversed(named) if reduction.late(name) is late]
             for run in _runs(params, reduction.bucket_size):
-                self.buckets.append(Bucket(run, dtype, reduction.axis, late))
+                self.buckets.append(Bucket(run, dtype, reduction, late))
         self._of = {p: bucket for bucket in self.buckets for p in bucket.params}
         views = {p: v for b in self.buckets for p, v in zip(b.params, b.views(b.grads), strict=True)}
         self._views = {p: views[p] for _, p in named}

@@ -140,6 +140,7 @@ def build_main_weights(model: nn.Module, config: ConfigContainer, mesh: Mesh) ->
     reduction = Reduction(
         axis=mesh.replicas,
         bucket_size=bucket_size(config, elements, mesh.replicas.size),
+        multiple=2**16 if config.ddp.pad_buckets_for_high_nccl_busbw else 1,
         overlap=config.ddp.overlap_grad_reduce,
         late=partial(is_shared, config=config.model, mesh=mesh),
     )
