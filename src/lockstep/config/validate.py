@@ -60,7 +60,8 @@ def _tensor_parallel(c: ConfigContainer) -> Iterator[str]:
     name = _name(c, "model.tensor_model_parallel_size")
     for path in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
         value = getattr(m, path)
-        if value and value % size:
+        # What follows from the heads is no second problem.
+        if value and value % size and not (path == "num_query_groups" and value == m.num_attention_heads):
             yield f"{_name(c, f'model.{path}')} = {value} is not divisible by {name} = {size}; change one of them"
     if m.vocab_size and m.vocab_size < size:
         yield f"{_name(c, 'model.vocab_size')} = {m.vocab_size} is below {name} = {size}; lower that"
@@ -120,10 +121,10 @@ def _pipeline(c: ConfigContainer) -> Iterator[str]:
 
 def _communication(c: ConfigContainer) -> Iterator[str]:
     d, gather = c.ddp, _name(c, "ddp.overlap_param_gather")
-    if d.overlap_param_gather and not d.use_distributed_optimizer:
-        yield f"{gather} needs ddp.use_distributed_optimizer (--use-distributed-optimizer); add that or drop it"
-    if d.overlap_param_gather and not d.overlap_grad_reduce:
-        yield f"{gather} needs ddp.overlap_grad_reduce (--overlap-grad-reduce); add that or drop it"
+    needed = ("ddp.use_distributed_optimizer", "ddp.overlap_grad_reduce")
+    missing = " and ".join(_name(c, path) for path in needed if not c.get(path))
+    if d.overlap_param_gather and missing:
+        yield f"{gather} needs {missing}; add that or drop it"
     if d.num_buckets is not None and d.bucket_size is not None:
         yield "ddp.num_buckets (--ddp-num-buckets) and ddp.bucket_size (--ddp-bucket-size) exclude each other; drop one"
     group, stages = c.model.microbatch_group_size_per_vp_stage, c.model.pipeline_model_parallel_size

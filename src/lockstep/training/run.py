@@ -105,6 +105,9 @@ def _start_record(
     else:
         facts["resumed_from"] = source.as_fact() | {"finetune": config.checkpoint.finetune}
     say(f"device: {device} ({machine['name']})")
+    split = config.origin("model.sequence_parallel")
+    if split.kind == "derived":
+        say(f"sequence parallelism is off: {split.detail}")
     writer.start(
         **facts,
         code=code_version(),
