@@ -9,7 +9,10 @@ from torch import nn
 
 from lockstep.config import ConfigContainer
 from lockstep.parallel.buckets import Bucket, GradientBuckets, Reduction, bucket_size
-from lockstep.parallel.mesh import Axis
+from lockstep.parallel.mesh import Axis, Mesh
+from lockstep.parallel.placement import Placement
+from lockstep.training.checkpoint_state import model_tensors
+from lockstep.training.setup import build_parallel_model
 from lockstep.training.sharded import ShardedMainWeights, _Weights
 from tests.parallel import sweep
 from tests.parallel.spawn import on_processes
@@ -126,6 +129,16 @@ def test_the_size_of_a_bucket() -> None:
     assert bucket_size(config, 10**9, 64) == 1000
     config.ddp.bucket_size, config.ddp.num_buckets = None, 7
     assert bucket_size(config, 700, 64) == 100
+
+
+def test_a_checkpoint_waits_for_weights_under_way() -> None:
+    config = sweep.configure({}, 1)
+    model, _, _ = build_parallel_model(config, Mesh(), torch.device("cpu"), torch.float32)
+    waited: list[bool] = []
+    model.register_state_dict_pre_hook(lambda *_: waited.append(True))
+    tensors = model_tensors(model, Placement(config.model, Mesh()))
+    assert waited == [True]
+    assert len(tensors) == len(list(model.parameters()))
 
 
 _BUCKETS = {"ddp.bucket_size": 5000}
