@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from lockstep.cli import main
-from lockstep.errors import ConfigError, UserError
-from lockstep.guard import CLOSED_PIPE, INTERRUPTED, USER_ERROR, run
+from lockstep.errors import CommonError, ConfigError, UserError
+from lockstep.guard import CLOSED_PIPE, INTERRUPTED, PATIENCE_SECONDS, USER_ERROR, run
 from tests.commands import FLAGS, RECIPE, TINY
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,11 +75,19 @@ def test_only_one_process_tells_of_a_mistake_that_all_find(
     def fail(kind: type[UserError]) -> int:
         raise kind("what is wrong")
 
-    monkeypatch.setenv("RANK", "1")
-    assert run(lambda: fail(ConfigError)) == USER_ERROR
-    assert capsys.readouterr().err == ""
-    assert run(lambda: fail(UserError)) == USER_ERROR
-    assert capsys.readouterr().err == "error: what is wrong\n"
+    slept: list[float] = []
+    monkeypatch.setattr("time.sleep", slept.append)
+    said = "error: what is wrong\n"
+    for rank, kind, err, waits in (
+        ("0", ConfigError, said, []),
+        ("1", ConfigError, "", [PATIENCE_SECONDS]),  # a launcher kills the others when it ends
+        ("1", CommonError, "", [PATIENCE_SECONDS]),
+        ("1", UserError, said, []),
+    ):
+        monkeypatch.setenv("RANK", rank)
+        slept.clear()
+        assert run(lambda kind=kind: fail(kind)) == USER_ERROR  # type: ignore[misc]
+        assert (capsys.readouterr().err, slept) == (err, waits)
 
 
 def test_a_closed_pipe_ends_quietly() -> None:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Callable
 
 from lockstep.errors import CommonError, ConfigError, UserError
@@ -9,6 +10,7 @@ from lockstep.errors import CommonError, ConfigError, UserError
 USER_ERROR = 2
 INTERRUPTED = 130
 CLOSED_PIPE = 141
+PATIENCE_SECONDS = 10
 
 
 def run(job: Callable[[], int]) -> int:
@@ -19,6 +21,9 @@ def run(job: Callable[[], int]) -> int:
         # Under a launcher every process finds the same mistake in the configuration: one of them says it.
         if not isinstance(error, ConfigError | CommonError) or os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
+        else:
+            # A launcher ends all processes when the first one ends: that must be the one with something to say.
+            time.sleep(PATIENCE_SECONDS)
         return USER_ERROR
     except BrokenPipeError:
         # Whoever read the output has seen enough. What is still buffered has nowhere to go when the interpreter exits.

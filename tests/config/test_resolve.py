@@ -191,13 +191,34 @@ def test_a_long_warmup_of_a_longer_schedule_is_fine() -> None:
             "--seq-length = 7 is not divisible by --tensor-model-parallel-size = 2",
         ),
         (4, ["--global-batch-size", "4"], "micro-batch size 2 times 4 data-parallel processes; use a multiple of 8"),
-        (2, ["--data-parallel-random-init"], "--data-parallel-random-init is supported with one process only"),
+        (2, ["--overlap-param-gather"], "needs ddp.use_distributed_optimizer (--use-distributed-optimizer) and ddp."),
+        (2, ["--overlap-param-gather", "--overlap-grad-reduce"], "--overlap-param-gather needs ddp.use_distributed_"),
+        (2, ["--ddp-num-buckets", "2", "--ddp-bucket-size", "9"], "exclude each other"),
+        (2, ["--ddp-bucket-size", "0"], "--ddp-bucket-size = 0: give a value above 0"),
+        (2, ["--tp-comm-overlap"], "--tp-comm-overlap = true: PyTorch overlaps tensor-parallel communication only"),
+        (2, ["--decrease-batch-size-if-needed"], "cannot share out is an error"),
+        (1, ["--microbatch-group-size-per-virtual-pipeline-stage", "5"], "give 1, or drop it"),
     ],
 )
 def test_a_layout_that_cannot_be_is_one_short_error(processes: int, flags: list[str], part: str) -> None:
     with pytest.raises(ConfigError) as caught:
         resolve(tiny(*flags), world_size=processes)
     assert part in str(caught.value)
+    assert len(caught.value.problems) == 1
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--overlap-grad-reduce --ddp-num-buckets 10 --ddp-average-in-collective --ddp-pad-buckets-for-high-nccl-busbw",
+        "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --no-align-grad-reduce",
+        "--use-tp-pp-dp-mapping --distributed-timeout-minutes 60 --distributed-timeout-seconds-after-init 120",
+        "--check-weight-hash-across-dp-replicas-interval 10 --disable-gloo-process-groups --data-parallel-random-init",
+        "--overlap-p2p-communication-warmup-flush --no-use-layer-wise-param-layout --distributed-backend nccl",
+    ],
+)
+def test_what_launch_scripts_give_is_taken(flags: str) -> None:
+    resolve(tiny(*flags.split()), world_size=2)
 
 
 def test_the_batch_follows_the_data_parallel_size() -> None:

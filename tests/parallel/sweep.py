@@ -21,7 +21,6 @@ from lockstep.parallel.plan import shard_of
 from lockstep.training.feed import Batch
 from lockstep.training.optimizer import Optimizer
 from lockstep.training.setup import build_parallel_model, build_passes
-from lockstep.training.sharded import ShardedMainWeights
 from lockstep.training.step import TrainStep
 from tests.parallel.spawn import on_processes
 
@@ -83,6 +82,8 @@ def _context(size: int) -> dict[str, Any]:
 
 _UNEVEN = {"model.num_layers_in_first_pipeline_stage": 1}
 _SHARDED = {"ddp.use_distributed_optimizer": True}
+_OVERLAP = {"ddp.overlap_grad_reduce": True, "ddp.bucket_size": 5000}
+_OVERLAP_BOTH = {**_SHARDED, **_OVERLAP, "ddp.overlap_param_gather": True}
 _SELECTIVE = {
     "model.recompute_granularity": "selective",
     "model.recompute_modules": ["core_attn", "layernorm", "mlp"],
@@ -125,6 +126,8 @@ CASES: tuple[Case, ...] = (
     Case("PP2 x sharded DP2", 4, {**_pipeline(2), **_SHARDED}),
     Case("PP2 interleaved x TP2+SP", 4, {**_pipeline(2, 2), **_tensor(2, True)}),
     Case("PP2 x TP2", 4, {**_pipeline(2), **_tensor(2)}),
+    Case("DP2, overlap", 2, _OVERLAP),
+    Case("sharded DP2, overlap", 2, _OVERLAP_BOTH),
 )
 KINDS: dict[str, dict[str, Any]] = {"GPT": {}, "Llama-like": _LLAMA}
 
@@ -203,18 +206,24 @@ def play(
         if number == 0:
             # Clipping has scaled them; the norm brings back their size.
             factor = max(1.0, (norms[0] + 1e-6) / config.optimizer.clip_grad)
-            grads = logical({name: grad * factor for name, grad in _grads(optimizer)}, config, mesh)
-    weights = logical({name: p.detach() for name, p in model.named_parameters()}, config, mesh)
+            grads = logical({name: grad * factor for name, grad in _grads(optimizer, mesh).items()}, config, mesh)
+    weights = logical(model.state_dict(), config, mesh)
     return Outcome(grads, norms, weights)
 
 
-def _grads(optimizer: Optimizer) -> list[tuple[str, torch.Tensor]]:
+def _grads(optimizer: Optimizer, mesh: Mesh) -> dict[str, torch.Tensor]:
+    """Return the gradient of every parameter that this process has, put together from the pieces of all."""
     weights = optimizer.weights
-    if isinstance(weights, ShardedMainWeights):
-        found = weights.gathered(weights.part_grad, weights.part_grad.dtype)
-    else:
-        found = [p.grad for p in weights.main_params if p.grad is not None]
-    return list(zip(weights.names, found, strict=True))
+    grads = [p.grad for p in weights.main_params if p.grad is not None]
+    if not weights.sharded:
+        return dict(zip(weights.main_names, grads, strict=True))
+    found = {name: torch.zeros_like(p).flatten() for name, p in zip(weights.names, weights.model_params, strict=True)}
+    pieces: list[Any] = [None] * mesh.replicas.size
+    own = list(zip(weights.main_names, weights.main_spans, grads, strict=True))
+    dist.all_gather_object(pieces, own, group=mesh.replicas.group)
+    for name, span, grad in (piece for part in pieces for piece in part):
+        found[name][slice(*span)] = grad
+    return {name: found[name].view_as(p) for name, p in zip(weights.names, weights.model_params, strict=True)}
 
 
 def logical(tensors: dict[str, torch.Tensor], config: ConfigContainer, mesh: Mesh) -> dict[str, torch.Tensor]:

@@ -38,15 +38,6 @@ class _CountedTwice(Gradients):
         return super().norm(tensors)
 
 
-class _WrongDivisor(Gradients):
-    """Divides by all processes where it should by the data-parallel ones."""
-
-    def reduce_(self, grads: Any, dtype: torch.dtype | None = None) -> None:
-        super().reduce_(grads, dtype)
-        for grad in grads:
-            grad.mul_(self._mesh.dp.size / self._mesh.world.size)
-
-
 def _replaced(kind: type[Gradients]) -> Callable[..., None]:
     def sabotage(model: Any, step: Any, optimizer: Any) -> None:
         good = optimizer._gradients
@@ -55,8 +46,16 @@ def _replaced(kind: type[Gradients]) -> Callable[..., None]:
     return sabotage
 
 
+def _divided_by_the_wrong_group(model: Any, step: Any, optimizer: Any) -> None:
+    """Divide by all processes where it should by the data-parallel ones."""
+    weights, mesh = optimizer.weights, optimizer._gradients._mesh
+    good = weights.hand_over
+    weights.hand_over = lambda: [grad.mul_(mesh.dp.size / mesh.world.size) for grad in good()]
+
+
 def _no_data_parallel_sum(model: Any, step: Any, optimizer: Any) -> None:
-    optimizer._gradients._mesh = dataclasses.replace(optimizer._gradients._mesh, replicas=Axis())
+    for bucket in optimizer.weights._gradients.buckets:
+        bucket.axis = Axis()
 
 
 def _no_context_parallel_sum(model: Any, step: Any, optimizer: Any) -> None:
@@ -101,7 +100,7 @@ def _twice(batch: Batch, micro: int, dp: Axis) -> Batch:
 _FAULTS: dict[str, dict[str, Any]] = {
     "missing all-reduce over tensor parallel": {"sabotage": _replaced(_NoPartial)},
     "missing all-reduce over data parallel": {"sabotage": _no_data_parallel_sum},
-    "divisor by the wrong group": {"sabotage": _replaced(_WrongDivisor)},
+    "divisor by the wrong group": {"sabotage": _divided_by_the_wrong_group},
     "counted twice in the norm": {"sabotage": _replaced(_CountedTwice)},
     "duplicated micro-batch": {"feed": _twice},
 }

@@ -38,7 +38,7 @@ def _optimizer(configure, model, **changes):
 
 def _set_grads(model, value: float) -> None:
     for param in model.parameters():
-        param.grad = torch.full_like(param, value)
+        param.backward(torch.full_like(param, value))
 
 
 def test_one_adam_step_by_hand(configure, tiny_model) -> None:
@@ -98,8 +98,9 @@ def test_zeros_are_counted_where_asked_for(configure, tiny_model) -> None:
     model = tiny_model()
     optimizer = _optimizer(configure, model, logger__log_num_zeros_in_grad=True)
     optimizer.start_step()
-    _set_grads(model, 1.0)
-    model.output.bias.grad = torch.tensor([0.0, -0.0] + [1.0] * 9)
+    for param in (model.embedding, model.output.weight):
+        param.backward(torch.ones_like(param))
+    model.output.bias.backward(torch.tensor([0.0, -0.0] + [1.0] * 9))
     assert optimizer.step(0.0, 0.0).num_zeros == 2
 
 
@@ -110,7 +111,7 @@ def test_overflow_skips_the_update_and_lowers_the_scale(configure, tiny_model) -
     optimizer = _optimizer(configure, model, **changes, mixed_precision__initial_loss_scale=1024.0)
     optimizer.start_step()
     _set_grads(model, 1.0)
-    model.output.bias.grad[3] = math.inf
+    model.output.bias.backward(torch.tensor([0.0] * 3 + [math.inf] + [0.0] * 7, dtype=torch.float16))
     update = optimizer.step(lr=0.1, weight_decay=0.1)
     assert (update.skipped, update.grad_norm, update.num_zeros) == (True, None, None)
     assert torch.equal(model.embedding, before)

@@ -28,7 +28,7 @@ def test_low_precision_gradients_are_summed_in_fp32(tiny_model) -> None:
         _backward(model, 1.0)
         _backward(model, 2.0**-12)
         assert model.embedding.grad is None
-        grads = dict(zip(weights.names, weights.collect_grads(), strict=True))
+        grads = dict(zip(weights.names, weights.hand_over(), strict=True))
         assert grads["embedding"].dtype == torch.float32
         assert grads["embedding"].eq(1.0 + 2.0**-12).all()  # bfloat16 would have lost the second term
         assert grads["output.weight"].eq(0).all()
@@ -40,7 +40,7 @@ def test_low_precision_sums_when_asked_for(tiny_model) -> None:
     weights.start_step()
     _backward(model, 1.0)
     _backward(model, 2.0**-12)
-    grads = dict(zip(weights.names, weights.collect_grads(), strict=True))
+    grads = dict(zip(weights.names, weights.hand_over(), strict=True))
     assert grads["embedding"].dtype == torch.float32
     assert grads["embedding"].eq(1.0).all()
 

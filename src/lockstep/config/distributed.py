@@ -6,6 +6,12 @@ from typing import ClassVar, Literal
 from lockstep.config.fields import opt
 from lockstep.config.section import Section
 
+_RECORDER = (
+    "PyTorch's flight recorder is set up in the environment: TORCH_FR_BUFFER_SIZE, TORCH_FR_DUMP_TEMP_FILE, "
+    "TORCH_NCCL_DUMP_ON_TIMEOUT"
+)
+_SYMMETRIC = "PyTorch overlaps tensor-parallel communication only in compiled code with symmetric memory"
+
 
 @dataclass(kw_only=True)
 class DDPConfig(Section):
@@ -14,7 +20,9 @@ class DDPConfig(Section):
     section_name: ClassVar[str] = "ddp"
 
     check_for_large_grads: bool = opt(
-        False, "--check-for-large-grads", refused="this training option is not supported yet"
+        False,
+        "--check-for-large-grads",
+        refused="gradients are checked by their norm, on the record of every iteration; only finite ones go on",
     )
     grad_reduce_in_fp32: bool | None = opt(
         None,
@@ -24,36 +32,39 @@ class DDPConfig(Section):
     overlap_grad_reduce: bool = opt(
         False,
         "--overlap-grad-reduce",
-        holds="Lockstep reduces all gradients at once after the last backward pass; when does not change the sums",
+        help="Reduce the gradients of a bucket as soon as they are there, while backward passes go on.",
         effect="speed",
     )
     num_buckets: int | None = opt(
         None,
         "--ddp-num-buckets",
-        holds="Lockstep reduces all gradients at once after the last backward pass; when does not change the sums",
+        help="Set the bucket size so that about as many buckets hold all gradients of a process.",
         effect="speed",
     )
     bucket_size: int | None = opt(
         None,
         "--ddp-bucket-size",
-        holds="Lockstep reduces all gradients at once after the last backward pass; when does not change the sums",
+        help="Gradient elements after which a bucket is full, and reduced alone; unset, 40 million, or 1 million for "
+        "each process with the same weights where these are more.",
         effect="speed",
     )
     pad_buckets_for_high_nccl_busbw: bool = opt(
         False,
         "--ddp-pad-buckets-for-high-nccl-busbw",
-        holds="Lockstep reduces all gradients at once after the last backward pass; when does not change the sums",
+        help="Fill each process's part of a bucket up to a multiple of 65536 elements.",
         effect="speed",
     )
     reduce_scatter_with_fp32_accumulation: bool = opt(
         False,
         "--ddp-reduce-scatter-with-fp32-accumulation",
-        refused="this option of data parallelism is not supported yet",
+        refused="gradients are added up in the format they are kept in; keep them in FP32 with "
+        "ddp.grad_reduce_in_fp32=true (--accumulate-allreduce-grads-in-fp32)",
     )
     param_name_patterns_for_fp32_local_accumulation: list[str] = opt(
         [],
         "--ddp-param-name-patterns-for-fp32-local-accumulation",
-        refused="this option of data parallelism is not supported yet",
+        refused="all gradients are kept in one format; keep them in FP32 with "
+        "ddp.grad_reduce_in_fp32=true (--accumulate-allreduce-grads-in-fp32)",
     )
     average_in_collective: bool = opt(
         False,
@@ -64,14 +75,14 @@ class DDPConfig(Section):
     overlap_param_gather: bool = opt(
         False,
         "--overlap-param-gather",
-        holds="updated weights are gathered at once after the update; when does not change them",
+        help="Send updated weights while the next forward pass begins; each layer waits for its own.",
         effect="speed",
     )
     align_param_gather: bool = opt(
         True,
         "--no-align-param-gather",
         negated=True,
-        holds="updated weights are gathered at once after the update; when does not change them",
+        holds="every pipeline stage sends its weights when it has updated them; when does not change them",
         effect="speed",
     )
     use_distributed_optimizer: bool = opt(
@@ -80,12 +91,20 @@ class DDPConfig(Section):
         help="Share main weights and optimizer state out to the data-parallel processes.",
         effect="speed",
     )
-    nccl_ub: bool = opt(False, "--use-nccl-ub", refused="this option of data parallelism is not supported yet")
+    nccl_ub: bool = opt(
+        False, "--use-nccl-ub", refused="PyTorch registers no user buffers with NCCL here", effect="speed"
+    )
     disable_symmetric_registration: bool = opt(
-        False, "--disable-symmetric-registration", refused="this option of data parallelism is not supported yet"
+        False,
+        "--disable-symmetric-registration",
+        holds="no user buffers are registered with NCCL, so none symmetrically",
+        effect="speed",
     )
     create_all_gather_group: bool = opt(
-        False, "--create-all-gather-group", refused="this option of data parallelism is not supported yet"
+        False,
+        "--create-all-gather-group",
+        refused="weights and gradients travel in one group of processes",
+        effect="speed",
     )
     data_parallel_sharding_strategy: Literal["no_shard", "optim", "optim_grads", "optim_grads_params"] = opt(
         "optim_grads_params",
@@ -150,12 +169,15 @@ class DistributedConfig(Section):
         "--no-align-grad-reduce",
         "--disable-align-grad-reduce",
         negated=True,
-        holds="there is no pipeline parallelism yet, so all stages reduce at once",
+        holds="every pipeline stage reduces gradients when it has them; when does not change the sums",
         effect="speed",
     )
     local_rank: int = opt(0, "--local-rank", holds="the launcher sets LOCAL_RANK", effect="speed")
     lazy_mpu_init: bool = opt(
-        False, "--lazy-mpu-init", refused="this process-group option is not supported yet", effect="speed"
+        False,
+        "--lazy-mpu-init",
+        refused="process groups are made when a run starts; another program cannot make them later",
+        effect="speed",
     )
     use_megatron_fsdp: bool = opt(
         False, "--use-megatron-fsdp", refused="sharded data parallelism is not supported yet", effect="speed"
@@ -166,7 +188,7 @@ class DistributedConfig(Section):
     use_tp_pp_dp_mapping: bool = opt(
         False,
         "--use-tp-pp-dp-mapping",
-        holds="without pipeline parallelism both orders of ranks are the same",
+        help="Number processes along the pipeline before data parallel, so that stages are next to each other.",
         effect="speed",
     )
     use_gloo_process_groups: bool = opt(
@@ -177,27 +199,31 @@ class DistributedConfig(Section):
         effect="speed",
     )
     use_sharp: bool = opt(
-        False, "--use-sharp", refused="this process-group option is not supported yet", effect="speed"
+        False, "--use-sharp", refused="reductions inside the network (SHARP) are not set up", effect="speed"
     )
     sharp_enabled_group: Literal["dp", "dp_replica"] | None = opt(
-        None, "--sharp-enabled-group", refused="this process-group option is not supported yet", effect="speed"
+        None,
+        "--sharp-enabled-group",
+        refused="reductions inside the network (SHARP) are not set up",
+        effect="speed",
     )
     high_priority_stream_groups: list[str] = opt(
-        [], "--high-priority-stream-groups", refused="this process-group option is not supported yet", effect="speed"
+        [],
+        "--high-priority-stream-groups",
+        refused="all process groups communicate on streams of one priority",
+        effect="speed",
     )
     distributed_timeout_seconds_after_init: int | None = opt(
         None,
         "--distributed-timeout-seconds-after-init",
-        holds="with one process it changes nothing; several are refused with it",
+        help="Seconds after which a collective fails once the first iteration is done.",
         effect="speed",
     )
-    flight_recorder_dump_path: str | None = opt(
-        None, "--flight-recorder-dump-path", refused="this process-group option is not supported yet", effect="speed"
-    )
+    flight_recorder_dump_path: str | None = opt(None, "--flight-recorder-dump-path", refused=_RECORDER, effect="speed")
     flight_recorder_trace_buffer_size: int = opt(
         2000,
         "--flight-recorder-trace-buffer-size",
-        refused="this process-group option is not supported yet",
+        refused=_RECORDER,
         effect="speed",
     )
     flight_recorder_dump_on_timeout: bool = opt(
@@ -205,13 +231,13 @@ class DistributedConfig(Section):
         "--no-flight-recorder-dump-on-timeout",
         "--disable-flight-recorder-dump-on-timeout",
         negated=True,
-        refused="this process-group option is not supported yet",
+        refused=_RECORDER,
         effect="speed",
     )
     flight_recorder_include_stack_trace: bool = opt(
         False,
         "--flight-recorder-include-stack-trace",
-        refused="this process-group option is not supported yet",
+        refused=_RECORDER,
         effect="speed",
     )
     flight_recorder_include_only_active: bool = opt(
@@ -219,7 +245,7 @@ class DistributedConfig(Section):
         "--no-flight-recorder-include-only-active",
         "--disable-flight-recorder-include-only-active",
         negated=True,
-        refused="this process-group option is not supported yet",
+        refused=_RECORDER,
         effect="speed",
     )
     flight_recorder_extra_dump_on_exec: bool = opt(
@@ -227,7 +253,7 @@ class DistributedConfig(Section):
         "--no-flight-recorder-extra-dump-on-exec",
         "--disable-flight-recorder-extra-dump-on-exec",
         negated=True,
-        refused="this process-group option is not supported yet",
+        refused=_RECORDER,
         effect="speed",
     )
     disable_jit_fuser: bool = opt(
@@ -237,11 +263,14 @@ class DistributedConfig(Section):
         True,
         "--no-use-layer-wise-param-layout",
         negated=True,
-        refused="this process-group option is not supported yet",
+        holds="it is for optimizers that work layer by layer, which there are not",
         effect="speed",
     )
     fake_process_group: bool = opt(
-        False, "--fake-process-group", refused="this process-group option is not supported yet", effect="speed"
+        False,
+        "--fake-process-group",
+        refused="a run exchanges real numbers; lockstep plan answers for layouts without their processes",
+        effect="speed",
     )
     enable_megatron_core_experimental: bool = opt(
         False, "--enable-experimental", refused="Megatron-LM's experimental features are not supported"
@@ -254,27 +283,40 @@ class CommOverlapConfig(Section):
 
     section_name: ClassVar[str] = "comm_overlap"
 
-    tp_comm_overlap: bool = opt(
-        False, "--tp-comm-overlap", refused="communication overlap is not supported yet", effect="speed"
-    )
+    tp_comm_overlap: bool = opt(False, "--tp-comm-overlap", refused=_SYMMETRIC, effect="speed")
     tp_comm_bootstrap_backend: Literal["nccl", "mpi", "gloo"] = opt(
-        "nccl", "--tp-comm-bootstrap-backend", refused="communication overlap is not supported yet", effect="speed"
+        "nccl",
+        "--tp-comm-bootstrap-backend",
+        holds="it is for the start of tp_comm_overlap, which is refused",
+        effect="speed",
     )
     overlap_moe_expert_parallel_comm: bool = opt(
         False,
         "--overlap-moe-expert-parallel-comm",
-        refused="communication overlap is not supported yet",
+        refused="the exchange of tokens between experts is not overlapped",
         effect="speed",
     )
     delay_wgrad_compute: bool = opt(
-        False, "--delay-wgrad-compute", refused="communication overlap is not supported yet", effect="speed"
+        False,
+        "--delay-wgrad-compute",
+        refused="gradients of weights and of inputs come from one backward pass",
+        effect="speed",
     )
     defer_embedding_wgrad_compute: bool = opt(
-        False, "--defer-embedding-wgrad-compute", refused="communication overlap is not supported yet", effect="speed"
+        False,
+        "--defer-embedding-wgrad-compute",
+        refused="gradients of weights and of inputs come from one backward pass",
+        effect="speed",
     )
     wgrad_deferral_limit: int = opt(
-        0, "--wgrad-deferral-limit", refused="communication overlap is not supported yet", effect="speed"
+        0,
+        "--wgrad-deferral-limit",
+        holds="it limits defer_embedding_wgrad_compute, which is refused",
+        effect="speed",
     )
     tp_comm_overlap_cfg: str | None = opt(
-        None, "--tp-comm-overlap-cfg", refused="communication overlap is not supported yet", effect="speed"
+        None,
+        "--tp-comm-overlap-cfg",
+        refused=_SYMMETRIC,
+        effect="speed",
     )

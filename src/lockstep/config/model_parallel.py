@@ -6,6 +6,9 @@ from typing import Literal
 from lockstep.config.fields import opt
 from lockstep.config.section import Section
 
+_OF_TP_OVERLAP = "it is a part of tp_comm_overlap, which is refused"
+_SCHEDULES = "PyTorch's schedules decide when stages exchange; it does not change what they exchange"
+
 
 @dataclass(kw_only=True)
 class ModelParallel(Section):
@@ -61,7 +64,7 @@ class ModelParallel(Section):
         "--no-tp-comm-bulk-wgrad",
         "--disable-tp-comm-bulk-wgrad",
         negated=True,
-        refused="communication overlap is not supported yet",
+        holds=_OF_TP_OVERLAP,
         effect="speed",
     )
     tp_comm_bulk_dgrad: bool = opt(
@@ -69,7 +72,7 @@ class ModelParallel(Section):
         "--no-tp-comm-bulk-dgrad",
         "--disable-tp-comm-bulk-dgrad",
         negated=True,
-        refused="communication overlap is not supported yet",
+        holds=_OF_TP_OVERLAP,
         effect="speed",
     )
     tp_comm_overlap_ag: bool = opt(
@@ -77,7 +80,7 @@ class ModelParallel(Section):
         "--no-tp-comm-overlap-ag",
         "--disable-tp-comm-overlap-ag",
         negated=True,
-        refused="communication overlap is not supported yet",
+        holds=_OF_TP_OVERLAP,
         effect="speed",
     )
     tp_comm_overlap_rs: bool = opt(
@@ -85,18 +88,16 @@ class ModelParallel(Section):
         "--no-tp-comm-overlap-rs",
         "--disable-tp-comm-overlap-rs",
         negated=True,
-        refused="communication overlap is not supported yet",
+        holds=_OF_TP_OVERLAP,
         effect="speed",
     )
-    tp_comm_overlap_rs_dgrad: bool = opt(
-        False, "--tp-comm-overlap-rs-dgrad", refused="communication overlap is not supported yet", effect="speed"
-    )
+    tp_comm_overlap_rs_dgrad: bool = opt(False, "--tp-comm-overlap-rs-dgrad", holds=_OF_TP_OVERLAP, effect="speed")
     tp_comm_split_ag: bool = opt(
         True,
         "--no-tp-comm-split-ag",
         "--disable-tp-comm-split-ag",
         negated=True,
-        refused="communication overlap is not supported yet",
+        holds=_OF_TP_OVERLAP,
         effect="speed",
     )
     tp_comm_split_rs: bool = opt(
@@ -104,22 +105,25 @@ class ModelParallel(Section):
         "--no-tp-comm-split-rs",
         "--disable-tp-comm-split-rs",
         negated=True,
-        refused="communication overlap is not supported yet",
+        holds=_OF_TP_OVERLAP,
         effect="speed",
     )
     use_ring_exchange_p2p: bool = opt(
-        False, "--use-ring-exchange-p2p", refused="communication overlap is not supported yet", effect="speed"
+        False,
+        "--use-ring-exchange-p2p",
+        refused="PyTorch has no ring exchange; stages send and receive",
+        effect="speed",
     )
     overlap_p2p_comm_warmup_flush: bool = opt(
         False,
         "--overlap-p2p-communication-warmup-flush",
-        refused="communication overlap is not supported yet",
+        holds=_SCHEDULES,
         effect="speed",
     )
     microbatch_group_size_per_vp_stage: int | None = opt(
         None,
         "--microbatch-group-size-per-virtual-pipeline-stage",
-        refused="a virtual stage takes as many micro-batches in a row as there are pipeline stages",
+        help="Micro-batches that a virtual stage takes in a row: as many as there are pipeline stages, or unset.",
         effect="speed",
     )
     account_for_embedding_in_pipeline_split: bool = opt(
@@ -135,7 +139,10 @@ class ModelParallel(Section):
         effect="speed",
     )
     high_priority_a2a_comm_stream: bool = opt(
-        False, "--high-priority-a2a-comm-stream", refused="communication overlap is not supported yet", effect="speed"
+        False,
+        "--high-priority-a2a-comm-stream",
+        refused="all process groups communicate on streams of one priority",
+        effect="speed",
     )
     num_layers_in_first_pipeline_stage: int | None = opt(
         None,
@@ -166,7 +173,7 @@ class ModelParallel(Section):
         True,
         "--no-overlap-p2p-communication",
         negated=True,
-        holds="PyTorch's schedules decide when stages exchange; it does not change what they exchange",
+        holds=_SCHEDULES,
         effect="speed",
     )
     cp_comm_type: list[Literal["p2p", "all_gather", "a2a", "a2a+p2p"]] = opt(

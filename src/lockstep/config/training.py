@@ -28,7 +28,7 @@ class TrainConfig(Section):
     decrease_batch_size_if_needed: bool = opt(
         False,
         "--decrease-batch-size-if-needed",
-        holds="with one process it changes nothing; several are refused with it",
+        refused="a batch that the data-parallel processes cannot share out is an error, which says what to give",
         effect="speed",
     )
     empty_unused_memory_level: Literal[0, 1, 2] = opt(
@@ -40,8 +40,9 @@ class TrainConfig(Section):
     check_weight_hash_across_dp_replicas_interval: int | None = opt(
         None,
         "--check-weight-hash-across-dp-replicas-interval",
-        holds="with one process it changes nothing; several are refused with it",
-        effect="speed",
+        help="Iterations after which processes that should have the same weights compare them; a difference ends the "
+        "run.",
+        effect="log",
     )
     train_sync_interval: int | None = opt(
         None,
@@ -232,7 +233,7 @@ class OptimizerConfig(Section):
     overlap_param_gather_with_optimizer_step: bool = opt(
         False,
         "--overlap-param-gather-with-optimizer-step",
-        holds="updated weights are gathered at once after the update; when does not change them",
+        holds="updated weights are sent after the whole update; when does not change them",
         effect="speed",
     )
     use_precision_aware_optimizer: bool = opt(
@@ -354,7 +355,7 @@ class RNGConfig(Section):
     data_parallel_random_init: bool = opt(
         False,
         "--data-parallel-random-init",
-        holds="with one process it changes nothing; several are refused with it",
+        holds="data-parallel processes start from the weights of the first, as after Megatron-LM's broadcast",
         effect="speed",
     )
 

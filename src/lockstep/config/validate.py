@@ -26,6 +26,7 @@ def problems(config: ConfigContainer, world_size: int = 1) -> list[str]:
         _precision,
         _data,
         _checkpoint,
+        _communication,
     ):
         found.extend(check(config))
     found.extend(_profiling(config, world_size))
@@ -50,8 +51,6 @@ def _layout(c: ConfigContainer, world_size: int) -> Iterator[str]:
     yield from _tensor_parallel(c)
     yield from _context_parallel(c)
     yield from _pipeline(c)
-    if world_size > 1:
-        yield from _alone(c)
     if world_size % processes == 0:
         yield from _shares(c, world_size // processes)
 
@@ -61,7 +60,8 @@ def _tensor_parallel(c: ConfigContainer) -> Iterator[str]:
     name = _name(c, "model.tensor_model_parallel_size")
     for path in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
         value = getattr(m, path)
-        if value and value % size:
+        # What follows from the heads is no second problem.
+        if value and value % size and not (path == "num_query_groups" and value == m.num_attention_heads):
             yield f"{_name(c, f'model.{path}')} = {value} is not divisible by {name} = {size}; change one of them"
     if m.vocab_size and m.vocab_size < size:
         yield f"{_name(c, 'model.vocab_size')} = {m.vocab_size} is below {name} = {size}; lower that"
@@ -119,19 +119,20 @@ def _pipeline(c: ConfigContainer) -> Iterator[str]:
             yield f"{_name(c, 'model.num_layers')} = {m.num_layers}, {name} = {m.pipeline_model_parallel_size}: {error}"
 
 
-# What changes nothing in a run of one process and is not supported in one of several.
-_ALONE = (
-    "train.decrease_batch_size_if_needed",
-    "train.check_weight_hash_across_dp_replicas_interval",
-    "rng.data_parallel_random_init",
-    "dist.distributed_timeout_seconds_after_init",
-)
-
-
-def _alone(c: ConfigContainer) -> Iterator[str]:
-    for path in _ALONE:
-        if c.get(path):
-            yield f"{_name(c, path)} is supported with one process only for now; drop it, or start one"
+def _communication(c: ConfigContainer) -> Iterator[str]:
+    d, gather = c.ddp, _name(c, "ddp.overlap_param_gather")
+    needed = ("ddp.use_distributed_optimizer", "ddp.overlap_grad_reduce")
+    missing = " and ".join(_name(c, path) for path in needed if not c.get(path))
+    if d.overlap_param_gather and missing:
+        yield f"{gather} needs {missing}; add that or drop it"
+    if d.num_buckets is not None and d.bucket_size is not None:
+        yield "ddp.num_buckets (--ddp-num-buckets) and ddp.bucket_size (--ddp-bucket-size) exclude each other; drop one"
+    group, stages = c.model.microbatch_group_size_per_vp_stage, c.model.pipeline_model_parallel_size
+    if group is not None and group != stages:
+        yield (
+            f"{_name(c, 'model.microbatch_group_size_per_vp_stage')} = {group}: a virtual stage takes as many "
+            f"micro-batches in a row as there are pipeline stages; give {stages}, or drop it"
+        )
 
 
 def _shares(c: ConfigContainer, dp: int) -> Iterator[str]:
@@ -210,6 +211,11 @@ _POSITIVE = (
     "train.train_iters",
     "train.train_samples",
     "train.exit_interval",
+    "train.check_weight_hash_across_dp_replicas_interval",
+    "ddp.bucket_size",
+    "ddp.num_buckets",
+    "dist.distributed_timeout_minutes",
+    "dist.distributed_timeout_seconds_after_init",
     "checkpoint.save_interval",
     "checkpoint.save_retain_interval",
     "checkpoint.ckpt_step",

@@ -16,11 +16,10 @@ _ROW = 1 << 14
 
 
 class Gradients:
-    """Reduces the gradients of the named parameters of a model that was laid out over ``mesh``.
+    """Adds up and measures gradients of the named parameters of a model that was laid out over ``mesh``.
 
-    ``reduce_`` takes the gradients of the parameters ``names``. Where the optimizer's weights are cut into parts over
-    the processes with the same weights, ``pieces`` names the parameters of which this process has a piece: the other
-    methods then take tensors of these, and the gradients are added up over those processes when they are handed out.
+    Where the optimizer's weights are cut into parts over the processes with the same weights, ``pieces`` names the
+    parameters of which this process has a piece: all methods but ``add_shared`` then take tensors of these.
     """
 
     def __init__(
@@ -28,24 +27,21 @@ class Gradients:
     ) -> None:
         self._mesh = mesh
         self._sharded = pieces is not None
-        tensor_parallel = mesh.tp.size > 1
         owned = names if pieces is None else pieces
-        self._split = [tensor_parallel and shard_of(name, config) is not None for name in owned]
-        self._partial = [tensor_parallel and has_partial_gradient(name, mesh.sequence_parallel) for name in names]
-        tied = config.share_embeddings_and_output_weights and mesh.ends.size > 1
-        self._tied = [tied and name == WORD_EMBEDDINGS for name in names]
+        self._split = [mesh.tp.size > 1 and shard_of(name, config) is not None for name in owned]
+        self._partial = [_is_partial(name, mesh) for name in names]
+        self._tied = [_is_tied(name, config, mesh) for name in names]
         # The first stage counts what both ends of a pipeline have.
-        self._elsewhere = [tied and name == WORD_EMBEDDINGS and mesh.ends.rank > 0 for name in owned]
+        self._elsewhere = [_is_tied(name, config, mesh) and mesh.ends.rank > 0 for name in owned]
 
-    def reduce_(self, grads: Sequence[torch.Tensor], dtype: torch.dtype | None = None) -> None:
-        """Add up, in place: partial gradients over tensor parallel, tied ones over both ends, all over the replicas.
+    def add_shared(self, grads: Sequence[torch.Tensor]) -> None:
+        """Add up, in place, partial gradients over tensor parallel and those of tied weights over both ends.
 
-        The losses behind them are divided by the counts of the whole global batch, so nothing is divided here.
+        It comes before the sum over the processes with the same weights. The losses behind the gradients are divided by
+        the counts of the whole global batch, so nothing is divided here.
         """
-        _sum_(self._mesh.tp, [grad for grad, partial in zip(grads, self._partial, strict=True) if partial], dtype)
-        _sum_(self._mesh.ends, [grad for grad, tied in zip(grads, self._tied, strict=True) if tied], dtype)
-        if not self._sharded:
-            _sum_(self._mesh.replicas, grads, dtype)
+        _sum_(self._mesh.tp, [grad for grad, partial in zip(grads, self._partial, strict=True) if partial])
+        _sum_(self._mesh.ends, [grad for grad, tied in zip(grads, self._tied, strict=True) if tied])
 
     def norm(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return the L2 norm over all parameters of the model, each counted once, as a scalar (at least FP32)."""
@@ -83,11 +79,23 @@ class Gradients:
         return bool(self._mesh.world.highest_(torch.tensor(int(flag), device=device)).item())
 
 
-def _sum_(axis: Axis, tensors: Sequence[torch.Tensor], dtype: torch.dtype | None) -> None:
+def is_shared(name: str, config: ModelConfig, mesh: Mesh) -> bool:
+    """Tell whether ``Gradients.add_shared`` changes the gradient of a parameter."""
+    return _is_partial(name, mesh) or _is_tied(name, config, mesh)
+
+
+def _is_partial(name: str, mesh: Mesh) -> bool:
+    return mesh.tp.size > 1 and has_partial_gradient(name, mesh.sequence_parallel)
+
+
+def _is_tied(name: str, config: ModelConfig, mesh: Mesh) -> bool:
+    return config.share_embeddings_and_output_weights and mesh.ends.size > 1 and name == WORD_EMBEDDINGS
+
+
+def _sum_(axis: Axis, tensors: Sequence[torch.Tensor]) -> None:
     if axis.size == 1 or not tensors:
         return
-    flat = torch.cat([t.flatten() for t in tensors])
-    total = axis.sum_(flat if dtype is None else flat.to(dtype))
+    total = axis.sum_(torch.cat([t.flatten() for t in tensors]))
     for tensor, piece in zip(tensors, total.split([t.numel() for t in tensors]), strict=True):
         tensor.copy_(piece.view_as(tensor))
 

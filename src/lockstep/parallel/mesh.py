@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout as set_group_timeout
 
 from lockstep.config import ConfigContainer
 from lockstep.config.model import ModelConfig
@@ -61,13 +62,29 @@ class Axis:
         _reduce_scatter(result.view(-1), tensor.reshape(-1), group=self.group)
         return result
 
+    def begin_sum(self, tensor: torch.Tensor) -> dist.Work | None:
+        """Start to add up a tensor over the axis, in place; None where there is nothing to wait for."""
+        return None if self.group is None else dist.all_reduce(tensor, group=self.group, async_op=True)
+
+    def begin_split_sum(self, tensor: torch.Tensor, part: torch.Tensor) -> dist.Work | None:
+        """Start to add up a tensor [size * n] over the axis; ``part`` [n], which may lie in it, gets this row."""
+        return None if self.group is None else _reduce_scatter(part, tensor, group=self.group, async_op=True)
+
+    def begin_stacked(self, part: torch.Tensor, whole: torch.Tensor) -> dist.Work | None:
+        """Start to put the parts [n] of all processes, in the order of their ranks, into ``whole`` [size * n]."""
+        if self.group is None:
+            whole.copy_(part)
+            return None
+        return _all_gather(whole, part, group=self.group, async_op=True)
+
 
 @dataclass(frozen=True)
 class Mesh:
     """The axes of a layout, and all processes together.
 
     Ranks are numbered as in Megatron-LM, tensor-parallel neighbours next to each other, then context, data and
-    pipeline: rank = ((pp.rank * dp.size + dp.rank) * cp.size + cp.rank) * tp.size + tp.rank.
+    pipeline: rank = ((pp.rank * dp.size + dp.rank) * cp.size + cp.rank) * tp.size + tp.rank. With
+    ``dist.use_tp_pp_dp_mapping`` data and pipeline change places.
 
     Attributes:
         dp: data parallel; each process has micro-batches of its own.
@@ -101,6 +118,12 @@ class Mesh:
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.world.group)
         return box[0]
+
+    def set_timeout(self, timeout: timedelta) -> None:
+        """Let collectives fail after another time than that of the start."""
+        for axis in (self.world, self.dp, self.cp, self.tp, self.pp, self.replicas, self.ends):
+            if axis.group is not None:
+                set_group_timeout(timeout, axis.group)
 
     def describe(self) -> dict[str, Any]:
         """Return the layout as the record keeps it."""
@@ -142,19 +165,22 @@ def start_processes(
         with join(store, rank, world_size, os.environ["MASTER_ADDR"], timeout.total_seconds(), on_loss):
             place = {"store": store, "rank": rank, "world_size": world_size}
             dist.init_process_group(backend, **place, timeout=timeout, device_id=device if backend == "nccl" else None)
-            yield build_mesh(config.model, device.type)
+            yield build_mesh(config.model, device.type, pipeline_first=config.dist.use_tp_pp_dp_mapping)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def build_mesh(model: ModelConfig, device_type: str) -> Mesh:
-    """Arrange the processes of the default group, whose number is a multiple of those of the model."""
+def build_mesh(model: ModelConfig, device_type: str, pipeline_first: bool = False) -> Mesh:
+    """Arrange the processes of the default group, whose number is a multiple of those of the model.
+
+    ``pipeline_first`` numbers along the pipeline before data parallel.
+    """
     world, tp = dist.get_world_size(), model.tensor_model_parallel_size
     cp, pp = model.context_parallel_size, model.pipeline_model_parallel_size
-    shape = (pp, world // (pp * cp * tp), cp, tp)
-    devices = init_device_mesh(device_type, shape, mesh_dim_names=("pp", "dp", "cp", "tp"))
-    sizes = dict(zip(("pp", "dp", "cp", "tp"), shape, strict=True))
+    sizes = {"pp": pp, "dp": world // (pp * cp * tp), "cp": cp, "tp": tp}
+    order = ("dp", "pp", "cp", "tp") if pipeline_first else ("pp", "dp", "cp", "tp")
+    devices = init_device_mesh(device_type, tuple(sizes[name] for name in order), mesh_dim_names=order)
 
     def axis(name: str) -> Axis:
         return _axis_of(devices[name]) if sizes[name] > 1 else Axis()
@@ -180,6 +206,8 @@ def _axis_of(devices: DeviceMesh) -> Axis:
 
 def _ends(devices: DeviceMesh) -> Axis:
     """Join the first and the last process of every pipeline."""
-    pairs = devices.mesh[[0, -1]].flatten(1).t().tolist()
+    assert devices.mesh_dim_names is not None, "the axes of the mesh have names"
+    stages = devices.mesh.movedim(devices.mesh_dim_names.index("pp"), 0)
+    pairs = stages[[0, -1]].flatten(1).t().tolist()
     group, _ = dist.new_subgroups_by_enumeration(pairs)
     return Axis() if group is None else Axis(2, dist.get_group_rank(group, dist.get_rank()), group)

@@ -22,7 +22,9 @@ _STATES = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
 def model_tensors(model: nn.Module, placement: Placement) -> dict[str, Placed]:
     """Return the weights that this process has, by canonical name; the tensors are the model's own."""
-    return {MODEL + name: placement.placed(name, weight) for name, weight in model.named_parameters()}
+    # state_dict waits for weights that are still on their way from other processes; named_parameters would not.
+    weights = model.state_dict(keep_vars=True)
+    return {MODEL + name: placement.placed(name, w) for name, w in weights.items() if isinstance(w, nn.Parameter)}
 
 
 def optimizer_tensors(optimizer: Optimizer, placement: Placement) -> dict[str, Placed]:

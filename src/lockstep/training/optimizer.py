@@ -10,7 +10,7 @@ from lockstep.config.training import OptimizerConfig
 from lockstep.parallel import Mesh
 from lockstep.parallel.gradients import Gradients
 from lockstep.training.precision import LossScaler, MainWeights, build_loss_scaler
-from lockstep.training.sharded import ShardedMainWeights, build_main_weights
+from lockstep.training.sharded import build_main_weights
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,9 @@ class Optimizer:
 
     def __init__(self, model: nn.Module, config: ConfigContainer, mesh: Mesh | None = None) -> None:
         mesh = mesh or Mesh()
-        self.weights = build_main_weights(model, config, mesh.replicas)
-        sharded = self.weights.main_names if isinstance(self.weights, ShardedMainWeights) else None
-        self._gradients = Gradients(self.weights.names, config.model, mesh, sharded)
-        self._reduce_dtype = next(model.parameters()).dtype if config.ddp.grad_reduce_in_fp32 is False else None
+        self.weights = build_main_weights(model, config, mesh)
+        pieces = self.weights.main_names if self.weights.sharded else None
+        self._gradients = Gradients(self.weights.names, config.model, mesh, pieces)
         self.scaler: LossScaler | None = build_loss_scaler(config.mixed_precision)
         self._settings = config.optimizer
         self._count_zeros = config.logger.log_num_zeros_in_grad
@@ -57,9 +56,9 @@ class Optimizer:
         """The present loss scale; 1 without a scaler."""
         return self.scaler.scale if self.scaler is not None else 1.0
 
-    def start_step(self) -> None:
-        """Forget the gradients of the step before."""
-        self.weights.start_step()
+    def start_step(self, micro_batches: int | None = None) -> None:
+        """Forget the gradients of the step before; ``micro_batches`` are the backward passes to come, where known."""
+        self.weights.start_step(micro_batches)
 
     @torch.no_grad()
     def step(self, lr: float, weight_decay: float, grad_factor: torch.Tensor | None = None) -> Update:
@@ -68,9 +67,8 @@ class Optimizer:
         ``grad_factor`` (scalar tensor) multiplies the gradients first. Gradients that overflowed leave the weights as
         they were and lower the loss scale.
         """
-        grads = self.weights.collect_grads()
-        self._gradients.reduce_(grads, self._reduce_dtype)
-        grads = self.weights.hand_over(grads)
+        self._gradients.add_shared(self.weights.collect_grads())
+        grads = self.weights.hand_over()
         if grad_factor is not None:
             for grad in grads:
                 grad.mul_(grad_factor)

@@ -9,6 +9,7 @@ from torch import nn
 from lockstep.config import ConfigContainer
 from lockstep.config.training import MixedPrecisionConfig
 from lockstep.models.ops import widened
+from lockstep.parallel.buckets import GradientBuckets, Reduction
 
 
 def params_dtype(config: ConfigContainer) -> torch.dtype:
@@ -20,23 +21,23 @@ def params_dtype(config: ConfigContainer) -> torch.dtype:
 
 
 class MainWeights:
-    """The FP32 weights an optimizer updates, and the gradients summed over micro-batches.
+    """The FP32 weights an optimizer updates, and the gradients summed over micro-batches and processes.
 
-    An FP32 or FP64 model is its own main weights. For a low-precision model they are FP32 copies; its gradients are
-    summed in ``grad_dtype``: in buffers that hooks fill after each backward pass where that dtype differs from the
-    weights', in ``param.grad`` where it does not.
+    An FP32 or FP64 model is its own main weights, and its gradients have its dtype. For a low-precision model they are
+    FP32 copies; its gradients are summed in ``grad_dtype``.
     """
 
-    def __init__(self, model: nn.Module, grad_dtype: torch.dtype) -> None:
+    sharded = False
+
+    def __init__(self, model: nn.Module, grad_dtype: torch.dtype, reduction: Reduction | None = None) -> None:
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.names = [name for name, _ in named]
         self.model_params = [p for _, p in named]
-        self._buffers: dict[nn.Parameter, torch.Tensor] = {}
-        self._filled: set[nn.Parameter] = set()
-        for param in self.model_params:
-            if _is_low(param.dtype) and param.dtype != grad_dtype:
-                self._buffers[param] = torch.zeros_like(param, dtype=grad_dtype)
-                param.register_post_accumulate_grad_hook(self._accumulate)
+        dtype = self.model_params[0].dtype
+        assert all(p.dtype == dtype for p in self.model_params), "all weights have one dtype"
+        self._gradients = GradientBuckets(
+            named, grad_dtype if _is_low(dtype) else dtype, reduction or Reduction(), self.sharded
+        )
         self._build_main()
 
     def _build_main(self) -> None:
@@ -51,38 +52,17 @@ class MainWeights:
         """Whether the main weights have more digits than the model's."""
         return any(_is_low(p.dtype) for p in self.model_params)
 
-    def _accumulate(self, param: torch.Tensor) -> None:
-        """Add the gradient of one micro-batch to its buffer and drop it."""
-        assert isinstance(param, nn.Parameter), "hooks are registered on parameters only"
-        assert param.grad is not None, "PyTorch calls the hook after it has set the gradient"
-        # The first micro-batch overwrites what the last step left, which spares zeroing the buffer.
-        if param in self._filled:
-            self._buffers[param].add_(param.grad)
-        else:
-            self._buffers[param].copy_(param.grad)
-            self._filled.add(param)
-        param.grad = None
-
-    def start_step(self) -> None:
-        """Forget the gradients of the step before."""
-        self._filled.clear()
-        for param in self.model_params:
-            param.grad = None
+    def start_step(self, micro_batches: int | None = None) -> None:
+        """Forget the gradients of the step before; ``micro_batches`` are the backward passes to come, where known."""
+        self._gradients.start_step(micro_batches)
 
     def collect_grads(self) -> list[torch.Tensor]:
-        """Return the gradient of every parameter, at least FP32, zero where no micro-batch reached it."""
-        grads = []
-        for param in self.model_params:
-            buffer = self._buffers.get(param)
-            if buffer is None:
-                grad = param.grad if param.grad is not None else torch.zeros_like(param)
-            else:
-                grad = buffer if param in self._filled else buffer.zero_()
-            grads.append(widened(grad))
-        return grads
+        """Return what the backward passes left for every parameter, before it is added up over processes."""
+        return self._gradients.collected()
 
-    def hand_over(self, grads: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Give every main weight its gradient; return the gradients of the main weights."""
+    def hand_over(self) -> list[torch.Tensor]:
+        """Give every main weight the sum of its gradients, at least FP32; return the gradients of the main weights."""
+        grads = [widened(grad) for grad in self._gradients.finish()]
         for main, grad in zip(self.main_params, grads, strict=True):
             main.grad = grad
         return grads

@@ -29,6 +29,7 @@ from lockstep.training.hooks import CacheHook, FiniteCheck, GarbageHook, Hook, P
 from lockstep.training.loop import run_evaluation, train
 from lockstep.training.precision import params_dtype
 from lockstep.training.profiling import ProfileHook
+from lockstep.training.replicas import ReplicaCheck, TimeoutHook
 from lockstep.training.result import Command, RunResult, RunStatus
 from lockstep.training.setup import Parts, build
 from lockstep.training.trackers import build_trackers
@@ -78,7 +79,7 @@ def run(config: ConfigContainer, *, door: str, command: Command, name: str) -> R
                 parts = restore(source, config, mesh, parts, progress, peers)
             if writer is not None:
                 _complete_record(writer, config, device, parts, mesh)
-            hooks += _build_hooks(config, device, name, writer)
+            hooks += [*_build_hooks(config, device, name, writer), *_process_hooks(config, parts, mesh)]
             hooks += _checkpoint_hooks(config, mesh, parts, writer, peers)
         except BaseException as error:
             if writer is not None:
@@ -104,6 +105,9 @@ def _start_record(
     else:
         facts["resumed_from"] = source.as_fact() | {"finetune": config.checkpoint.finetune}
     say(f"device: {device} ({machine['name']})")
+    split = config.origin("model.sequence_parallel")
+    if split.kind == "derived":
+        say(f"sequence parallelism is off: {split.detail}")
     writer.start(
         **facts,
         code=code_version(),
@@ -166,6 +170,20 @@ def _build_hooks(config: ConfigContainer, device: torch.device, name: str, write
         hooks.append(GarbageHook(config.train.manual_gc_interval, config.train.manual_gc_eval))
     if config.profiling.use_pytorch_profiler:
         hooks.append(ProfileHook(config.profiling))
+    return hooks
+
+
+def _process_hooks(config: ConfigContainer, parts: Parts, mesh: Mesh) -> list[Hook]:
+    """Return the hooks that several processes need."""
+    hooks: list[Hook] = []
+    interval, seconds = (
+        config.train.check_weight_hash_across_dp_replicas_interval,
+        config.dist.distributed_timeout_seconds_after_init,
+    )
+    if mesh.replicas.size > 1 and interval is not None:
+        hooks.append(ReplicaCheck(parts.model, mesh, interval))
+    if mesh.world.size > 1 and seconds is not None:
+        hooks.append(TimeoutHook(mesh, timedelta(seconds=seconds)))
     return hooks
 
 

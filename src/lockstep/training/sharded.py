@@ -1,90 +1,149 @@
 """The optimizer's share of each process: main weights and their state, cut into equal parts.
 
-All weights of a process, laid end to end, are cut into one part for each process that has the same weights. A process
-gets the sum of the gradients of its part, updates it, and receives the updated weights of the others.
+Each bucket of weights is cut into one part for each process that has the same weights. A process gets the sum of the
+gradients of its parts, updates them, and receives the updated weights of the others.
 """
 
-from collections.abc import Sequence
+from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from lockstep.config import ConfigContainer
+from lockstep.models import GPTModel
 from lockstep.models.ops import widened
-from lockstep.parallel.mesh import Axis
+from lockstep.parallel.buckets import Bucket, Reduction, bucket_size
+from lockstep.parallel.gradients import is_shared
+from lockstep.parallel.mesh import Mesh
 from lockstep.training.precision import MainWeights
 
 
-class ShardedMainWeights(MainWeights):
-    """Main weights of one part: ``main_params`` are its pieces of parameters, one-dimensional views of one tensor.
+class _Weights:
+    """The weights of a bucket: the model's own end to end, and this process's part of the main weights."""
 
-    Gradients are handed over before they are added up over ``axis``, in ``reduce_dtype`` where given.
+    def __init__(self, bucket: Bucket) -> None:
+        self._axis = bucket.axis
+        self._whole = torch.zeros(bucket.length, dtype=bucket.params[0].dtype, device=bucket.grads.device)
+        for param, view in zip(bucket.params, bucket.views(self._whole), strict=True):
+            view.copy_(param.detach())
+            param.data = view
+        self._part = bucket.part(self._whole)
+        self.main = widened(self._part).clone()
+        self._sent: torch.Tensor | None = None
+        self._work: dist.Work | None = None
+
+    def reload(self) -> None:
+        """Set this process's part of the main weights to the model's, which are equal on all processes."""
+        self.main.copy_(self._part)
+
+    def gather(self) -> None:
+        """Start to round the main weights of all processes into the model."""
+        self._sent = self.main.to(self._whole.dtype)
+        self._work = self._axis.begin_stacked(self._sent, self._whole)
+
+    def wait(self) -> None:
+        """Wait until the model has them; a GPU waits, not the host."""
+        if self._work is not None:
+            self._work.wait()
+        self._work = self._sent = None
+
+
+class ShardedMainWeights(MainWeights):
+    """Main weights of one part: ``main_params`` are its pieces of parameters, one-dimensional.
+
+    With ``late_gather`` updated weights travel while the optimizer and the next forward pass go on: each module waits
+    for its own.
     """
 
-    def __init__(
-        self, model: nn.Module, grad_dtype: torch.dtype, axis: Axis, reduce_dtype: torch.dtype | None = None
-    ) -> None:
-        self._axis = axis
-        self._reduce_dtype = reduce_dtype
-        super().__init__(model, grad_dtype)
+    sharded = True
 
+    def __init__(
+        self, model: nn.Module, grad_dtype: torch.dtype, reduction: Reduction, late_gather: bool = False
+    ) -> None:
+        super().__init__(model, grad_dtype, reduction)
+        self._late_gather = late_gather
+        if late_gather:
+            assert isinstance(model, GPTModel), "modules that wait are known by name"
+            self._wait_before_use(model)
+
+    @torch.no_grad()
     def _build_main(self) -> None:
-        self._sizes = [p.numel() for p in self.model_params]
-        self._part = self._laid_out([p.detach() for p in self.model_params])[self._axis.rank].clone()
-        first, length = self._axis.rank * len(self._part), len(self._part)
+        names = dict(zip(self.model_params, self.names, strict=True))
         self.main_names, self.main_shapes, self.main_params = [], [], []
         self.main_spans = []
-        self._ranges = []
-        start = -first
-        for name, param, size in zip(self.names, self.model_params, self._sizes, strict=True):
-            begin, end = max(0, start), min(length, start + size)
-            if begin < end:
-                self.main_spans.append((begin - start, end - start))
-                self._ranges.append(slice(begin, end))
-                self.main_names.append(name)
+        self._pieces: list[torch.Tensor] = []
+        self._weights: list[_Weights] = []
+        for bucket in self._gradients.buckets:
+            weights = _Weights(bucket)
+            self._weights.append(weights)
+            for param, span, place in bucket.pieces():
+                self.main_names.append(names[param])
                 self.main_shapes.append(param.shape)
-                self.main_params.append(nn.Parameter(self._part[begin:end]))
-            start += size
+                self.main_spans.append(span)
+                self.main_params.append(nn.Parameter(weights.main[place]))
+                self._pieces.append(bucket.part(bucket.grads)[place])
 
-    def _laid_out(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return all elements, at least FP32, as one row for each process, the last filled up with zeros."""
-        flat = torch.cat([widened(t).flatten() for t in tensors])
-        return nn.functional.pad(flat, (0, -len(flat) % self._axis.size)).view(self._axis.size, -1)
-
-    def hand_over(self, grads: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Give every piece the sum of its gradients over the axis; return the gradients of the pieces."""
-        rows = self._laid_out(grads)
-        self.part_grad = self._axis.split_sum(rows if self._reduce_dtype is None else rows.to(self._reduce_dtype))
-        self.part_grad = widened(self.part_grad)
-        for piece, span in zip(self.main_params, self._ranges, strict=True):
-            piece.grad = self.part_grad[span]
-        return [self.part_grad[span] for span in self._ranges]
+    def hand_over(self) -> list[torch.Tensor]:
+        """Give every piece the sum of its gradients; return the gradients of the pieces."""
+        self._gradients.finish()
+        grads = [widened(grad) for grad in self._pieces]
+        for piece, grad in zip(self.main_params, grads, strict=True):
+            piece.grad = grad
+        return grads
 
     @torch.no_grad()
     def copy_to_model(self) -> None:
         """Round the main weights to the model's dtype, on all processes."""
-        for param, values in zip(self.model_params, self.gathered(self._part, self.model_params[0].dtype), strict=True):
-            param.copy_(values)
+        # Forward passes use the last buckets first.
+        for weights in reversed(self._weights):
+            weights.gather()
+        if not self._late_gather:
+            self._wait_for_all()
 
     @torch.no_grad()
     def copy_from_model(self) -> None:
         """Set the main weights to the model's, which are equal on all processes."""
-        self._part.copy_(self._laid_out([p.detach() for p in self.model_params])[self._axis.rank])
+        for weights in self._weights:
+            weights.reload()
 
-    def gathered(self, part: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
-        """Return tensors of the shapes of the model's parameters from the parts of all processes, as ``dtype``."""
-        flat = self._axis.stacked(part.to(dtype)).flatten()[: sum(self._sizes)]
-        return [piece.view_as(p) for piece, p in zip(flat.split(self._sizes), self.model_params, strict=True)]
+    def _wait_for_all(self) -> None:
+        for weights in self._weights:
+            weights.wait()
+
+    def _wait_before_use(self, model: GPTModel) -> None:
+        """Have the embedding and each layer wait for their weights, and what comes after the layers for all."""
+        modules = [module for module in (model.embedding, *model.decoder.layers.values()) if module is not None]
+        buckets = list(zip(self._gradients.buckets, self._weights, strict=True))
+        for module in modules:
+            own = set(module.parameters())
+            needed = [weights for bucket, weights in buckets if not own.isdisjoint(bucket.params)]
+            module.register_forward_pre_hook(partial(_wait, needed))
+        if model.decoder.final_layernorm is not None:
+            model.decoder.final_layernorm.register_forward_pre_hook(partial(_wait, self._weights))
+            modules += [model.decoder, *([model.output_layer] if model.output_layer is not None else [])]
+        model.register_state_dict_pre_hook(partial(_wait, self._weights))
+        waiting = {param for module in modules for param in module.parameters()}
+        assert waiting.issuperset(self.model_params), "every parameter has a module that waits for it"
 
 
-def build_main_weights(model: nn.Module, config: ConfigContainer, replicas: Axis) -> MainWeights:
-    """Return the main weights of a model: this process's part with ``use_distributed_optimizer``, else all.
+def _wait(needed: list[_Weights], *_: object) -> None:
+    for weights in needed:
+        weights.wait()
 
-    ``replicas`` are the processes that have the same weights.
-    """
+
+def build_main_weights(model: nn.Module, config: ConfigContainer, mesh: Mesh) -> MainWeights:
+    """Return the main weights of a model: this process's part with ``use_distributed_optimizer``, else all."""
     model_dtype = next(model.parameters()).dtype
-    fp32_grads = config.ddp.grad_reduce_in_fp32 is not False
-    grad_dtype = torch.float32 if fp32_grads else model_dtype
-    if replicas.size > 1 and config.ddp.use_distributed_optimizer:
-        return ShardedMainWeights(model, grad_dtype, replicas, None if fp32_grads else model_dtype)
-    return MainWeights(model, grad_dtype)
+    grad_dtype = torch.float32 if config.ddp.grad_reduce_in_fp32 is not False else model_dtype
+    elements = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    reduction = Reduction(
+        axis=mesh.replicas,
+        bucket_size=bucket_size(config, elements, mesh.replicas.size),
+        multiple=2**16 if config.ddp.pad_buckets_for_high_nccl_busbw else 1,
+        overlap=config.ddp.overlap_grad_reduce,
+        late=partial(is_shared, config=config.model, mesh=mesh),
+    )
+    if mesh.replicas.size > 1 and config.ddp.use_distributed_optimizer:
+        return ShardedMainWeights(model, grad_dtype, reduction, config.ddp.overlap_param_gather)
+    return MainWeights(model, grad_dtype, reduction)

@@ -62,8 +62,9 @@ class TrainStep:
 
     def __call__(self, batch: Batch, micro_batch_size: int, lr: float, weight_decay: float) -> StepResult:
         """Take one step on this process's part of a global batch with a learning rate and weight decay."""
-        self.optimizer.start_step()
-        count = len(batch) // micro_batch_size * self._dp.size
+        micro_batches = len(batch) // micro_batch_size
+        self.optimizer.start_step(micro_batches)
+        count = micro_batches * self._dp.size
         scale = self.optimizer.loss_scale
 
         def objective(loss_sum: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
