@@ -45,6 +45,7 @@ TINY: dict[str, Any] = {
 DROPOUT = {"model.hidden_dropout": 0.1, "model.attention_dropout": 0.1}
 SHARDED = {"ddp.use_distributed_optimizer": True}
 TENSOR = {"model.tensor_model_parallel_size": 2}
+CONTEXT = {"model.context_parallel_size": 2}
 PIPELINE = {"model.pipeline_model_parallel_size": 2}
 INTERLEAVED = {**PIPELINE, "model.virtual_pipeline_model_parallel_size": 2}
 SEQUENCE = {**TENSOR, "model.sequence_parallel": True}

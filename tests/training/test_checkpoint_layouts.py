@@ -13,6 +13,7 @@ from lockstep.lab.compare import compare_paths
 from lockstep.training.checkpoint_storage import read_index, read_whole
 from tests.parallel.spawn import Turn, in_turn
 from tests.training.checkpoint_runs import (
+    CONTEXT,
     DROPOUT,
     INTERLEAVED,
     PIPELINE,
@@ -32,6 +33,7 @@ _EXACT: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2+sp async dropout": (2, {**SEQUENCE, **DROPOUT, "checkpoint.async_save": True}),
     "sharded dp2 async dropout": (2, {**SHARDED, **DROPOUT, "checkpoint.async_save": True}),
     "tp2 x sharded dp2": (4, {**TENSOR, **SHARDED}),
+    "cp2, sharded, dropout": (2, {**CONTEXT, **SHARDED, **DROPOUT}),
     "pp2 async dropout": (2, {**PIPELINE, **DROPOUT, "checkpoint.async_save": True}),
     "interleaved pp2 x sharded dp2": (4, {**INTERLEAVED, **SHARDED}),
 }
