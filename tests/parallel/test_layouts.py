@@ -59,8 +59,8 @@ def _no_data_parallel_sum(model: Any, step: Any, optimizer: Any) -> None:
 
 
 def _no_context_parallel_sum(model: Any, step: Any, optimizer: Any) -> None:
-    mesh = optimizer._gradients._mesh
-    optimizer._gradients._mesh = dataclasses.replace(mesh, replicas=mesh.dp)
+    for bucket in optimizer.weights._gradients.buckets:
+        bucket.axis = optimizer._gradients._mesh.dp
 
 
 def _no_sum_of_tied_embeddings(model: Any, step: Any, optimizer: Any) -> None:
