@@ -24,18 +24,17 @@ SIZES: dict[str, Any] = {
 }
 
 
-def weights_of(model: GPTModel, experts: str = "mlp.experts.gate_up_proj") -> dict[str, Tensor]:
+def weights_of(model: GPTModel) -> dict[str, Tensor]:
     """Return the weights under Hugging Face's names; experts of a layer are one tensor there."""
     get = model.get_parameter
-    dense = {key: value for key, value in llama_weights_without_mlp(model).items()}
-    for i, layer in enumerate(model.decoder.layers.values()):
+    weights = llama_weights_without_mlp(model)
+    for i in range(2):
         ours, theirs = f"decoder.layers.{i}.mlp", f"model.layers.{i}.mlp"
-        number = len(layer.mlp.experts.local_experts)
-        dense[f"{theirs}.gate.weight"] = get(f"{ours}.router.weight")
+        weights[f"{theirs}.gate.weight"] = get(f"{ours}.router.weight")
         for name, hf in (("linear_fc1", "gate_up_proj"), ("linear_fc2", "down_proj")):
-            parts = [get(f"{ours}.experts.local_experts.{e}.{name}.weight") for e in range(number)]
-            dense[f"{theirs}.experts.{hf}"] = torch.stack(parts)
-    return dense
+            parts: list[Tensor] = [get(f"{ours}.experts.local_experts.{e}.{name}.weight") for e in range(8)]
+            weights[f"{theirs}.experts.{hf}"] = torch.stack(parts)
+    return weights
 
 
 def llama_weights_without_mlp(model: GPTModel) -> dict[str, Tensor]:
@@ -64,7 +63,8 @@ def mixtral(moe_like: Any) -> tuple[GPTModel, Any]:
 
 
 def qwen3_moe(moe_like: Any) -> tuple[GPTModel, Any]:
-    config = Qwen3MoeConfig(moe_intermediate_size=48, num_experts=8, norm_topk_prob=True, head_dim=8, **SIZES)
+    sizes: Any = {"moe_intermediate_size": 48, "num_experts": 8, "norm_topk_prob": True, "head_dim": 8}
+    config = Qwen3MoeConfig(**sizes, **SIZES)
     model = build_model(moe_like(qk_layernorm=True), seed=1, params_dtype=torch.float32, device=CPU)
     return model, Qwen3MoeForCausalLM(config)
 
@@ -80,8 +80,8 @@ def test_logits_and_gradients(family, moe_like):
         assert_same_logits(model(tokens, positions), hf(tokens).logits)
     model(tokens[:, :-1], positions[:, :-1], tokens[:, 1:]).mean().backward()
     hf(tokens, labels=tokens).loss.backward()
-    layer, theirs = model.decoder.layers["0"], hf.model.layers[0].mlp
-    assert isinstance(layer.mlp.router.weight.grad, Tensor)
+    layer: Any = model.decoder.layers["0"]
+    theirs = hf.model.layers[0].mlp
     torch.testing.assert_close(layer.mlp.router.weight.grad, theirs.gate.weight.grad, rtol=1e-4, atol=1e-6)
     for name, hf_name in (("linear_fc1", "gate_up_proj"), ("linear_fc2", "down_proj")):
         ours = torch.stack([getattr(expert, name).weight.grad for expert in layer.mlp.experts.local_experts])

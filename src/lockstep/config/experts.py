@@ -45,16 +45,15 @@ def _value(node: ast.expr) -> int | list[int]:
     if isinstance(node, ast.Constant) and type(node.value) is int and node.value <= 1 << 16:
         return node.value
     if isinstance(node, ast.List):
-        entries = [_value(entry) for entry in node.elts]
-        return [entry for entry in entries if isinstance(entry, int)] if entries else []
+        numbers = [_value(entry) for entry in node.elts]
+        return [number for number in numbers if isinstance(number, int)]
     if isinstance(node, ast.BinOp):
         left, right = _value(node.left), _value(node.right)
         if isinstance(node.op, ast.Add) and isinstance(left, list) and isinstance(right, list):
             return left + right
         if isinstance(node.op, ast.Mult) and isinstance(left, list) != isinstance(right, list):
             entries, times = (left, right) if isinstance(left, list) else (right, left)
-            assert isinstance(entries, list) and isinstance(times, int)
-            if len(entries) * times <= 1 << 16:
+            if isinstance(entries, list) and isinstance(times, int) and len(entries) * times <= 1 << 16:
                 return entries * times
     raise ValueError("not a pattern of layers")
 
@@ -172,7 +171,7 @@ def _capacity(c: ConfigContainer, name: Callable[[str], str]) -> Iterator[str]:
         yield f"{name('model.moe_pad_expert_input_to_capacity')} needs {factor}"
     if m.moe_pad_expert_input_to_capacity and m.moe_router_enable_expert_bias:
         yield (
-            f"{name('model.moe_pad_expert_input_to_capacity')} gives every expert the same number of tokens, from which "
+            f"{name('model.moe_pad_expert_input_to_capacity')} gives every expert as many tokens, from which "
             f"{name('model.moe_router_enable_expert_bias')} could learn nothing; drop one"
         )
 

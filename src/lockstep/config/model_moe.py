@@ -6,7 +6,6 @@ from typing import Literal
 from lockstep.config.fields import opt
 from lockstep.config.section import Section
 
-
 _KERNEL = "chooses a kernel, not the result; Lockstep picks its own"
 
 

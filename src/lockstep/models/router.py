@@ -69,6 +69,8 @@ class Router(nn.Module):
     the dtype of the model.
     """
 
+    expert_bias: Tensor | None
+
     def __init__(self, config: ModelConfig, layer: int, *, dtype: torch.dtype, device: torch.device):
         super().__init__()
         experts, hidden = required(config.num_moe_experts), required(config.hidden_size)
@@ -78,9 +80,10 @@ class Router(nn.Module):
         self.dtype = _ROUTER_DTYPES[config.moe_router_dtype] if config.moe_router_dtype else dtype
         self.weight = nn.Parameter(torch.empty(experts, hidden, dtype=dtype, device=device))
         self.bias = nn.Parameter(torch.empty(experts, dtype=dtype, device=device)) if config.add_bias_linear else None
-        self.expert_bias: Tensor | None = None
-        if config.moe_router_enable_expert_bias:
-            self.register_buffer("expert_bias", torch.zeros(experts, dtype=torch.float32, device=device))
+        biased = config.moe_router_enable_expert_bias
+        self.register_buffer(
+            "expert_bias", torch.zeros(experts, dtype=torch.float32, device=device) if biased else None
+        )
 
     def forward(self, x: Tensor, losses: RouterLosses | None) -> Assignment:
         """Return the experts of the tokens x [b, s, h], which are counted sample by sample."""
