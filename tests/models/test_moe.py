@@ -208,6 +208,7 @@ def test_grouped_products_are_those_of_one_expert_after_the_other(factor, moe_li
 def test_experts_with_biases(tiny):
     block = block_of(tiny(num_moe_experts=4, moe_ffn_hidden_size=16, bias_activation_fusion=False))
     x = tokens_of()
+    assert block.router.bias is not None
     logits = x @ block.router.weight.t() + block.router.bias
     weights, wanted = spread(logits, 2), torch.zeros_like(x)
     for number, expert in enumerate(block.experts.local_experts):
