@@ -84,7 +84,7 @@ def initial_weights(
     if not config.use_cpu_initialization:
         draw = _gpu_draw(seed + _GPU_SEED_OFFSET, dtype, device)
         expert_draw = _gpu_draw(seed + _GPU_EXPERT_SEED_OFFSET, dtype, device)
-    for name, parameter in _in_order(GPTModel(config, dtype=dtype, device=torch.device("meta"))):
+    for name, parameter in in_order(GPTModel(config, dtype=dtype, device=torch.device("meta"))):
         if name.endswith((*_ROUTER, _GATE)):
             value = on_cpu(parameter.shape, initial_std(config, name))
         elif parameter.dim() < 2:
@@ -98,7 +98,7 @@ def initial_weights(
         yield name, value.to(device=device, dtype=dtype)
 
 
-def _in_order(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+def in_order(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """Yield the parameters in the order Megatron-LM draws them: the gate of shared experts after their linears."""
     gate = None
     for name, parameter in model.named_parameters():
@@ -178,6 +178,6 @@ class Fingerprint:
 def fingerprint(model: torch.nn.Module) -> dict[str, dict[str, Any]]:
     """Return the fingerprint of a model of one process."""
     prints = Fingerprint()
-    for _ in prints.added(_in_order(model)):
+    for _ in prints.added(in_order(model)):
         pass
     return prints.result()
