@@ -54,6 +54,23 @@ CASES: dict[str, str] = {
     "--lr-warmup-samples 64 --eval-micro-batch-size 8 --eval-global-batch-size 16",
 }
 
+_EXPERTS = (
+    "--normalization RMSNorm --swiglu --position-embedding-type rope --disable-bias-linear --num-experts 8 "
+    "--moe-router-topk 2"
+)
+CASES |= {
+    "experts": f"--bf16 {TEN} {_EXPERTS} --moe-aux-loss-coeff 0.01",
+    "experts, fp32": f"{TEN} {_EXPERTS} --moe-aux-loss-coeff 0.01",
+    "experts, fp16": f"--fp16 --initial-loss-scale 65536 {TEN} {_EXPERTS} --moe-aux-loss-coeff 0.01",
+    "experts, per-token loss, z-loss": f"--bf16 {TEN} {_EXPERTS} --moe-aux-loss-coeff 0.01 --moe-z-loss-coeff 0.001 "
+    "--calculate-per-token-loss --moe-router-dtype fp32",
+    "shared experts, first layer dense": f"--bf16 {TEN} {_EXPERTS} --moe-layer-freq [0]+[1] --moe-ffn-hidden-size 192 "
+    "--moe-shared-expert-intermediate-size 384 --moe-router-load-balancing-type seq_aux_loss --moe-aux-loss-coeff 0.01 "
+    "--moe-router-pre-softmax --moe-router-topk-scaling-factor 1.5 --moe-router-dtype fp32",
+    "sigmoid, groups, expert bias": f"--bf16 {TEN} {_EXPERTS} --moe-router-score-function sigmoid "
+    "--moe-router-enable-expert-bias --moe-router-num-groups 4 --moe-router-group-topk 2 --moe-router-dtype fp32",
+}
+
 
 @dataclass(frozen=True)
 class Apart:

@@ -106,7 +106,7 @@ def test_all_problems_come_back_at_once() -> None:
         (["--recompute-activations", "--recompute-num-layers", "1"], "= 1 is for model.recompute_granularity = full"),
         (["--recompute-method", "uniform"], "= uniform is for model.recompute_granularity = full; drop it"),
         (["--recompute-activations", "--recompute-num-layers", "0"], "give a value above 0"),
-        (["--recompute-activations", "--recompute-modules", "mlp", "moe"], "moe is part of a kind of model"),
+        (["--recompute-activations", "--recompute-modules", "mlp", "moe"], "moe is part of models with experts"),
         (["--recompute-activations", "--recompute-modules", "attention"], "there is no module attention; use some of"),
         (["--recompute-activations", "--recompute-modules"], "nothing would be recomputed"),
         (["--recompute-modules", "mlp"], "no effect without model.recompute_granularity = selective"),

@@ -70,3 +70,14 @@ def _seeded_on_one_thread() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def moe_like(llama_like: Callable[..., ModelConfig]) -> Callable[..., ModelConfig]:
+    """Return a maker of resolved configs of a tiny model with experts; keyword arguments override."""
+
+    def make(**overrides: object) -> ModelConfig:
+        values: dict[str, object] = {"num_moe_experts": 8, "moe_router_topk": 2, "moe_ffn_hidden_size": 48}
+        return llama_like(**{**values, **overrides})
+
+    return make

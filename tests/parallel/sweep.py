@@ -57,6 +57,20 @@ _LLAMA: dict[str, Any] = {
     "model.qk_layernorm": True,
     "model.calculate_per_token_loss": True,
 }
+_EXPERTS: dict[str, Any] = {
+    **_LLAMA,
+    "model.calculate_per_token_loss": False,
+    "model.num_moe_experts": 4,
+    "model.moe_ffn_hidden_size": 16,
+    "model.moe_layer_freq": "[0]+[1]*3",
+    "model.moe_shared_expert_intermediate_size": 16,
+    "model.moe_shared_expert_gate": True,
+    "model.moe_router_load_balancing_type": ["aux_loss", "seq_aux_loss"],
+    "model.moe_aux_loss_coeff": [0.1, 0.2],
+    "model.moe_z_loss_coeff": 0.1,
+    "model.moe_router_score_function": "sigmoid",
+    "model.moe_router_enable_expert_bias": True,
+}
 
 
 @dataclass(frozen=True)
@@ -129,12 +143,33 @@ CASES: tuple[Case, ...] = (
     Case("DP2, overlap", 2, _OVERLAP),
     Case("sharded DP2, overlap", 2, _OVERLAP_BOTH),
 )
-KINDS: dict[str, dict[str, Any]] = {"GPT": {}, "Llama-like": _LLAMA}
+KINDS: dict[str, dict[str, Any]] = {"GPT": {}, "Llama-like": _LLAMA, "experts": _EXPERTS}
+# The other layouts do to a model with experts what they do to one without.
+_OF_EXPERTS = (
+    "DP2",
+    "TP2",
+    "TP2+SP",
+    "sharded DP2",
+    "PP2",
+    "PP2 interleaved",
+    "PP2, recomputation",
+    "TP2+SP x DP2",
+    "PP2 x DP2",
+    "PP2 interleaved x TP2+SP",
+)
+
+
+def takes_part(kind: str, case: Case) -> bool:
+    """Tell whether a kind of model is run in a layout."""
+    return kind != "experts" or case.name in _OF_EXPERTS
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a job found, on logical parameters: gradients of the first step, norms before clipping, final weights."""
+    """What a job found, on logical parameters: gradients of the first step, norms before clipping, final weights.
+
+    The losses of routers count among the norms, the biases of experts among the weights.
+    """
 
     grads: dict[str, torch.Tensor]
     norms: list[float]
@@ -202,7 +237,7 @@ def play(
     micro = config.train.micro_batch_size or 1
     for number in range(_STEPS):
         result = step(feed(global_batch(config, number), micro, mesh.dp), micro, 1e-2, 0.01)
-        norms.append(result.grad_norm or 0.0)
+        norms += [result.grad_norm or 0.0, *result.router_losses.values()]
         if number == 0:
             # Clipping has scaled them; the norm brings back their size.
             factor = max(1.0, (norms[0] + 1e-6) / config.optimizer.clip_grad)
@@ -270,6 +305,8 @@ def run_cases(cases: Sequence[Case]) -> list[Row]:
     for kind, changes in KINDS.items():
         alone = {on: play(configure({**changes, **(_DROPOUT if on else {})}, 1), Mesh()) for on in (False, True)}
         for case, mesh in mine:
+            if not takes_part(kind, case):
+                continue
             expected = alone["model.hidden_dropout" in case.changes]
             config = configure({**changes, **case.changes}, case.processes)
             rows.append(compare(kind, case.name, play(config, mesh), expected))

@@ -92,6 +92,23 @@ def _positions_from_the_start(model: Any, step: Any, optimizer: Any) -> None:
     model.sequence.positions = lambda length, device: torch.arange(length // model.sequence.parts, device=device)
 
 
+def _router_losses_by_the_wrong_group(model: Any, step: Any, optimizer: Any) -> None:
+    """Count the losses of routers as if every data-parallel process had the whole global batch."""
+    train = step._passes.train
+    step._passes.train = lambda batch, micro, objective, weight: train(batch, micro, objective, weight * step._dp.size)
+
+
+def _loads_of_one_process(model: Any, step: Any, optimizer: Any) -> None:
+    step._passes.routing._replicas = Axis()
+
+
+def _routers_see_a_part(model: Any, step: Any, optimizer: Any) -> None:
+    """Add up what all processes find for a router, although each finds all of it."""
+    for module in model.modules():
+        if hasattr(module, "dispatcher"):
+            module.dispatcher.seen = lambda x, mesh=optimizer._gradients._mesh: joined(x, mesh.tp)
+
+
 def _twice(batch: Batch, micro: int, dp: Axis) -> Batch:
     """Hand every process the micro-batches of the first."""
     return sweep.share(batch, micro, dataclasses.replace(dp, rank=0))
@@ -116,14 +133,25 @@ _PIPELINE_FAULTS: dict[str, dict[str, Any]] = {
     "stages initialised alike": {"sabotage": _stages_initialised_alike},
     "missing all-reduce in a pipeline": {"sabotage": _no_data_parallel_sum},
 }
+_EXPERT_FAULTS: dict[str, dict[str, Any]] = {
+    "router losses by the wrong group": {"sabotage": _router_losses_by_the_wrong_group},
+    "loads of experts not added up": {"sabotage": _loads_of_one_process},
+    "gradient of routers counted twice": {"sabotage": _routers_see_a_part},
+}
 
 
 def _everything() -> dict[str, Any]:
     """Run the cases of four processes and the faults, in one start of the processes."""
     found: dict[str, Any] = {"rows": sweep.run_cases(sweep.CASES), "faults": {}}
-    expected = sweep.play(sweep.configure({}, 1), Mesh())
-    for case, faults in ((_CASE, _FAULTS), (_CONTEXT, _CONTEXT_FAULTS), (_PIPELINE, _PIPELINE_FAULTS)):
-        config, mesh = sweep.configure(case.changes, 4), sweep.mesh_of(case)
+    jobs = (
+        (_CASE, "GPT", _FAULTS),
+        (_CONTEXT, "GPT", _CONTEXT_FAULTS),
+        (_PIPELINE, "GPT", _PIPELINE_FAULTS),
+        (_CASE, "experts", _EXPERT_FAULTS),
+    )
+    for case, kind, faults in jobs:
+        config, mesh = sweep.configure({**sweep.KINDS[kind], **case.changes}, 4), sweep.mesh_of(case)
+        expected = sweep.play(sweep.configure(sweep.KINDS[kind], 1), Mesh())
         for name, fault in faults.items():
             found["faults"][name] = sweep.compare("GPT", name, sweep.play(config, mesh, **fault), expected)
     low = {"mixed_precision.bf16": True}
@@ -140,11 +168,12 @@ def results() -> list[dict[str, Any]]:
 
 def test_every_layout_equals_one_process(results) -> None:
     rows = [row for found in results for row in found["rows"]]
-    assert len(rows) == 4 * 2 * sum(case.processes == 4 for case in sweep.CASES)
+    cases = [(kind, case) for kind in sweep.KINDS for case in sweep.CASES if case.processes == 4]
+    assert len(rows) == 4 * sum(sweep.takes_part(*each) for each in cases)
     assert [row for row in rows if not row.passes] == []
 
 
-@pytest.mark.parametrize("fault", [*_FAULTS, *_CONTEXT_FAULTS, *_PIPELINE_FAULTS])
+@pytest.mark.parametrize("fault", [*_FAULTS, *_CONTEXT_FAULTS, *_PIPELINE_FAULTS, *_EXPERT_FAULTS])
 def test_a_planted_fault_is_seen(results, fault: str) -> None:
     assert any(not found["faults"][fault].passes for found in results)
 

@@ -63,6 +63,15 @@ def test_train_line_with_every_optional_part() -> None:
     assert " grad norm: 0.712 | num zeros: 7 | params norm: 12.346 | number of skipped iterations:" in line
 
 
+def test_train_line_with_losses_of_routers() -> None:
+    interval = Interval(Clock())
+    for value in (1.0, 2.0):
+        interval.add(10.5, skipped=False, router_losses={"load_balancing_loss": value, "z_loss": 0.25})
+    interval.add(10.5, skipped=True, router_losses={"load_balancing_loss": 9.0, "z_loss": 9.0})
+    line = train_line(_REPORT, interval, 10, _NOW)
+    assert " lm loss: 1.050000E+01 | load_balancing_loss: 1.500000E+00 | z_loss: 2.500000E-01 | loss scale:" in line
+
+
 def test_line_of_a_skipped_iteration() -> None:
     """The loss is left out before any iteration made a step, and zero in a later line without one."""
     interval = Interval(Clock())

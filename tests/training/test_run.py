@@ -14,6 +14,7 @@ from lockstep.config import ConfigContainer
 from lockstep.data.build import build_datasets
 from lockstep.data.tokenizers import build_tokenizer
 from lockstep.errors import UserError
+from lockstep.record import load_run
 from lockstep.training import Command, RunResult, run
 
 _CLOCKED = ("seconds", "tokens_per_second", "memory_bytes")
@@ -94,6 +95,26 @@ def test_two_runs_are_bit_identical(configure, tmp_path) -> None:
     assert _without_clock(first) == _without_clock(second)
     _, other = _run(configure({**changes, "rng.seed": 5}), tmp_path / "c")
     assert _train(other)[0]["lm_loss"] != _train(first)[0]["lm_loss"]
+
+
+_EXPERTS = {
+    "model.num_moe_experts": 4,
+    "model.moe_aux_loss_coeff": [0.01],
+    "model.moe_router_score_function": "sigmoid",
+    "model.moe_router_enable_expert_bias": True,
+}
+
+
+def test_losses_of_routers_are_on_the_record_and_experts_resume_exactly(configure, tmp_path) -> None:
+    saving = {**_EXPERTS, "checkpoint.save": str(tmp_path / "saved"), "checkpoint.save_interval": 2}
+    _, whole = _run(configure(saving), tmp_path / "whole")
+    assert all(line["router_losses"]["load_balancing_loss"] > 0.9 for line in _train(whole))
+    assert [line.router_losses for line in load_run(tmp_path / "whole").train] == [
+        line["router_losses"] for line in _train(whole)
+    ]
+    loading = {**_EXPERTS, "checkpoint.load": str(tmp_path / "saved"), "checkpoint.ckpt_step": 2}
+    _, rest = _run(configure(loading), tmp_path / "rest")
+    assert _without_clock(_train(rest)) == _without_clock(_train(whole)[2:])
 
 
 def test_evaluations_go_on_where_the_last_one_ended(configure, tmp_path) -> None:

@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 
+from lockstep.models import build_model
+from lockstep.models.router import RouterLosses
 from lockstep.training.feed import Batch
 from lockstep.training.optimizer import Optimizer
 from lockstep.training.passes import WholePasses
@@ -90,3 +92,39 @@ def test_batches_split_in_order() -> None:
     assert [len(part) for part in parts] == [2, 2]
     assert torch.equal(torch.cat([part.labels for part in parts]), batch.labels)
     assert all(part.document_ids is None for part in parts)
+
+
+_EXPERTS = {
+    "model.seq_length": 6,
+    "model.vocab_size": 16,
+    "model.num_moe_experts": 4,
+    "model.moe_aux_loss_coeff": [0.5],
+    "optimizer.optimizer": "sgd",
+    "optimizer.clip_grad": 0.0,
+}
+
+
+def _router_grads(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat(
+        [p.grad.flatten() for name, p in model.named_parameters() if "router" in name and p.grad is not None]
+    )
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_losses_of_routers_are_means_over_micro_batches(configure, per_token: bool) -> None:
+    """Their gradient is what a step with them finds more than one without them."""
+    batch, found = _batch(masked=3), []
+    for coefficient in (0.5, 0.0):
+        config = configure({**_EXPERTS, "model.moe_aux_loss_coeff": [coefficient]})
+        model = build_model(config.model, seed=1, params_dtype=torch.float32, device=torch.device("cpu"))
+        result = TrainStep(WholePasses(model), Optimizer(model, config), per_token=per_token)(batch, 2, 0.0, 0.0)
+        found.append(_router_grads(model))
+    assert result.router_losses == {}
+    config = configure(_EXPERTS)
+    model = build_model(config.model, seed=1, params_dtype=torch.float32, device=torch.device("cpu"))
+    for part in batch.split(2):
+        output = model(part.tokens, part.position_ids, part.labels, router_losses=RouterLosses(0.5))
+        (output * 0.0).sum().backward()
+    # With per-token loss everything is divided by the valid tokens, 18 of 24 here, as in Megatron-LM.
+    wanted = _router_grads(model) * (24 / 18 if per_token else 1.0)
+    torch.testing.assert_close(found[0] - found[1], wanted, rtol=1e-3, atol=1e-6)

@@ -114,6 +114,11 @@ _Rule = Callable[[ConfigContainer, int], Any]
 _RULES: tuple[tuple[str, _Rule, str], ...] = (
     ("model.num_query_groups", lambda c, _: c.model.num_attention_heads, "model.num_attention_heads"),
     ("model.ffn_hidden_size", _ffn_hidden_size, "model.hidden_size"),
+    (
+        "model.moe_ffn_hidden_size",
+        lambda c, _: None if c.model.num_moe_experts is None else c.model.ffn_hidden_size,
+        "model.ffn_hidden_size",
+    ),
     ("model.kv_channels", _kv_channels, "model.hidden_size // model.num_attention_heads"),
     ("model.max_position_embeddings", lambda c, _: c.model.seq_length, "model.seq_length"),
     (

@@ -6,107 +6,133 @@ from typing import Literal
 from lockstep.config.fields import opt
 from lockstep.config.section import Section
 
+_KERNEL = "chooses a kernel, not the result; Lockstep picks its own"
+
 
 @dataclass(kw_only=True)
 class MixtureOfExperts(Section):
     """Experts and their router."""
 
     moe_shared_expert_intermediate_size: int | None = opt(
-        None, "--moe-shared-expert-intermediate-size", refused="mixture-of-experts models are not supported yet"
+        None,
+        "--moe-shared-expert-intermediate-size",
+        help="Inner width of the shared experts together, which every token goes through.",
     )
     moe_shared_expert_gate: bool = opt(
-        False, "--moe-shared-expert-gate", refused="mixture-of-experts models are not supported yet"
+        False, "--moe-shared-expert-gate", help="Weigh the shared experts by the sigmoid of a product with the token."
     )
     moe_shared_expert_overlap: bool = opt(
-        False, "--moe-shared-expert-overlap", refused="mixture-of-experts models are not supported yet"
+        False,
+        "--moe-shared-expert-overlap",
+        refused="there is no exchange of tokens to overlap with as long as expert parallelism is not supported",
     )
     use_grouped_gemm_for_shared_expert: bool = opt(
-        False, "--use-grouped-gemm-for-shared-expert", refused="mixture-of-experts models are not supported yet"
+        False, "--use-grouped-gemm-for-shared-expert", holds=_KERNEL, effect="speed"
     )
     moe_ffn_hidden_size: int | None = opt(
-        None, "--moe-ffn-hidden-size", refused="mixture-of-experts models are not supported yet"
+        None, "--moe-ffn-hidden-size", help="Inner width of an expert; ffn_hidden_size when unset."
     )
-    moe_router_topk: int = opt(2, "--moe-router-topk", refused="mixture-of-experts models are not supported yet")
+    moe_router_topk: int = opt(2, "--moe-router-topk", help="Experts that a token goes to.")
     moe_router_padding_for_quantization: bool = opt(
-        False, "--moe-router-padding-for-quantization", refused="mixture-of-experts models are not supported yet"
+        False, "--moe-router-padding-for-quantization", refused="quantized training is not supported"
     )
     moe_router_num_groups: int | None = opt(
-        None, "--moe-router-num-groups", refused="mixture-of-experts models are not supported yet"
+        None, "--moe-router-num-groups", help="Groups of experts, of which a token may use moe_router_group_topk."
     )
     moe_router_group_topk: int | None = opt(
-        None, "--moe-router-group-topk", refused="mixture-of-experts models are not supported yet"
+        None, "--moe-router-group-topk", help="Groups that the experts of a token come from."
     )
     moe_router_pre_softmax: bool = opt(
-        False, "--moe-router-pre-softmax", refused="mixture-of-experts models are not supported yet"
+        False, "--moe-router-pre-softmax", help="Softmax over all experts before the choice, not over the chosen ones."
     )
     moe_router_topk_scaling_factor: float | None = opt(
-        None, "--moe-router-topk-scaling-factor", refused="mixture-of-experts models are not supported yet"
+        None, "--moe-router-topk-scaling-factor", help="Factor on the weights of the chosen experts."
     )
     moe_router_score_function: Literal["softmax", "sigmoid", "sqrtsoftplus"] = opt(
-        "softmax", "--moe-router-score-function", refused="mixture-of-experts models are not supported yet"
+        "softmax",
+        "--moe-router-score-function",
+        help="Scores of the experts; those of the chosen ones are divided by their sum unless they are a softmax.",
     )
     moe_router_dtype: Literal["fp32", "fp64"] | None = opt(
-        None, "--moe-router-dtype", refused="mixture-of-experts models are not supported yet"
+        None, "--moe-router-dtype", help="Precision of the router's products and weights; that of the model when unset."
     )
     moe_router_enable_expert_bias: bool = opt(
-        False, "--moe-router-enable-expert-bias", refused="mixture-of-experts models are not supported yet"
+        False,
+        "--moe-router-enable-expert-bias",
+        help="Add a bias to the scores for the choice alone; every step moves it towards an even load.",
     )
     moe_router_bias_update_rate: float = opt(
-        0.001, "--moe-router-bias-update-rate", refused="mixture-of-experts models are not supported yet"
+        0.001, "--moe-router-bias-update-rate", help="How far a step moves the bias of an expert."
     )
     moe_router_quantile_balancing_ema: float = opt(
-        0.0, "--moe-router-quantile-balancing-ema", refused="mixture-of-experts models are not supported yet"
+        0.0, "--moe-router-quantile-balancing-ema", refused="quantile balancing is not supported"
     )
     moe_router_force_load_balancing: bool = opt(
-        False, "--moe-router-force-load-balancing", refused="mixture-of-experts models are not supported yet"
+        False,
+        "--moe-router-force-load-balancing",
+        help="For benchmarks: replace the router's logits by random ones, the same in every step.",
     )
     moe_router_force_biased: float | None = opt(
-        None, "--moe-router-force-biased", refused="mixture-of-experts models are not supported yet"
+        None, "--moe-router-force-biased", refused="forcing an uneven load is not supported"
     )
-    moe_grouped_gemm: bool = opt(False, "--moe-grouped-gemm", refused="mixture-of-experts models are not supported yet")
+    moe_grouped_gemm: bool = opt(False, "--moe-grouped-gemm", holds=_KERNEL, effect="speed")
     moe_z_loss_coeff: float | None = opt(
-        None, "--moe-z-loss-coeff", refused="mixture-of-experts models are not supported yet"
+        None, "--moe-z-loss-coeff", help="Coefficient of the loss on the size of the router's logits."
     )
     moe_input_jitter_eps: float | None = opt(
-        None, "--moe-input-jitter-eps", refused="mixture-of-experts models are not supported yet"
+        None, "--moe-input-jitter-eps", refused="noise on the router's input is not supported"
     )
     moe_token_dispatcher_type: Literal["allgather", "alltoall", "flex"] = opt(
-        "allgather", "--moe-token-dispatcher-type", refused="mixture-of-experts models are not supported yet"
+        "allgather",
+        "--moe-token-dispatcher-type",
+        only=("allgather", "alltoall"),
+        refused="needs kernels that Lockstep does not use; without expert parallelism no dispatcher exchanges tokens",
     )
     moe_flex_dispatcher_backend: Literal["deepep", "hybridep", "ncclep"] = opt(
-        "deepep", "--moe-flex-dispatcher-backend", refused="mixture-of-experts models are not supported yet"
+        "deepep", "--moe-flex-dispatcher-backend", refused="the flex dispatcher is not supported"
     )
     moe_permute_fusion_into_hybridep: bool = opt(
-        False, "--moe-permute-fusion-into-hybridep", refused="mixture-of-experts models are not supported yet"
+        False, "--moe-permute-fusion-into-hybridep", refused="the flex dispatcher is not supported"
     )
     moe_per_layer_logging: bool = opt(
-        False, "--moe-per-layer-logging", refused="mixture-of-experts models are not supported yet"
+        False, "--moe-per-layer-logging", refused="auxiliary losses are logged as means over the layers only"
     )
     moe_expert_capacity_factor: float | None = opt(
-        None, "--moe-expert-capacity-factor", refused="mixture-of-experts models are not supported yet"
+        None,
+        "--moe-expert-capacity-factor",
+        help="Tokens an expert takes of a micro-batch, as a multiple of an even load; no limit when unset or negative.",
     )
     moe_pad_expert_input_to_capacity: bool = opt(
-        False, "--moe-pad-expert-input-to-capacity", refused="mixture-of-experts models are not supported yet"
+        False,
+        "--moe-pad-expert-input-to-capacity",
+        holds="padding changes the shape of the work, not its result",
+        effect="speed",
     )
     moe_token_drop_policy: Literal["probs", "position"] = opt(
-        "probs", "--moe-token-drop-policy", refused="mixture-of-experts models are not supported yet"
+        "probs",
+        "--moe-token-drop-policy",
+        help="Which tokens an expert drops beyond its capacity: those of least weight, or the last ones.",
     )
-    moe_permute_fusion: bool = opt(
-        False, "--moe-permute-fusion", refused="mixture-of-experts models are not supported yet"
-    )
-    moe_router_fusion: bool = opt(
-        False, "--moe-router-fusion", refused="mixture-of-experts models are not supported yet"
-    )
+    moe_permute_fusion: bool = opt(False, "--moe-permute-fusion", holds=_KERNEL, effect="speed")
+    moe_router_fusion: bool = opt(False, "--moe-router-fusion", holds=_KERNEL, effect="speed")
     moe_apply_probs_on_input: bool = opt(
-        False, "--moe-apply-probs-on-input", refused="mixture-of-experts models are not supported yet"
+        False, "--moe-apply-probs-on-input", help="Weigh what goes into the experts, not what they compute."
     )
-    num_moe_experts: int | None = opt(None, "--num-experts", refused="mixture-of-experts models are not supported yet")
-    moe_layer_freq: int | str = opt(1, "--moe-layer-freq", refused="mixture-of-experts models are not supported yet")
+    num_moe_experts: int | None = opt(
+        None, "--num-experts", help="Experts of a layer; without it every layer has one MLP."
+    )
+    moe_layer_freq: int | str | list[int] = opt(
+        1,
+        "--moe-layer-freq",
+        help="Layers with experts: every n-th from the first, or a pattern of 1 and 0 such as [0]+[1]*23.",
+    )
     moe_router_load_balancing_type: list[str] = opt(
-        ["aux_loss"], "--moe-router-load-balancing-type", refused="mixture-of-experts models are not supported yet"
+        ["aux_loss"],
+        "--moe-router-load-balancing-type",
+        help="Losses for an even load: aux_loss of each micro-batch, seq_aux_loss of each sample, or none.",
     )
     moe_aux_loss_coeff: list[float] = opt(
-        [0.0], "--moe-aux-loss-coeff", refused="mixture-of-experts models are not supported yet"
+        [0.0], "--moe-aux-loss-coeff", help="Coefficient of each of these losses; 0 leaves it out."
     )
 
 

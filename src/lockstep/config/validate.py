@@ -6,6 +6,7 @@ from typing import Any
 
 from lockstep.config.container import ConfigContainer
 from lockstep.config.derive import has_data, model_processes
+from lockstep.config.experts import expert_problems
 from lockstep.config.fields import FieldInfo
 from lockstep.config.section import Origin
 from lockstep.config.stages import stage_layers
@@ -19,6 +20,7 @@ def problems(config: ConfigContainer, world_size: int = 1) -> list[str]:
         _required,
         _ranges,
         _model,
+        _experts,
         _recomputation,
         _batches,
         _length,
@@ -304,13 +306,15 @@ def _model(c: ConfigContainer) -> Iterator[str]:
         yield f"{_name(c, 'model.transformer_impl')} = inference_optimized: Lockstep trains; use local"
 
 
+def _experts(c: ConfigContainer) -> Iterator[str]:
+    yield from expert_problems(c, lambda path: _name(c, path))
+
+
 _RECOMPUTED_MODULES = ("core_attn", "mlp", "layernorm")
+_OF_EXPERTS = ("moe", "moe_act", "shared_experts")
 # Megatron-LM has these too, for kinds of layers that Lockstep does not have.
 _FOREIGN_MODULES = (
-    "moe_act",
     "mla_up_proj",
-    "moe",
-    "shared_experts",
     "gdn_norm_out",
     "gdp_in_proj",
     "gdp_qkv",
@@ -333,20 +337,26 @@ def _recomputation(c: ConfigContainer) -> Iterator[str]:
             if c.get(path) is not None:
                 yield f"{_name(c, path)} = {c.get(path)} is for model.recompute_granularity = full; drop it"
     if m.recompute_granularity == "selective":
-        yield from _recomputed_modules(m.recompute_modules or [], modules)
+        yield from _recomputed_modules(c, m.recompute_modules or [], modules)
     # Megatron-LM fills in core_attn even where nothing is recomputed, and its saved settings say so.
     elif m.recompute_modules not in (None, ["core_attn"]):
         yield f"{modules} has no effect without model.recompute_granularity = selective; add that or drop this"
 
 
-def _recomputed_modules(given: list[str], name: str) -> Iterator[str]:
-    known = ", ".join(_RECOMPUTED_MODULES)
+def _recomputed_modules(c: ConfigContainer, given: list[str], name: str) -> Iterator[str]:
+    experts = c.model.num_moe_experts is not None
+    modules = _RECOMPUTED_MODULES + (_OF_EXPERTS if experts else ())
+    known = ", ".join(modules)
+    if "shared_experts" in given and experts and c.model.moe_shared_expert_intermediate_size is None:
+        yield f"{name}: the model has no shared_experts; use some of {known}"
     if not given:
         yield f"{name} is empty, so nothing would be recomputed; name some of {known}"
     for module in given:
         if module in _FOREIGN_MODULES:
             yield f"{name}: {module} is part of a kind of model that is not supported yet; use some of {known}"
-        elif module not in _RECOMPUTED_MODULES:
+        elif module in _OF_EXPERTS and not experts:
+            yield f"{name}: {module} is part of models with experts; use some of {known}"
+        elif module not in modules:
             yield f"{name}: there is no module {module}; use some of {known}"
 
 

@@ -100,6 +100,9 @@ def _is_switch(info: FieldInfo) -> bool:
 
 
 def _item_type(info: FieldInfo) -> Any:
+    """Return the type of the items where a flag takes several words; a list that text can spell is one word."""
+    if str in members(info.type):
+        return None
     for member in members(info.type):
         if typing.get_origin(member) is list:
             return typing.get_args(member)[0]

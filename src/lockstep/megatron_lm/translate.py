@@ -4,6 +4,7 @@ from typing import Any
 
 from lockstep.config import ConfigContainer, FieldInfo
 from lockstep.config.derive import has_data, interpolate
+from lockstep.config.fields import members
 from lockstep.errors import ConfigError
 
 _ACTIVATIONS = {
@@ -55,9 +56,9 @@ def words_of(info: FieldInfo, value: Any) -> list[str] | None:
     flag = info.spec.flags[0]
     if isinstance(value, bool):
         return [flag] if value is not info.spec.negated else None
-    if isinstance(value, list):
+    if isinstance(value, list) and str not in members(info.type):
         return [flag, *map(str, value)]
-    return [flag, str(value)]
+    return [flag, str(value).replace(" ", "") if isinstance(value, list) else str(value)]
 
 
 _SPECIAL = {"model.gated_linear_unit", "model.activation_func", "model.num_query_groups"}

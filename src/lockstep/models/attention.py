@@ -18,6 +18,7 @@ from lockstep.models.norms import Norm
 from lockstep.models.ops import matmul_mode, widened
 from lockstep.models.positions import rotate
 from lockstep.models.recompute import recomputed, recomputes
+from lockstep.models.router import RouterLosses
 from lockstep.models.sequence import WholeSequence
 
 # What Megatron-LM writes over scores that must not be attended to; its exponential is zero in every dtype.
@@ -27,16 +28,18 @@ _CPU_CHUNK_SCORES = 1 << 20  # 4 MiB of float32 scores at a time
 
 @dataclass(frozen=True)
 class AttentionContext:
-    """What every layer's attention needs to know about the batch.
+    """What every layer needs to know about the batch.
 
     hidden_positions is True where a query must not see a key, [1 or b, q, s]; cos_sin has the queries' rotary cosine
-    and sine; sequence tells which tokens these are.
+    and sine; sequence tells which tokens these are;
+    router_losses takes what routers add to the loss.
     """
 
     hidden_positions: Tensor
     cos_sin: tuple[Tensor, Tensor] | None
     streams: DropoutStreams | None
     sequence: WholeSequence = field(default_factory=WholeSequence)
+    router_losses: RouterLosses | None = None
 
 
 class SelfAttention(nn.Module):

@@ -7,20 +7,24 @@ Shape legend: b batch, s sequence, h hidden, v vocabulary (padded), q queries: t
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from lockstep.config.experts import expert_layers
 from lockstep.config.model import ModelConfig
 from lockstep.models.attention import AttentionContext, SelfAttention
 from lockstep.models.cross_entropy import linear_cross_entropy
 from lockstep.models.dropout import DropoutStreams, bias_dropout_add, dropout
 from lockstep.models.layers import Linear, Table, required
 from lockstep.models.mlp import MLP
+from lockstep.models.moe import MixtureOfExperts
 from lockstep.models.norms import Norm
 from lockstep.models.ops import linear
 from lockstep.models.positions import rotary_cos_sin
 from lockstep.models.recompute import rebuilt_for_backward, recomputed, recomputed_chunks, recomputes
+from lockstep.models.router import RouterLosses
 from lockstep.models.sequence import WholeSequence
 
 _Block = Callable[[Tensor], tuple[Tensor, Tensor | None]]
@@ -66,15 +70,25 @@ class GPTModel(nn.Module):
         *,
         document_ids: Tensor | None = None,
         dropout: DropoutStreams | None = None,
+        router_losses: RouterLosses | None = None,
     ) -> Tensor:
         """Return the float32 loss of each token [b, s], or the logits [b, s, v] if there are no labels.
 
         tokens, position_ids, labels and document_ids are int64 [b, s]. Attention sees earlier tokens of the same
         document id, or all earlier tokens. position_ids select learned positions; rotary positions always count from
-        the start of the sequence. A training model with dropout needs its random streams (ValueError).
+        the start of the sequence. A training model with dropout needs its random streams (ValueError). What routers add
+        to the loss goes through router_losses; without it they add nothing.
         """
         whole = Span(range(required(self.config.num_layers)))
-        return self.forward_span(whole, tokens, position_ids, labels, document_ids=document_ids, dropout=dropout)
+        return self.forward_span(
+            whole,
+            tokens,
+            position_ids,
+            labels,
+            document_ids=document_ids,
+            dropout=dropout,
+            router_losses=router_losses,
+        )
 
     def forward_span(
         self,
@@ -85,6 +99,7 @@ class GPTModel(nn.Module):
         *,
         document_ids: Tensor | None = None,
         dropout: DropoutStreams | None = None,
+        router_losses: RouterLosses | None = None,
     ) -> Tensor:
         """Return what `forward` returns where the span is last, else the residual stream [b, s, h] after it.
 
@@ -100,7 +115,11 @@ class GPTModel(nn.Module):
         length = position_ids.shape[1] * self.sequence.parts
         positions = self.sequence.positions(length, x.device)
         context = AttentionContext(
-            hidden_positions(positions, length, document_ids), self._cos_sin(positions, x), streams, self.sequence
+            hidden_positions(positions, length, document_ids),
+            self._cos_sin(positions, x),
+            streams,
+            self.sequence,
+            router_losses,
         )
         x = self.decoder(x, context, span.layers, normalise=span.last)
         return self.head(x, self.output_weight, labels) if span.last else x
@@ -164,7 +183,10 @@ class Decoder(nn.Module):
         self.config = config
         # A mapping, so that a layer keeps its name where others are cut away.
         self.layers = nn.ModuleDict(
-            {str(number): Layer(config, dtype=dtype, device=device) for number in range(required(config.num_layers))}
+            {
+                str(number): Layer(config, number if has_experts else None, dtype=dtype, device=device)
+                for number, has_experts in enumerate(expert_layers(config))
+            }
         )
         self.final_layernorm = Norm(config, required(config.hidden_size), dtype=dtype, device=device)
 
@@ -187,9 +209,12 @@ class Decoder(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and MLP, each on normalised input and added to the residual stream."""
+    """Attention and MLP, each on normalised input and added to the residual stream.
 
-    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device):
+    A layer with experts, which is told its number, has them in the place of the MLP.
+    """
+
+    def __init__(self, config: ModelConfig, experts_of: int | None = None, *, dtype: torch.dtype, device: torch.device):
         super().__init__()
         hidden = required(config.hidden_size)
         self.dropout_probability = config.hidden_dropout
@@ -197,9 +222,13 @@ class Layer(nn.Module):
         self.input_layernorm = Norm(config, hidden, dtype=dtype, device=device)
         self.self_attention = SelfAttention(config, dtype=dtype, device=device)
         self.pre_mlp_layernorm = Norm(config, hidden, dtype=dtype, device=device)
-        self.mlp = MLP(config, dtype=dtype, device=device)
+        self.mlp: MLP | MixtureOfExperts
+        if experts_of is None:
+            self.mlp = MLP(config, dtype=dtype, device=device)
+        else:
+            self.mlp = MixtureOfExperts(config, experts_of, dtype=dtype, device=device)
         self.recompute_norms = recomputes(config, "layernorm")
-        self.recompute_mlp = recomputes(config, "mlp")
+        self.recompute_mlp = recomputes(config, "mlp" if experts_of is None else "moe")
 
     def forward(self, hidden: Tensor, context: AttentionContext) -> Tensor:
         """Return the residual stream [b, s, h] after this layer."""
@@ -208,10 +237,15 @@ class Layer(nn.Module):
         )
         hidden = self._added(output, bias, hidden, normalised, context.streams)
         if self.recompute_mlp and self.training:
-            output, bias, normalised = self._recomputed_mlp(hidden)
+            output, bias, normalised = self._recomputed_mlp(self._mlp(context), hidden)
         else:
-            output, bias, normalised = self._normalised_and(self.mlp, self.pre_mlp_layernorm, hidden)
+            output, bias, normalised = self._normalised_and(self._mlp(context), self.pre_mlp_layernorm, hidden)
         return self._added(output, bias, hidden, normalised, context.streams)
+
+    def _mlp(self, context: AttentionContext) -> _Block:
+        if isinstance(self.mlp, MLP):
+            return self.mlp
+        return partial(self.mlp, losses=context.router_losses)
 
     def _normalised_and(self, block: _Block, norm: Norm, hidden: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """Return a block's output [b, s, h] and bias for the norm of hidden [b, s, h], and that norm."""
@@ -222,17 +256,17 @@ class Layer(nn.Module):
         with rebuilt_for_backward(normalised, lambda: norm(hidden)):
             return *block(normalised), normalised
 
-    def _recomputed_mlp(self, hidden: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    def _recomputed_mlp(self, mlp: _Block, hidden: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """Return the same for the MLP, which keeps its input only, or the input of its norm if that is not kept."""
 
         def both(x: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
             normalised = self.pre_mlp_layernorm(x)
-            return *self.mlp(normalised), normalised
+            return *mlp(normalised), normalised
 
         if self.recompute_norms:
             return recomputed(both, hidden)
         normalised = self.pre_mlp_layernorm(hidden)
-        return *recomputed(self.mlp, normalised), normalised
+        return *recomputed(mlp, normalised), normalised
 
     def _added(
         self, output: Tensor, bias: Tensor | None, stream: Tensor, normalised: Tensor, streams: DropoutStreams | None

@@ -1,8 +1,9 @@
 """Building a model with the initial weights Megatron-LM draws from the same seed.
 
 Default: the numbers of Megatron-LM's initialisation on one GPU. Weights come from the CUDA generator seeded with
-seed + 2718 (the offset of its first tensor-parallel rank), in the dtype of the parameters; learned positions come from
-a CPU generator seeded with the seed. Without a CUDA device `lockstep.models.philox` produces the same stream.
+seed + 2718 (the offset of its first tensor-parallel rank), those of experts from one seeded with seed + 1024, in the
+dtype of the parameters; learned positions, routers and the gates of shared experts come, in float32, from a CPU
+generator seeded with the seed. Without a CUDA device `lockstep.models.philox` produces the same stream.
 
 `use_cpu_initialization`: all weights come, in float32, from one CPU generator seeded with the seed.
 
@@ -25,9 +26,12 @@ from lockstep.models.layers import required
 from lockstep.models.philox import CudaNormalGenerator
 
 _GPU_SEED_OFFSET = 2718
+_GPU_EXPERT_SEED_OFFSET = 1024
 
 _WORDS = "embedding.word_embeddings.weight"
 _POSITIONS = "embedding.position_embeddings.weight"
+_GATE = ".shared_experts.gate_weight"
+_ROUTER = (".router.weight", ".router.bias")
 
 # Returns a tensor of the given shape from N(0, std).
 Draw = Callable[[torch.Size, float], Tensor]
@@ -51,8 +55,10 @@ def fill(model: torch.nn.Module, weights: Iterator[tuple[str, Tensor]], part: Pa
     """Give the parameters of a model on the meta device their values, and so its device.
 
     `weights` are the values of a whole model; the model may lack some of them, and have a `part` of the others.
+    Buffers, the biases of experts, start at zero.
     """
     missing = dict(model.named_parameters())
+    device = torch.device("cpu")
     for name, whole in weights:
         parameter = missing.pop(name, None)
         if parameter is None:
@@ -61,7 +67,11 @@ def fill(model: torch.nn.Module, weights: Iterator[tuple[str, Tensor]], part: Pa
         assert value.shape == parameter.shape, f"{name}: {value.shape} for {parameter.shape}"
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(value))
+        device = value.device
     assert not missing, f"no value for {list(missing)}"
+    for name, buffer in list(model.named_buffers()):
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, torch.zeros_like(buffer, device=device))
 
 
 @torch.no_grad()
@@ -70,16 +80,35 @@ def initial_weights(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield name and initial value, as `dtype`, of every parameter of the whole model, in order and one at a time."""
     on_cpu = _cpu_draw(seed)
-    draw = on_cpu if config.use_cpu_initialization else _gpu_draw(seed, dtype, device)
-    for name, parameter in GPTModel(config, dtype=dtype, device=torch.device("meta")).named_parameters():
-        if parameter.dim() < 2:
+    draw = expert_draw = on_cpu
+    if not config.use_cpu_initialization:
+        draw = _gpu_draw(seed + _GPU_SEED_OFFSET, dtype, device)
+        expert_draw = _gpu_draw(seed + _GPU_EXPERT_SEED_OFFSET, dtype, device)
+    for name, parameter in in_order(GPTModel(config, dtype=dtype, device=torch.device("meta"))):
+        if name.endswith((*_ROUTER, _GATE)):
+            value = on_cpu(parameter.shape, initial_std(config, name))
+        elif parameter.dim() < 2:
             value = torch.full(parameter.shape, _constant(config, name))
         elif name == _POSITIONS:
             on_cpu(parameter.shape, 1.0)
             value = on_cpu(parameter.shape, initial_std(config, name))
         else:
-            value = draw(parameter.shape, initial_std(config, name))
+            drawn = expert_draw if ".local_experts." in name else draw
+            value = drawn(parameter.shape, initial_std(config, name))
         yield name, value.to(device=device, dtype=dtype)
+
+
+def in_order(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Yield the parameters in the order Megatron-LM draws them: the gate of shared experts after their linears."""
+    gate = None
+    for name, parameter in model.named_parameters():
+        if name.endswith(_GATE):
+            gate = (name, parameter)
+            continue
+        yield name, parameter
+        if gate is not None and name.endswith(".shared_experts.linear_fc2.weight"):
+            yield gate
+            gate = None
 
 
 def _constant(config: ModelConfig, name: str) -> float:
@@ -104,9 +133,9 @@ def _cpu_draw(seed: int) -> Draw:
 
 def _gpu_draw(seed: int, dtype: torch.dtype, device: torch.device) -> Draw:
     if device.type != "cuda":
-        emulated = CudaNormalGenerator(seed + _GPU_SEED_OFFSET)
+        emulated = CudaNormalGenerator(seed)
         return lambda shape, std: emulated.normal(shape, std, dtype)
-    generator = torch.Generator(device).manual_seed(seed + _GPU_SEED_OFFSET)
+    generator = torch.Generator(device).manual_seed(seed)
     return lambda shape, std: torch.empty(shape, dtype=dtype, device=device).normal_(0.0, std, generator=generator)
 
 
@@ -149,6 +178,6 @@ class Fingerprint:
 def fingerprint(model: torch.nn.Module) -> dict[str, dict[str, Any]]:
     """Return the fingerprint of a model of one process."""
     prints = Fingerprint()
-    for _ in prints.added(model.named_parameters()):
+    for _ in prints.added(in_order(model)):
         pass
     return prints.result()

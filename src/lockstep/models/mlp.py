@@ -50,29 +50,22 @@ def uses_fused_activation(config: ModelConfig) -> bool:
     return config.gated_linear_unit and config.activation_func in ("silu", "quick_gelu")
 
 
-class MLP(nn.Module):
-    """linear_fc1, activation, linear_fc2. A gated linear_fc1 holds the rows of the gate, then those of the rest."""
+class Nonlinearity:
+    """Activation and gate of an MLP; a gated inner tensor holds the columns of the gate, then those of the rest."""
 
-    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device):
-        super().__init__()
-        hidden, inner = required(config.hidden_size), required(config.ffn_hidden_size)
+    def __init__(self, config: ModelConfig):
         self.gated = config.gated_linear_unit
         self.fused = uses_fused_activation(config)
         self.activation = _ACTIVATIONS[config.activation_func]
         if self.fused and config.activation_func == "gelu":
             self.activation = _gelu_tanh
-        width = 2 * inner if self.gated else inner
-        self.linear_fc1 = Linear(hidden, width, bias=config.add_bias_linear, dtype=dtype, device=device)
-        self.linear_fc2 = Linear(inner, hidden, bias=config.add_bias_linear, dtype=dtype, device=device)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the output [b, s, h] for x [b, s, h], and its bias [h], not yet added."""
-        inner = self.linear_fc1.product(x)
+    def __call__(self, inner: Tensor, bias: Tensor | None, weights: Tensor | None = None) -> Tensor:
+        """Return the activation [..., f] of the inner tensor plus bias, times a weight for each row if given."""
         if self.fused:
-            inner = _FusedActivation.apply(inner, self.linear_fc1.bias, self.activation, self.gated)
-        else:
-            inner = self._unfused(inner if self.linear_fc1.bias is None else inner + self.linear_fc1.bias)
-        return self.linear_fc2.product(inner), self.linear_fc2.bias
+            return _FusedActivation.apply(inner, bias, weights, self.activation, self.gated)
+        result = self._unfused(inner if bias is None else inner + bias)
+        return result if weights is None else (result * weights[..., None]).to(inner.dtype)
 
     def _unfused(self, inner: Tensor) -> Tensor:
         if not self.gated:
@@ -81,29 +74,56 @@ class MLP(nn.Module):
         return _rounded_once(self.activation, gate) * up
 
 
+class MLP(nn.Module):
+    """linear_fc1, activation, linear_fc2, of inner width `inner`, by default that of the model's MLPs.
+
+    A gated linear_fc1 holds the rows of the gate, then those of the rest.
+    """
+
+    def __init__(self, config: ModelConfig, *, inner: int | None = None, dtype: torch.dtype, device: torch.device):
+        super().__init__()
+        hidden, inner = required(config.hidden_size), inner or required(config.ffn_hidden_size)
+        self.nonlinearity = Nonlinearity(config)
+        width = 2 * inner if config.gated_linear_unit else inner
+        self.linear_fc1 = Linear(hidden, width, bias=config.add_bias_linear, dtype=dtype, device=device)
+        self.linear_fc2 = Linear(inner, hidden, bias=config.add_bias_linear, dtype=dtype, device=device)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the output [b, s, h] for x [b, s, h], and its bias [h], not yet added."""
+        inner = self.nonlinearity(self.linear_fc1.product(x), self.linear_fc1.bias)
+        return self.linear_fc2.product(inner), self.linear_fc2.bias
+
+
 def _rounded_once(activation: Activation, x: Tensor) -> Tensor:
     return activation(widened(x)).to(x.dtype)
 
 
 class _FusedActivation(torch.autograd.Function):
-    """Bias, activation and gate in float32, rounded once, forward and backward; keeps only its inputs."""
+    """Bias, activation, gate and weight in float32, rounded once, forward and backward; keeps only its inputs."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, activation: Activation, gated: bool) -> Tensor:
-        ctx.save_for_backward(x, bias)
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor | None, weights: Tensor | None, activation: Activation, gated: bool
+    ) -> Tensor:
+        ctx.save_for_backward(x, bias, weights)
         ctx.activation, ctx.gated = activation, gated
-        return _gated_activation(_biased(x, bias), activation, gated).to(x.dtype)
+        result = _gated_activation(_biased(x, bias), activation, gated)
+        return (result if weights is None else result * widened(weights)[..., None]).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-        x, bias = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
+        x, bias, weights = ctx.saved_tensors
         with torch.enable_grad():
             total = _biased(x, bias).detach().requires_grad_()
             result = _gated_activation(total, ctx.activation, ctx.gated)
-        (grad,) = torch.autograd.grad(result, total, widened(grads[0]))
+        grad, grad_weights = widened(grads[0]), None
+        if weights is not None:
+            grad_weights = (result.detach() * grad).sum(dim=-1).to(weights.dtype)
+            grad = grad * widened(weights)[..., None]
+        (grad,) = torch.autograd.grad(result, total, grad.to(result.dtype))
         grad_x = grad.to(x.dtype)
         grad_bias = None if bias is None else grad_x.flatten(0, -2).sum(dim=0)
-        return grad_x, grad_bias, None, None
+        return grad_x, grad_bias, grad_weights, None, None
 
 
 def _biased(x: Tensor, bias: Tensor | None) -> Tensor:

@@ -9,12 +9,14 @@ from lockstep.models import GPTModel
 from lockstep.models.attention import SelfAttention
 from lockstep.models.decoder import Span
 from lockstep.models.mlp import MLP
+from lockstep.models.moe import MixtureOfExperts
 from lockstep.parallel.context import SequencePart
 from lockstep.parallel.mesh import Mesh
 from lockstep.parallel.modules import (
     ColumnParallelLinear,
     RowParallelLinear,
     SequenceParallelTable,
+    SplitExpertsDispatcher,
     VocabParallelHead,
     VocabParallelTable,
 )
@@ -26,7 +28,7 @@ def parallelize(model: GPTModel, mesh: Mesh) -> list[Span]:
 
     The model is on the meta device: afterwards its parameters have the shapes of this process's part. In order:
     pipeline stages drop what is not theirs; the model is told of its part of every sequence; every process keeps its
-    part of each split weight; attention, MLP, embedding and head are told of their part.
+    part of each split weight; attention, MLP, experts, embedding and head are told of their part.
     """
     spans = _keep_stages(model, mesh)
     if mesh.cp.size > 1:
@@ -39,6 +41,8 @@ def parallelize(model: GPTModel, mesh: Mesh) -> list[Span]:
             elif isinstance(module, MLP):
                 module.linear_fc1 = ColumnParallelLinear(module.linear_fc1, mesh)
                 module.linear_fc2 = RowParallelLinear(module.linear_fc2, mesh)
+            elif isinstance(module, MixtureOfExperts):
+                module.dispatcher = SplitExpertsDispatcher(mesh)
         _split_vocabulary(model, mesh)
     return spans
 

@@ -28,6 +28,11 @@ def joined(x: Tensor, axis: Axis) -> Tensor:
     return _Joined.apply(x, axis)
 
 
+def whole(x: Tensor, axis: Axis) -> Tensor:
+    """Return the whole sequence [b, s, h] from the parts, for work that all processes repeat; backward splits."""
+    return _Whole.apply(x, axis)
+
+
 def added_and_split(x: Tensor, axis: Axis) -> Tensor:
     """Return this process's part of the sequence of the sum of x over the processes; backward joins."""
     return _AddedAndSplit.apply(x, axis)
@@ -73,6 +78,17 @@ class _Joined(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return _add_and_split(grads[0], ctx.axis), None
+
+
+class _Whole(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return _join(x, axis)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0].chunk(ctx.axis.size, dim=_SEQUENCE)[ctx.axis.rank].contiguous(), None
 
 
 class _AddedAndSplit(Function):

@@ -3,13 +3,17 @@
 Shape legend: b batch, s sequence, h hidden, v vocabulary, p part of the vocabulary on this process.
 """
 
+import dataclasses
+
 import torch
 from torch import Tensor, nn
 
 from lockstep.models.cross_entropy import linear_cross_entropy
 from lockstep.models.layers import Linear, Table
+from lockstep.models.moe import Dispatcher, Rows
 from lockstep.models.ops import embedding, linear
-from lockstep.parallel.exchange import added, added_and_split, copied, joined
+from lockstep.models.router import Assignment
+from lockstep.parallel.exchange import added, added_and_split, copied, joined, whole
 from lockstep.parallel.mesh import Mesh
 
 
@@ -104,6 +108,26 @@ class VocabParallelHead:
         widths = [len(part) for part in torch.arange(self.vocabulary).tensor_split(self.mesh.tp.size)]
         parts = self.mesh.tp.stacked(padded)
         return torch.cat([part[..., :width] for part, width in zip(parts, widths, strict=True)], dim=-1)
+
+
+class SplitExpertsDispatcher(Dispatcher):
+    """Every process has a part of the inner width of each expert: all route all tokens, and their outputs add up."""
+
+    def __init__(self, mesh: Mesh):
+        self.mesh = mesh
+
+    def seen(self, x: Tensor) -> Tensor:
+        """Return all tokens [b, s, h] of the sequence of which x may be this process's part."""
+        return whole(x, self.mesh.tp) if self.mesh.sequence_parallel else x
+
+    def dispatch(self, x: Tensor, assignment: Assignment) -> Rows:
+        """Sort all tokens by expert; their gradient, and that of their weights, is the sum over the processes."""
+        weights = copied(assignment.weights, self.mesh.tp)
+        return super().dispatch(_whole(x, self.mesh), dataclasses.replace(assignment, weights=weights))
+
+    def combine(self, output: Tensor, rows: Rows) -> Tensor:
+        """Return the sum over experts and processes [b, s, h], or this process's part of its sequence."""
+        return _summed(super().combine(output, rows), self.mesh)
 
 
 def _whole(x: Tensor, mesh: Mesh) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 
 from lockstep.config.model import ModelConfig
 from lockstep.models import GPTModel
+from lockstep.models.init import in_order
 from lockstep.parallel.mesh import Mesh
 from lockstep.parallel.plan import WORD_EMBEDDINGS, Shard, shard_of
 
@@ -157,21 +158,22 @@ def _strides(shape: Shape) -> Shape:
 
 
 class Placement:
-    """The place of every tensor of this process, by the name of its parameter.
+    """The place of every tensor of this process, by the name of its parameter or buffer.
 
-    ``shapes`` are those of the whole model's parameters, in their order.
+    ``shapes`` are those of the whole model's parameters, in their order. Buffers are whole on every process.
     """
 
     def __init__(self, config: ModelConfig, mesh: Mesh) -> None:
         self._config = config
         self._mesh = mesh
         whole = GPTModel(config, dtype=torch.float32, device=torch.device("meta"))
-        self.shapes: dict[str, Shape] = {name: tuple(p.shape) for name, p in whole.named_parameters()}
+        self.shapes: dict[str, Shape] = {name: tuple(p.shape) for name, p in in_order(whole)}
+        self._all = self.shapes | {name: tuple(buffer.shape) for name, buffer in whole.named_buffers()}
 
     def placed(self, name: str, tensor: torch.Tensor, span: tuple[int, int] | None = None) -> Placed:
-        """Return a tensor of the parameter ``name``, or of its elements ``span`` here, with its place."""
-        tp = self._mesh.tp
-        return place(tensor.detach(), self.shapes[name], self._shard(name), tp.size, tp.rank, span)
+        """Return a tensor of the parameter or buffer ``name``, or of its elements ``span`` here, with its place."""
+        tp, shape = self._mesh.tp, self._all[name]
+        return place(tensor.detach(), shape, self._shard(name), tp.size, tp.rank, span)
 
     def written(self, sizes: Mapping[str, int], parameter: Callable[[str], str], *, replicated: bool) -> list[str]:
         """Return which of its tensors this process writes, so that each is written once; ``sizes`` are in bytes.

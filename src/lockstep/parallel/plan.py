@@ -51,6 +51,7 @@ _OF_SEQUENCE = (
     "*.final_layernorm.*",
     "*.linear_proj.bias",
     "*.linear_fc2.bias",
+    "*.shared_experts.gate_weight",
 )
 
 

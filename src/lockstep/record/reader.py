@@ -2,13 +2,13 @@
 
 import dataclasses
 import json
-import types
 import typing
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from lockstep.config.fields import members
 from lockstep.errors import UserError
 from lockstep.record.schema import (
     FACTS,
@@ -18,7 +18,7 @@ from lockstep.record.schema import (
     SCHEMA,
     EvaluationLine,
     TrainLine,
-    decode_number,
+    decode_numbers,
     shape_problem,
 )
 
@@ -126,7 +126,7 @@ def _parse_line(where: str, text: str) -> TrainLine | EvaluationLine:
         raise UserError(f"{where}: a metrics line has the kind train or evaluation, this one has {kind!r}")
     cls = TrainLine if kind == "train" else EvaluationLine
     accepted = _accepted(cls)
-    numbers = {name: value if name == "batch_hash" else decode_number(value) for name, value in values.items()}
+    numbers = {name: value if name == "batch_hash" else decode_numbers(value) for name, value in values.items()}
     for name, value in numbers.items():
         if name not in accepted:
             raise UserError(f"{where}: schema {SCHEMA} has no key {name} in a line of kind {kind}")
@@ -149,5 +149,5 @@ def _fits(value: Any, kinds: tuple[type, ...]) -> bool:
 def _accepted(cls: type) -> dict[str, tuple[type, ...]]:
     hints = typing.get_type_hints(cls)
     return {
-        name: typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,) for name, hint in hints.items()
+        name: tuple(typing.get_origin(member) or member for member in members(hint)) for name, hint in hints.items()
     }

@@ -53,6 +53,7 @@ class TrainLine:
         batch_hash: hash of the global batch's token ids.
         skipped: no update was made (overflow under FP16).
         memory_bytes: peak memory of the device, or of the process on a CPU.
+        router_losses: losses that routers of experts add, by name; left out of the line where there are none.
     """
 
     iteration: int
@@ -70,6 +71,7 @@ class TrainLine:
     seconds: float | None = None
     tokens_per_second: float | None = None
     memory_bytes: int | None = None
+    router_losses: dict[str, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +85,9 @@ class EvaluationLine:
     ppl: float | None = None
     samples: int | None = None
 
+
+OPTIONAL_KEYS = ("router_losses",)
+"""Keys that only some runs' lines have; a reader of version 1 must do without them."""
 
 LINES: dict[str, type[TrainLine] | type[EvaluationLine]] = {"train": TrainLine, "evaluation": EvaluationLine}
 
@@ -124,3 +129,10 @@ def encode(value: Any) -> Any:
 def decode_number(value: Any) -> Any:
     """Undo ``encode`` for a number: the strings ``nan``, ``inf`` and ``-inf`` become floats."""
     return float(value) if isinstance(value, str) and value in ("nan", "inf", "-inf") else value
+
+
+def decode_numbers(value: Any) -> Any:
+    """Undo ``encode`` for a number or a mapping of names to numbers."""
+    if isinstance(value, dict):
+        return {name: decode_number(item) for name, item in value.items()}
+    return decode_number(value)

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime
 
 from lockstep.training.hooks import Hook, IterationReport, Progress, RunInfo
@@ -33,6 +33,7 @@ class Interval:
     def reset(self) -> None:
         """Forget all iterations; the time of the next ones counts from now."""
         self.loss_sum = 0.0
+        self.router_sums: dict[str, float] = {}
         self.advanced = 0
         self.skipped = 0
         self.nan = 0
@@ -55,14 +56,16 @@ class Interval:
             self._seconds += self._clock() - self._since
             self._since = None
 
-    def add(self, loss: float, skipped: bool) -> None:
-        """Count an iteration; the loss of a skipped one stays out of the average."""
+    def add(self, loss: float, skipped: bool, router_losses: Mapping[str, float] | None = None) -> None:
+        """Count an iteration; the losses of a skipped one stay out of the averages."""
         if skipped:
             self.skipped += 1
             self.nan += loss != loss or loss in (float("inf"), float("-inf"))
         else:
             self.advanced += 1
             self.loss_sum += loss
+            for name, value in (router_losses or {}).items():
+                self.router_sums[name] = self.router_sums.get(name, 0.0) + value
             self.any_loss = True
 
     @property
@@ -93,6 +96,11 @@ def train_line(
     # As in Megatron-LM: no loss before the first iteration that made a step, nor a negative or NaN one.
     if interval.any_loss and interval.average_loss >= 0.0:
         parts.append(f" {LOSS_KEY}: {interval.average_loss:.6E} |")
+    parts += [
+        f" {name}: {total / max(1, interval.advanced):.6E} |"
+        for name, total in interval.router_sums.items()
+        if total >= 0.0
+    ]
     parts.append(f" loss scale: {step.loss_scale:.1f} |")
     if step.grad_norm is not None:
         parts.append(f" grad norm: {step.grad_norm:.3f} |")
@@ -158,7 +166,7 @@ class ConsoleHook(Hook):
 
     def after_step(self, report: IterationReport) -> None:
         """Print the line of an iteration when it is time."""
-        self._interval.add(report.step.lm_loss, report.step.skipped)
+        self._interval.add(report.step.lm_loss, report.step.skipped, report.step.router_losses)
         if not self._first and report.iteration % self._log_interval:
             return
         flops = self._info.flops_per_sample * report.global_batch_size

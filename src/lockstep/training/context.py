@@ -19,10 +19,13 @@ class ContextPasses:
         self._cp = cp
         self._sequence = SequencePart(cp)
         self.dropout = inner.dropout
+        self.routing = inner.routing
 
-    def train(self, batch: Batch, micro_batch_size: int, objective: Objective) -> torch.Tensor:
+    def train(
+        self, batch: Batch, micro_batch_size: int, objective: Objective, router_weight: float = 0.0
+    ) -> torch.Tensor:
         """Run forward and backward passes; see ``Passes``."""
-        return self._whole(self._inner.train(self._part(batch), micro_batch_size, objective))
+        return self._whole(self._inner.train(self._part(batch), micro_batch_size, objective, router_weight))
 
     def evaluate(self, batch: Batch, micro_batch_size: int) -> torch.Tensor:
         """Run forward passes without dropout; see ``Passes``."""

@@ -10,7 +10,7 @@ import torch
 
 from lockstep.config import ConfigContainer
 from lockstep.errors import UserError
-from lockstep.record.schema import EvaluationLine, TrainLine
+from lockstep.record.schema import OPTIONAL_KEYS, EvaluationLine, TrainLine
 from lockstep.record.writer import RunWriter
 from lockstep.training.result import Evaluation, RunResult
 from lockstep.training.step import StepResult
@@ -122,6 +122,7 @@ class RecordHook(Hook):
             seconds=report.seconds,
             tokens_per_second=tokens / report.seconds,
             memory_bytes=report.memory_bytes,
+            router_losses=report.step.router_losses or None,
         )
         self._writer.metrics(_line("train", line))
 
@@ -145,7 +146,8 @@ class RecordHook(Hook):
 
 
 def _line(kind: str, line: Any) -> dict[str, Any]:
-    return {"kind": kind, **vars(line)}
+    values = {key: value for key, value in vars(line).items() if key not in OPTIONAL_KEYS or value is not None}
+    return {"kind": kind, **values}
 
 
 class FiniteCheck(Hook):

@@ -11,7 +11,10 @@ from torch import nn
 
 from lockstep.models import DropoutStreams
 from lockstep.models.ops import widened
+from lockstep.models.router import RouterLosses
+from lockstep.parallel import Axis
 from lockstep.training.feed import Batch
+from lockstep.training.routing import Routing
 
 Objective = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Takes the loss sum and the number of valid tokens of a micro-batch; returns what is differentiated."""
@@ -21,13 +24,19 @@ class Passes(Protocol):
     """Runs the micro-batches of one data-parallel process.
 
     Both methods return the loss sum and the valid tokens of each micro-batch [m, 2], at least FP32, on all processes
-    that work on them.
+    that work on them. Training adds a column for each loss of the routers that `routing` names.
     """
 
     dropout: DropoutStreams | None
+    routing: Routing
 
-    def train(self, batch: Batch, micro_batch_size: int, objective: Objective) -> torch.Tensor:
-        """Run forward and backward passes; gradients add up where the optimizer collects them."""
+    def train(
+        self, batch: Batch, micro_batch_size: int, objective: Objective, router_weight: float = 0.0
+    ) -> torch.Tensor:
+        """Run forward and backward passes; gradients add up where the optimizer collects them.
+
+        `router_weight` is what a unit of a router's loss counts in what is differentiated.
+        """
 
     def evaluate(self, batch: Batch, micro_batch_size: int) -> torch.Tensor:
         """Run forward passes without dropout."""
@@ -36,18 +45,23 @@ class Passes(Protocol):
 class WholePasses:
     """Passes of a model all of whose layers are on this process: one micro-batch after the other."""
 
-    def __init__(self, model: nn.Module, dropout: DropoutStreams | None = None) -> None:
+    def __init__(self, model: nn.Module, dropout: DropoutStreams | None = None, replicas: Axis | None = None) -> None:
         self._model = model
         self.dropout = dropout
+        self.routing = Routing(model, replicas or Axis())
 
-    def train(self, batch: Batch, micro_batch_size: int, objective: Objective) -> torch.Tensor:
+    def train(
+        self, batch: Batch, micro_batch_size: int, objective: Objective, router_weight: float = 0.0
+    ) -> torch.Tensor:
         """Run forward and backward passes; see ``Passes``."""
         self._model.train()
         sums = []
         for micro_batch in batch.split(micro_batch_size):
-            loss_sum, tokens = self._loss(micro_batch, self.dropout)
+            noted = self.routing.begin(router_weight)
+            loss_sum, tokens = self._loss(micro_batch, self.dropout, noted)
             objective(loss_sum, tokens).backward()
-            sums.append(torch.stack([loss_sum.detach(), tokens]))
+            sums.append(torch.stack([loss_sum.detach(), tokens, *self.routing.means(noted)]))
+        self.routing.finish()
         return torch.stack(sums)
 
     @torch.no_grad()
@@ -56,9 +70,12 @@ class WholePasses:
         self._model.eval()
         return torch.stack([torch.stack(self._loss(part, None)) for part in batch.split(micro_batch_size)])
 
-    def _loss(self, batch: Batch, dropout: DropoutStreams | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def _loss(
+        self, batch: Batch, dropout: DropoutStreams | None, noted: RouterLosses | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        aside = {} if noted is None else {"router_losses": noted}
         losses = self._model(
-            batch.tokens, batch.position_ids, batch.labels, document_ids=batch.document_ids, dropout=dropout
+            batch.tokens, batch.position_ids, batch.labels, document_ids=batch.document_ids, dropout=dropout, **aside
         )  # [b, s]
         return masked_sum(losses, batch.loss_mask, batch.valid_tokens)
 

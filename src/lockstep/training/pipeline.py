@@ -20,6 +20,7 @@ from lockstep.models.ops import widened
 from lockstep.parallel import Mesh
 from lockstep.training.feed import Batch
 from lockstep.training.passes import Objective, masked_sum
+from lockstep.training.routing import Routing
 
 
 class PipelinePasses:
@@ -32,12 +33,19 @@ class PipelinePasses:
         self._mesh = mesh
         self._stages = [_Stage(model, span) for span in spans]
         self.dropout = dropout
+        self.routing = Routing(model, mesh.replicas)
         self._schedules: dict[tuple[bool, int, torch.Size], Any] = {}
 
-    def train(self, batch: Batch, micro_batch_size: int, objective: Objective) -> Tensor:
+    def train(self, batch: Batch, micro_batch_size: int, objective: Objective, router_weight: float = 0.0) -> Tensor:
         """Run forward and backward passes; see ``Passes``."""
         self._model.train()
-        return self._run(batch, micro_batch_size, objective, self.dropout)
+        for stage in self._stages:
+            stage.routing, stage.router_weight = self.routing, router_weight
+        sums = self._run(batch, micro_batch_size, objective, self.dropout)
+        for stage in self._stages:
+            stage.routing = None
+        self.routing.finish()
+        return sums
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, micro_batch_size: int) -> Tensor:
@@ -49,18 +57,24 @@ class PipelinePasses:
         self, batch: Batch, micro_batch_size: int, objective: Objective | None, dropout: DropoutStreams | None
     ) -> Tensor:
         count = len(batch) // micro_batch_size
-        sums: list[Tensor] = []
         for stage in self._stages:
-            stage.objective, stage.dropout, stage.sums = objective, dropout, sums
+            stage.objective, stage.dropout, stage.sums, stage.means = objective, dropout, [], []
         schedule = self._schedule(objective is not None, count, batch.tokens[:micro_batch_size].shape)
         tokens = (batch.tokens,) if self._stages[0].span.first else ()
         run = schedule.step if objective is not None else schedule.eval
         run(*tokens, **batch.aside(), target=batch.labels, return_outputs=False)
-        found = torch.stack(sums) if sums else self._zeros(count, batch.tokens.device)
-        return self._mesh.pp.sum_(found)
+        return self._mesh.pp.sum_(self._sums(count, objective is not None, batch.tokens.device))
 
-    def _zeros(self, count: int, device: torch.device) -> Tensor:
-        return widened(torch.zeros(count, 2, dtype=_dtype(self._model), device=device))
+    def _sums(self, count: int, training: bool, device: torch.device) -> Tensor:
+        """Return what this process's stages found for each micro-batch; zero where other stages find it."""
+        width = 2 + (len(self.routing.names) if training else 0)
+        found = widened(torch.zeros(count, width, dtype=_dtype(self._model), device=device))
+        for stage in self._stages:
+            if stage.sums:
+                found[:, :2] += torch.stack(stage.sums)
+            if stage.means and width > 2:
+                found[:, 2:] += torch.stack(stage.means)
+        return found
 
     def _schedule(self, training: bool, count: int, shape: torch.Size) -> Any:
         """Return the schedule of ``count`` micro-batches of tokens of a shape [b, s]; each has buffers of its own."""
@@ -117,7 +131,10 @@ class _Stage(nn.Module):
         self.span = span
         self.objective: Objective | None = None
         self.dropout: DropoutStreams | None = None
+        self.routing: Routing | None = None
+        self.router_weight = 0.0
         self.sums: list[Tensor] = []
+        self.means: list[Tensor] = []
 
     def forward(
         self,
@@ -129,9 +146,18 @@ class _Stage(nn.Module):
         valid_tokens: Tensor | None = None,
     ) -> Tensor:
         """Return the residual stream [b, s, h] for the next stage, or after the last one the objective (scalar)."""
+        noted = None if self.routing is None else self.routing.begin(self.router_weight)
         output = self._model.forward_span(
-            self.span, x, position_ids, labels, document_ids=document_ids, dropout=self.dropout
+            self.span,
+            x,
+            position_ids,
+            labels,
+            document_ids=document_ids,
+            dropout=self.dropout,
+            router_losses=noted,
         )
+        if self.routing is not None and noted is not None and self.routing.names:
+            self.means.append(torch.stack(self.routing.means(noted)))
         if not self.span.last:
             return output
         loss_sum, tokens = masked_sum(output, loss_mask, valid_tokens)

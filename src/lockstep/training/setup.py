@@ -135,7 +135,7 @@ def build_passes(
     """Build what runs the model over micro-batches: in a pipeline where there is one, on a part of every sequence."""
     assert config.model.num_attention_heads is not None, "a resolved tree has heads"
     dropout = LayoutDropoutStreams(config.rng.seed, device, mesh, config.model.num_attention_heads)
-    passes: Passes = WholePasses(model, dropout)
+    passes: Passes = WholePasses(model, dropout, mesh.replicas)
     if mesh.pp.size > 1:
         passes = PipelinePasses(model, spans, mesh, dropout)
     return ContextPasses(passes, mesh.cp) if mesh.cp.size > 1 else passes

@@ -4,7 +4,7 @@ Shapes: b samples of a micro-batch, s tokens of a sample.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -26,6 +26,7 @@ class StepResult:
         num_zeros: gradient elements that are zero, where asked for.
         skipped: the gradients overflowed and nothing was updated.
         loss_scale: the scale after the step, which the next one uses.
+        router_losses: mean over micro-batches and layers of each loss that routers add, by its name.
     """
 
     loss_sum: float
@@ -34,6 +35,7 @@ class StepResult:
     num_zeros: int | None
     skipped: bool
     loss_scale: float
+    router_losses: dict[str, float] = field(default_factory=dict)
 
     @property
     def lm_loss(self) -> float:
@@ -46,7 +48,8 @@ class TrainStep:
 
     By default the gradient is that of the mean over micro-batches of their mean loss per token; with ``per_token`` it
     is that of the mean over all tokens of the global batch. They differ where micro-batches have unequal numbers of
-    valid tokens. Each process of the data-parallel axis ``dp`` has its own micro-batches of the global batch.
+    valid tokens. What routers add is the mean over micro-batches either way: they count all tokens, valid or not. Each
+    process of the data-parallel axis ``dp`` has its own micro-batches of the global batch.
     """
 
     def __init__(self, passes: Passes, optimizer: Optimizer, per_token: bool = False, dp: Axis | None = None) -> None:
@@ -71,11 +74,13 @@ class TrainStep:
             value = loss_sum if self._per_token else loss_sum / tokens.clamp(min=1) / count
             return value * scale if scale != 1.0 else value
 
-        sums = in_global_order(self._passes.train(batch, micro_batch_size, objective), self._dp)  # [micro-batches, 2]
+        router_weight = scale * (micro_batch_size * batch.tokens.shape[1] if self._per_token else 1.0 / count)
+        found = self._passes.train(batch, micro_batch_size, objective, router_weight)
+        sums = in_global_order(found, self._dp)  # [micro-batches, 2 or more]
         factor = 1.0 / sums[:, 1].sum().clamp(min=1) if self._per_token else None
         update = self.optimizer.step(lr, weight_decay, factor)
         # Only here does the host wait for a GPU: everything above was queued.
-        losses, tokens = zip(*sums.tolist(), strict=True)
+        losses, tokens, *added = zip(*sums.tolist(), strict=True)
         return StepResult(
             loss_sum=math.fsum(losses) if all(map(math.isfinite, losses)) else sum(losses),
             valid_tokens=int(sum(tokens)),
@@ -83,4 +88,8 @@ class TrainStep:
             num_zeros=update.num_zeros,
             skipped=update.skipped,
             loss_scale=self.optimizer.loss_scale,
+            router_losses={
+                name: math.fsum(values) / len(values)
+                for name, values in zip(self._passes.routing.names, added, strict=True)
+            },
         )

@@ -18,6 +18,7 @@ def train_scalars(report: IterationReport, config: ConfigContainer, processes: i
         "learning-rate": report.next_lr,
         "batch-size": report.global_batch_size,
         LOSS_KEY: step.lm_loss,
+        **step.router_losses,
         "loss-scale": step.loss_scale if logger.log_loss_scale_to_tensorboard else None,
         "world-size": processes if logger.log_world_size_to_tensorboard else None,
         "grad-norm": step.grad_norm,

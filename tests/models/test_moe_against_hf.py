@@ -1,0 +1,90 @@
+"""Models with experts against Hugging Face models of the same weights, in float32: logits and gradients."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from lockstep.models import GPTModel, build_model
+from tests.models.test_against_hf import CPU, assert_same_logits, llama_weights, randomised, tokens_and_positions
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "tie_word_embeddings": False,
+    "num_experts_per_tok": 2,
+    "experts_implementation": "eager",
+}
+
+
+def weights_of(model: GPTModel) -> dict[str, Tensor]:
+    """Return the weights under Hugging Face's names; experts of a layer are one tensor there."""
+    get = model.get_parameter
+    weights = llama_weights_without_mlp(model)
+    for i in range(2):
+        ours, theirs = f"decoder.layers.{i}.mlp", f"model.layers.{i}.mlp"
+        weights[f"{theirs}.gate.weight"] = get(f"{ours}.router.weight")
+        for name, hf in (("linear_fc1", "gate_up_proj"), ("linear_fc2", "down_proj")):
+            parts: list[Tensor] = [get(f"{ours}.experts.local_experts.{e}.{name}.weight") for e in range(8)]
+            weights[f"{theirs}.experts.{hf}"] = torch.stack(parts)
+    return weights
+
+
+def llama_weights_without_mlp(model: GPTModel) -> dict[str, Tensor]:
+    """Return all other weights: those of a Llama whose MLPs are left out."""
+
+    class Stub:
+        config = model.config
+
+        def get_parameter(self, name: str) -> Tensor:
+            return torch.zeros(2, 1) if ".mlp.linear" in name else model.get_parameter(name)
+
+    stub: Any = Stub()
+    weights = {name: value for name, value in llama_weights(stub).items() if ".mlp." not in name}
+    if model.config.qk_layernorm:
+        for i in range(2):
+            for kind in "qk":
+                norm = model.get_parameter(f"decoder.layers.{i}.self_attention.{kind}_layernorm.weight")
+                weights[f"model.layers.{i}.self_attn.{kind}_norm.weight"] = norm
+    return weights
+
+
+def mixtral(moe_like: Any) -> tuple[GPTModel, Any]:
+    config = MixtralConfig(intermediate_size=48, num_local_experts=8, **SIZES)
+    model = build_model(moe_like(), seed=1, params_dtype=torch.float32, device=CPU)
+    return model, MixtralForCausalLM(config)
+
+
+def qwen3_moe(moe_like: Any) -> tuple[GPTModel, Any]:
+    sizes: Any = {"moe_intermediate_size": 48, "num_experts": 8, "norm_topk_prob": True, "head_dim": 8}
+    config = Qwen3MoeConfig(**sizes, **SIZES)
+    model = build_model(moe_like(qk_layernorm=True), seed=1, params_dtype=torch.float32, device=CPU)
+    return model, Qwen3MoeForCausalLM(config)
+
+
+@pytest.mark.parametrize("family", [mixtral, qwen3_moe])
+def test_logits_and_gradients(family, moe_like):
+    model, hf = family(moe_like)
+    randomised(model)
+    hf.load_state_dict(weights_of(model))
+    hf.eval()
+    tokens, positions = tokens_and_positions(512)
+    with torch.no_grad():
+        assert_same_logits(model(tokens, positions), hf(tokens).logits)
+    model(tokens[:, :-1], positions[:, :-1], tokens[:, 1:]).mean().backward()
+    hf(tokens, labels=tokens).loss.backward()
+    layer: Any = model.decoder.layers["0"]
+    theirs = hf.model.layers[0].mlp
+    torch.testing.assert_close(layer.mlp.router.weight.grad, theirs.gate.weight.grad, rtol=1e-4, atol=1e-6)
+    for name, hf_name in (("linear_fc1", "gate_up_proj"), ("linear_fc2", "down_proj")):
+        ours = torch.stack([getattr(expert, name).weight.grad for expert in layer.mlp.experts.local_experts])
+        torch.testing.assert_close(ours, getattr(theirs.experts, hf_name).grad, rtol=1e-4, atol=1e-6)
+    words = model.get_parameter("embedding.word_embeddings.weight").grad
+    torch.testing.assert_close(words, hf.model.embed_tokens.weight.grad, rtol=1e-4, atol=1e-6)
