@@ -6,7 +6,6 @@ such as ``exp_avg``.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain
 
 import torch
 from torch import nn
@@ -22,16 +21,9 @@ _STATES = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
 
 def model_tensors(model: nn.Module, placement: Placement) -> dict[str, Placed]:
-<<<<<<< HEAD
-    """Return the weights that this process has, by canonical name; the tensors are the model's own."""
-    # state_dict waits for weights that are still on their way from other processes; named_parameters would not.
-    weights = model.state_dict(keep_vars=True)
-    return {MODEL + name: placement.placed(name, w) for name, w in weights.items() if isinstance(w, nn.Parameter)}
-=======
     """Return the weights and buffers that this process has, by canonical name; the tensors are the model's own."""
-    tensors = chain(model.named_parameters(), model.named_buffers())
-    return {MODEL + name: placement.placed(name, tensor) for name, tensor in tensors}
->>>>>>> 1b5cba2 (Checkpoints hold buffers: the biases of experts)
+    # state_dict waits for weights that are still on their way from other processes; named_parameters would not.
+    return {MODEL + name: placement.placed(name, tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
 
 
 def optimizer_tensors(optimizer: Optimizer, placement: Placement) -> dict[str, Placed]:
