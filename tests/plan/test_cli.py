@@ -93,7 +93,8 @@ def test_options_are_not_guessed(words: list[str]) -> None:
 
 
 def test_every_problem_of_a_layout_is_told(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "--gpu", "h100", "--gpus", "4", "--", *GPT, "--tensor-model-parallel-size", "4"]) == USER_ERROR
+    words = ["--tensor-model-parallel-size", "4", "--ffn-hidden-size", "33"]
+    assert main(["plan", "--gpu", "h100", "--gpus", "4", "--", *GPT, *words]) == USER_ERROR
     error = capsys.readouterr().err
     assert "--num-attention-heads = 2 is not divisible" in error
-    assert "--num-query-groups" in error
+    assert "--ffn-hidden-size = 33 is not divisible" in error

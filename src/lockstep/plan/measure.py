@@ -221,6 +221,9 @@ class _TrackedOptimizer(Optimizer):
         return update
 
     def _label(self) -> None:
+        # A sharded optimizer lays the model's weights out anew.
+        for name, param in zip(self.weights.names, self.weights.model_params, strict=True):
+            self._tracker.assign(param, part_of(name, "weights"))
         models = set(self.weights.model_params)
         for name, main in zip(self.weights.main_names, self.weights.main_params, strict=True):
             if main not in models:
