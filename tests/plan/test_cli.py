@@ -92,8 +92,9 @@ def test_options_are_not_guessed(words: list[str]) -> None:
     assert caught.value.code == 2
 
 
-def test_every_problem_of_a_layout_is_told(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "--gpu", "h100", "--gpus", "4", "--", *GPT, "--tensor-model-parallel-size", "4"]) == USER_ERROR
+def test_every_problem_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*GPT, "--tensor-model-parallel-size", "4", "--adam-beta1", "2"]
+    assert main(["plan", "--gpu", "h100", "--gpus", "4", "--", *words]) == USER_ERROR
     error = capsys.readouterr().err
     assert "--num-attention-heads = 2 is not divisible" in error
-    assert "--num-query-groups" in error
+    assert "--adam-beta1 = 2.0: give a value" in error

@@ -88,7 +88,7 @@ def test_an_fp32_model_is_its_own_main_weights() -> None:
 def test_a_sharded_optimizer_has_its_share() -> None:
     whole, shared = memory_of({}, 4), memory_of(_SHARDED, 4)
     assert shared.parts["optimizer"] == pytest.approx(whole.parts["optimizer"] / 4, rel=0.02)
-    assert shared.parts["weights"] == whole.parts["weights"]
+    assert shared.parts["weights"] == pytest.approx(whole.parts["weights"], rel=0.01)
 
 
 def test_activations_follow_the_layout() -> None:
@@ -102,7 +102,7 @@ def test_context_parallelism_halves_the_sequence() -> None:
     one, two = memory_of({}), memory_of({"model.context_parallel_size": 2, **_SHARDED}, 2)
     assert two.highest["logits"] == pytest.approx(one.highest["logits"] / 2, rel=0.2)
     assert two.highest["activations"] < 0.6 * one.highest["activations"]
-    assert two.parts["weights"] == one.parts["weights"]
+    assert two.parts["weights"] == pytest.approx(one.parts["weights"], rel=0.01)
     assert two.parts["optimizer"] == pytest.approx(one.parts["optimizer"] / 2, rel=0.02)
 
 

@@ -222,6 +222,8 @@ class _TrackedOptimizer(Optimizer):
 
     def _label(self) -> None:
         models = set(self.weights.model_params)
+        for name, param in zip(self.weights.names, self.weights.model_params, strict=True):
+            self._tracker.assign(param, part_of(name, "weights"))  # they may have moved into one piece of memory
         for name, main in zip(self.weights.main_names, self.weights.main_params, strict=True):
             if main not in models:
                 self._tracker.assign(main, part_of(name, "optimizer"))
