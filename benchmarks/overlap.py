@@ -88,7 +88,7 @@ class Job:
         samples = required(self._config.train.global_batch_size) // self._mesh.dp.size
         length, vocabulary = required(model.seq_length), required(model.vocab_size)
         text = torch.randint(0, vocabulary, (samples, length + 1), generator=torch.Generator().manual_seed(seed))
-        positions = torch.arange(length).expand(samples, -1)
+        positions = torch.arange(length).repeat(samples, 1)
         return Batch(text[:, :-1], text[:, 1:], torch.ones(positions.shape), positions).to(self._device)
 
 

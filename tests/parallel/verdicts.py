@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lockstep.config import ConfigContainer, Origin, resolve
 from lockstep.lab.compare import compare_paths
 from lockstep.training import Command, run
@@ -69,7 +71,9 @@ def verdicts(cases: Sequence[Case], folder: Path, kinds: Sequence[str] = tuple(K
         Turn(case.processes, train, (kind, case.changes, case.processes, folder / kind / case.name))
         for kind, case in jobs
     ]
-    for outcome, (kind, case) in zip(in_turn(turns), jobs, strict=True):
+    # NCCL does not survive being started anew several times in one process.
+    outcomes = [in_turn([turn])[0] for turn in turns] if torch.cuda.is_available() else in_turn(turns)
+    for outcome, (kind, case) in zip(outcomes, jobs, strict=True):
         for error in outcome:
             if isinstance(error, BaseException):
                 raise RuntimeError(f"{kind}, {case.name} failed") from error
@@ -85,9 +89,10 @@ def main() -> int:
     """Print the verdicts; exit code 1 where one is neither ``identical`` nor ``rounding``."""
     parser = argparse.ArgumentParser(prog="python -m tests.parallel.verdicts", description=__doc__.splitlines()[0])
     parser.add_argument("--processes", type=int, nargs="+", default=[2, 4], help="Only cases of so many processes.")
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS), help="Only these models.")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        rows = verdicts([case for case in CASES if case.processes in options.processes], Path(folder))
+        rows = verdicts([case for case in CASES if case.processes in options.processes], Path(folder), options.kinds)
     for row in rows:
         print(f"{row.kind:<12}{row.layout:<32}{row.verdict:<12}{row.cause}")
     return 0 if all(row.verdict in ("identical", "rounding") for row in rows) else 1
