@@ -5,10 +5,11 @@ from typing import ClassVar, Literal
 
 from lockstep.config.fields import opt
 from lockstep.config.section import Section
+from lockstep.config.variants import ObjectStores, TokenizerBackends
 
 
 @dataclass(kw_only=True)
-class DatasetConfig(Section):
+class DatasetConfig(ObjectStores, Section):
     """Data and the order of its samples."""
 
     section_name: ClassVar[str] = "dataset"
@@ -72,7 +73,7 @@ class DatasetConfig(Section):
 
 
 @dataclass(kw_only=True)
-class TokenizerConfig(Section):
+class TokenizerConfig(TokenizerBackends, Section):
     """The tokenizer."""
 
     section_name: ClassVar[str] = "tokenizer"

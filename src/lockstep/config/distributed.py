@@ -5,6 +5,7 @@ from typing import ClassVar, Literal
 
 from lockstep.config.fields import opt
 from lockstep.config.section import Section
+from lockstep.config.variants import Communicators, MegatronFSDP
 
 _RECORDER = (
     "PyTorch's flight recorder is set up in the environment: TORCH_FR_BUFFER_SIZE, TORCH_FR_DUMP_TEMP_FILE, "
@@ -14,7 +15,7 @@ _SYMMETRIC = "PyTorch overlaps tensor-parallel communication only in compiled co
 
 
 @dataclass(kw_only=True)
-class DDPConfig(Section):
+class DDPConfig(MegatronFSDP, Section):
     """Data parallelism and gradient reduction."""
 
     section_name: ClassVar[str] = "ddp"
@@ -147,7 +148,7 @@ class DDPConfig(Section):
 
 
 @dataclass(kw_only=True)
-class DistributedConfig(Section):
+class DistributedConfig(Communicators, Section):
     """Process groups."""
 
     section_name: ClassVar[str] = "dist"

@@ -6,6 +6,16 @@ from typing import ClassVar, Literal
 from lockstep.config.fields import opt
 from lockstep.config.model_moe import MixtureOfExperts, MultiLatentAttention, MultiTokenPrediction
 from lockstep.config.model_parallel import ModelExecution, ModelParallel
+from lockstep.config.model_variants import (
+    ActivationOffloading,
+    AttentionVariants,
+    ExpertKernels,
+    HybridModels,
+    HyperConnections,
+    InferenceOptions,
+    MaximalUpdate,
+    OtherExecution,
+)
 from lockstep.config.section import Section
 
 
@@ -241,7 +251,20 @@ class Architecture(Section):
 
 @dataclass(kw_only=True)
 class ModelConfig(
-    MultiTokenPrediction, MultiLatentAttention, MixtureOfExperts, ModelExecution, ModelParallel, Architecture
+    InferenceOptions,
+    OtherExecution,
+    ActivationOffloading,
+    ExpertKernels,
+    MaximalUpdate,
+    HyperConnections,
+    AttentionVariants,
+    HybridModels,
+    MultiTokenPrediction,
+    MultiLatentAttention,
+    MixtureOfExperts,
+    ModelExecution,
+    ModelParallel,
+    Architecture,
 ):
     """The model: what is computed, and how it is spread and executed. The fields of the last base come first."""
 

@@ -5,6 +5,7 @@ from typing import ClassVar, Literal
 
 from lockstep.config.fields import opt
 from lockstep.config.section import Section
+from lockstep.config.variants import RoutingTraces, TensorDumps
 
 
 @dataclass(kw_only=True)
@@ -22,7 +23,7 @@ class RunConfig(Section):
 
 
 @dataclass(kw_only=True)
-class CheckpointConfig(Section):
+class CheckpointConfig(TensorDumps, Section):
     """Saving and loading."""
 
     section_name: ClassVar[str] = "checkpoint"
@@ -296,7 +297,7 @@ class CheckpointConfig(Section):
 
 
 @dataclass(kw_only=True)
-class LoggerConfig(Section):
+class LoggerConfig(RoutingTraces, Section):
     """Console, TensorBoard and trackers."""
 
     section_name: ClassVar[str] = "logger"

@@ -5,10 +5,11 @@ from typing import ClassVar, Literal
 
 from lockstep.config.fields import opt
 from lockstep.config.section import Section
+from lockstep.config.variants import GpuChecks, InferenceRNG
 
 
 @dataclass(kw_only=True)
-class TrainConfig(Section):
+class TrainConfig(GpuChecks, Section):
     """Batches, length of the run and when it stops."""
 
     section_name: ClassVar[str] = "train"
@@ -345,7 +346,7 @@ class MixedPrecisionConfig(Section):
 
 
 @dataclass(kw_only=True)
-class RNGConfig(Section):
+class RNGConfig(InferenceRNG, Section):
     """Seeds."""
 
     section_name: ClassVar[str] = "rng"
