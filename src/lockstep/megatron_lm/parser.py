@@ -87,19 +87,20 @@ def _escape(text: str) -> str:
 
 
 def _arity(info: FieldInfo) -> dict[str, Any]:
-    if _is_switch(info):
+    if is_switch(info):
         return {"action": "store_true"}
     kwargs: dict[str, Any] = {"metavar": describe(info.type).split(" or null")[0].replace("one of ", "")}
-    if _item_type(info) is not None:
+    if item_type(info) is not None:
         kwargs["nargs"] = "*"
     return kwargs
 
 
-def _is_switch(info: FieldInfo) -> bool:
+def is_switch(info: FieldInfo) -> bool:
+    """Tell whether the field's flag takes no value."""
     return bool in members(info.type)
 
 
-def _item_type(info: FieldInfo) -> Any:
+def item_type(info: FieldInfo) -> Any:
     """Return the type of the items where a flag takes several words; a list that text can spell is one word."""
     if str in members(info.type):
         return None
@@ -120,7 +121,7 @@ def _apply_fields(config: ConfigContainer, given: dict[str, Any], problems: list
         flag = info.spec.flags[0]
         raw = given[info.path]
         try:
-            value = (not info.spec.negated) if _is_switch(info) else coerce(from_text(raw, info), info)
+            value = (not info.spec.negated) if is_switch(info) else coerce(from_text(raw, info), info)
         except ValueError:
             problems.append(f"{flag}: expected {_expected(info)}, got {_shown(raw)}")
             continue
@@ -142,7 +143,7 @@ def from_text(raw: str | list[str], info: FieldInfo) -> Any:
     Raises:
         ValueError: the words are not of that type.
     """
-    item = _item_type(info)
+    item = item_type(info)
     if item is not None:
         return [_scalar(word, (item,)) for word in raw]
     assert isinstance(raw, str)
@@ -188,10 +189,13 @@ def _apply_query_groups(config: ConfigContainer, given: dict[str, Any], problems
 
 
 def _apply_virtual_stages(config: ConfigContainer, given: dict[str, Any], problems: list[str]) -> None:
-    """Turn the layers of a virtual stage into the number of virtual stages of a process."""
-    if "num_layers_per_virtual_pipeline_stage" not in given:
-        return
-    flag, words = "--num-layers-per-virtual-pipeline-stage", given["num_layers_per_virtual_pipeline_stage"]
+    if "num_layers_per_virtual_pipeline_stage" in given:
+        virtual_stages(config, given["num_layers_per_virtual_pipeline_stage"], problems)
+
+
+def virtual_stages(config: ConfigContainer, words: Sequence[str], problems: list[str]) -> None:
+    """Turn the layers of a virtual stage, as ``words`` give them, into the number of virtual stages of a process."""
+    flag = "--num-layers-per-virtual-pipeline-stage"
     path = "model.virtual_pipeline_model_parallel_size"
     if len(words) != 1 or not words[0].isdecimal() or int(words[0]) < 1:
         problems.append(f"{flag}: expected int above 0, got {_shown(words)}")

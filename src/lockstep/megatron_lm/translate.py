@@ -22,27 +22,39 @@ def flags_from_config(config: ConfigContainer) -> list[str]:
     Raises:
         ConfigError: a value that no Megatron-LM flag can express; lists all of them.
     """
+    spelled, missing = spell_flags(config)
+    if missing:
+        raise ConfigError(list(missing.values()))
+    return [word for words in spelled.values() for word in words]
+
+
+def spell_flags(config: ConfigContainer) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """Return the flags of every value that is not at its default, and one sentence for each that has none; by path."""
     config = config.copy()
     interpolate(config)
-    flags: list[str] = []
-    problems: list[str] = []
+    spelled: dict[str, list[str]] = {}
+    missing: dict[str, str] = {}
     for info, value, _ in config.items():
         if value == info.default or info.path in _SPECIAL:
             continue
         words = words_of(info, value)
         if words is None:
-            problems.append(f"{info.path} = {value} has no Megatron-LM flag")
-        else:
-            flags += words
+            missing[info.path] = f"{info.path} = {value} has no Megatron-LM flag"
+        elif words:
+            spelled[info.path] = words
     if config.dataset.mock is None and not has_data(config):
-        flags.append("--mock-data")
-    try:
-        flags += _activation(config) + _query_groups(config)
-    except ConfigError as error:
-        problems += error.problems
-    if problems:
-        raise ConfigError(problems)
-    return flags
+        spelled["dataset.mock"] = ["--mock-data"]
+    activation = _activation(config)
+    if activation is None:
+        gated, name = config.model.gated_linear_unit, config.model.activation_func
+        missing["model.activation_func"] = (
+            f"model.gated_linear_unit = {gated} with model.activation_func = {name} has no Megatron-LM flag"
+        )
+    elif activation:
+        spelled["model.activation_func"] = activation
+    if groups := _query_groups(config):
+        spelled["model.num_query_groups"] = groups
+    return spelled, missing
 
 
 def words_of(info: FieldInfo, value: Any) -> list[str] | None:
@@ -64,13 +76,8 @@ def words_of(info: FieldInfo, value: Any) -> list[str] | None:
 _SPECIAL = {"model.gated_linear_unit", "model.activation_func", "model.num_query_groups"}
 
 
-def _activation(config: ConfigContainer) -> list[str]:
-    kind = (config.model.gated_linear_unit, config.model.activation_func)
-    if kind not in _ACTIVATIONS:
-        raise ConfigError(
-            f"model.gated_linear_unit = {kind[0]} with model.activation_func = {kind[1]} has no Megatron-LM flag"
-        )
-    return _ACTIVATIONS[kind]
+def _activation(config: ConfigContainer) -> list[str] | None:
+    return _ACTIVATIONS.get((config.model.gated_linear_unit, config.model.activation_func))
 
 
 def _query_groups(config: ConfigContainer) -> list[str]:

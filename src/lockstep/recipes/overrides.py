@@ -26,7 +26,7 @@ def apply_overrides(config: ConfigContainer, overrides: Sequence[str]) -> None:
     assignments: list[tuple[str, Any]] = []
     for word in overrides:
         try:
-            assignments += _parse(word)
+            assignments += parse_override(word)
         except ConfigError as error:
             problems += error.problems
     _assign(config, assignments, "command line", "", problems)
@@ -68,7 +68,12 @@ def _reference(text: str) -> Any:
     return Ref(text[2:-1]) if text.startswith("${") and text.endswith("}") else text
 
 
-def _parse(word: str) -> list[tuple[str, Any]]:
+def parse_override(word: str) -> list[tuple[str, Any]]:
+    """Return the key and the value of one ``key=value`` word.
+
+    Raises:
+        ConfigError: it is not in Hydra's grammar, or asks for what one run cannot take.
+    """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.core.override_parser.types import Override, QuotedString
     from hydra.errors import HydraException
@@ -110,7 +115,7 @@ def _assign(
     spelled: dict[str, tuple[str, Any]] = {}
     for key, value in assignments:
         try:
-            for path, item in _expand(key, value):
+            for path, item in expand(key, value):
                 earlier_key, earlier = spelled.get(path, (key, item))
                 if earlier_key != key and earlier != item:
                     problems.append(
@@ -124,13 +129,19 @@ def _assign(
         raise ConfigError(problems)
 
 
-def _expand(key: str, value: Any) -> list[tuple[str, Any]]:
-    """Return the fields that one key sets, with values of their types."""
+def expand(key: str, value: Any) -> list[tuple[str, Any]]:
+    """Return the fields that one key sets, with values of their types.
+
+    Raises:
+        ConfigError: unknown key, or a value of another type.
+    """
     if key == "mixed_precision" and isinstance(value, str):
         return list(preset(value).items())
     path = canonical(key)
     info = all_fields()[path]
     if isinstance(value, Ref):
+        if "." not in value.path and str in members(info.type):
+            return [(path, str(value))]  # no key of the tree lacks a dot: this is a shell variable, and stays text
         return [(path, Ref(canonical(value.path)))]
     if isinstance(value, str) and not value.startswith("[") and _takes_list(info):
         value = value.split()

@@ -1,0 +1,1 @@
+"""Translation between Megatron-LM flags and recipes with overrides, in both directions."""

@@ -1,0 +1,154 @@
+"""A run read in one language, written in the other: classes of its options, differing defaults, and what to write."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lockstep.config import ConfigContainer, Origin, all_fields
+from lockstep.config.derive import derive, interpolate
+from lockstep.errors import ConfigError
+from lockstep.recipes.catalog import get_recipe
+from lockstep.translation import bridge
+from lockstep.translation.classify import CLASSES, Class, Side, Verdict, classify
+from lockstep.translation.differing import matters, reason
+from lockstep.translation.flags import Reading
+
+Target = Literal["lockstep", "megatron-bridge", "megatron-lm"]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """An option that nobody set: its path, both effective values, what is written for it, and why it matters."""
+
+    path: str
+    here: Any
+    there: Any
+    written: dict[str, Any]
+    reason: str
+
+
+@dataclass
+class Translation:
+    """A translated run.
+
+    Attributes:
+        target: the system it is written for.
+        recipe: the recipe that overrides are relative to, or that was translated.
+        verdicts: every option of the user with its class.
+        differing: options nobody set whose effective values differ, written out.
+        assignments: what to write: keys with values, or flags with their words.
+        deferred: keys whose value only the job's shell knows.
+        notes: what else the user has to know, one sentence each.
+    """
+
+    target: Target
+    recipe: str
+    verdicts: list[Verdict]
+    differing: list[Difference]
+    assignments: dict[str, Any]
+    deferred: set[str] = field(default_factory=set)
+    notes: list[str] = field(default_factory=list)
+
+    def of_class(self, kind: Class) -> list[Verdict]:
+        """Return the verdicts of one class."""
+        return [verdict for verdict in self.verdicts if verdict.kind == kind]
+
+    def counts(self) -> dict[str, int]:
+        """Return how many options each class has, and how many differing defaults there are."""
+        return {kind: len(self.of_class(kind)) for kind in CLASSES} | {"differing": len(self.differing)}
+
+
+def to_lockstep(reading: Reading, recipe: str, waived: Iterable[str] = ()) -> Translation:
+    """Return the overrides of a recipe of Lockstep that are the same run as some flags.
+
+    Raises:
+        ConfigError: no such recipe.
+    """
+    config, base = reading.config.copy(), get_recipe(recipe)
+    interpolate(config)
+    interpolate(base)
+    there = {path: base.get(path) for path in all_fields()}
+    side = Side("Lockstep", there, lambda path, _: (path,), {})
+    assignments = {i.path: value for i, value, _ in config.items() if value != there[i.path]} | reading.deferred
+    given = reading.given()
+    differing = [
+        _difference(path, value, there[path], {path: value}) for path, value in assignments.items() if path not in given
+    ]
+    ordered = {path: assignments[path] for path in all_fields() if path in assignments}
+    verdicts = classify(reading.options, side, waived)
+    return Translation("lockstep", recipe, verdicts, differing, ordered, set(reading.deferred))
+
+
+def _difference(path: str, here: Any, there: Any, written: dict[str, Any]) -> Difference:
+    return Difference(path, here, there, written, reason(path, all_fields()[path].spec.effect))
+
+
+def to_bridge(
+    reading: Reading, recipe: str, version: str, world_size: int | None = None, waived: Iterable[str] = ()
+) -> Translation:
+    """Return the overrides of a recipe of Megatron Bridge that are the same run as some flags.
+
+    Raises:
+        ConfigError: a recipe whose values are not known, or a value that follows from an unknown number of processes.
+    """
+    there = bridge.recipe_values(recipe)
+    given = reading.given()
+    here = _effective(reading.config, world_size)
+    other = ConfigContainer()
+    for path, value in there.items():
+        other.set(path, here.get(path) if path in given else value, Origin("recipe", recipe))
+    other = _effective(other, world_size)
+    values = {p: here.get(p) for p in all_fields() if p in given and p not in reading.deferred}
+    values = {path: value for path, value in values.items() if value != there[path]} | reading.deferred
+    unset = [path for path in all_fields() if path not in given and _differs(path, here, other)]
+    if "train.global_batch_size" in unset and world_size is None:
+        raise ConfigError(
+            "--global-batch-size is not given, so it follows from the number of processes; give --world-size"
+        )
+    values |= {path: here.get(path) for path in unset}
+    assignments = bridge.assignments(values, version)
+    differing = [
+        _difference(
+            path,
+            here.get(path),
+            other.get(path),
+            {k: assignments[k] for k in bridge.keys(path, version) if k in assignments},
+        )
+        for path in unset
+    ]
+    deferred = {key for path in reading.deferred for key in bridge.keys(path, version)}
+    verdicts = classify(reading.options, _bridge_side(here, there, version), waived)
+    notes = bridge.needs_recipe(values, recipe)
+    return Translation(
+        "megatron-bridge", bridge.long_name(recipe, version), verdicts, differing, assignments, deferred, notes
+    )
+
+
+def _effective(config: ConfigContainer, world_size: int | None) -> ConfigContainer:
+    effective = config.copy()
+    interpolate(effective)
+    derive(effective, world_size or 1)
+    return effective
+
+
+def _differs(path: str, here: ConfigContainer, other: ConfigContainer) -> bool:
+    if all_fields()[path].spec.effect != "run" or not bridge.keys(path):
+        return False
+    return here.get(path) != other.get(path) and matters(path, here)
+
+
+def _bridge_side(here: ConfigContainer, there: Mapping[str, Any], version: str) -> Side:
+    def keys(path: str, value: Any) -> tuple[str, ...]:
+        return () if (path, value) == ("model.activation_func", "openai_gelu") else bridge.keys(path, version)
+
+    learned = here.model.position_embedding_type == "learned_absolute"
+    rows = here.model.seq_length if learned else ...
+    fixed = {
+        "model.use_mcore_models": (True, "Megatron Bridge builds its models from Megatron Core"),
+        "model.add_position_embedding": (..., "follows from model.position_embedding_type"),
+        "model.max_position_embeddings": (
+            rows,
+            "follows from the sequence length, or is not read with these positions",
+        ),
+    }
+    return Side(bridge.NAME, there, keys, fixed)
