@@ -32,7 +32,19 @@ def recipes(argv: Sequence[str]) -> int:
     return 0
 
 
-_DOORS: dict[str, Callable[[Sequence[str]], int]] = {"pretrain-gpt": pretrain_gpt, "train": train, "recipes": recipes}
+def translate(argv: Sequence[str]) -> int:
+    """Translate Megatron-LM's flags into a recipe with overrides, and back."""
+    from lockstep.translation.cli import main as command
+
+    return command(argv)
+
+
+_DOORS: dict[str, Callable[[Sequence[str]], int]] = {
+    "pretrain-gpt": pretrain_gpt,
+    "train": train,
+    "recipes": recipes,
+    "translate": translate,
+}
 
 
 def build_parser() -> argparse.ArgumentParser:

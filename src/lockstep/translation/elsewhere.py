@@ -45,6 +45,12 @@ def elsewhere() -> dict[str, Elsewhere]:
 
 
 FAMILIES: tuple[Family, ...] = (
+    Family(
+        "Model Optimizer's model",
+        "waived",
+        "how Model Optimizer builds and stores the same model",
+        "--export-model-type:1=GPTModel --export-te-mcore-model --export-default-te-spec",
+    ),
     Family("layer specification", "blocking", "builds the model from code that it names", "--spec:*"),
     Family(
         "inference",
@@ -275,9 +281,9 @@ FAMILIES: tuple[Family, ...] = (
         "blocking",
         "belongs to quantisation, pruning and distillation by Model Optimizer",
         """
-        --export-model-type:1=GPTModel --export-legacy-megatron --export-te-mcore-model --export-default-te-spec
-        --export-force-local-attention --export-kv-cache-quant:1=none --export-real-quant-cfg:1=None
-        --export-quant-cfg:1 --export-kd-teacher-load:1 --export-kd-teacher-model-config:1
+        --export-legacy-megatron --export-force-local-attention --export-kv-cache-quant:1=none
+        --export-real-quant-cfg:1=None --export-quant-cfg:1 --export-kd-teacher-load:1
+        --export-kd-teacher-model-config:1
         --export-kd-teacher-ckpt-format:1 --export-kd-cfg:1 --finetune-hf-dataset:1 --finetune-data-split:1=train
         --finetune-data-files:* --qad-train-target:1 --freeze-base-for-mtp --export-qk-l2-norm
         --export-moe-apply-probs-on-input --export-offline-model --modelopt-enabled --enable-gpt-oss

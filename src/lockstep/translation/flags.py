@@ -50,6 +50,10 @@ class Reading:
         else:
             self.config.set(path, value, Origin("command line", source))
 
+    def names(self) -> set[str]:
+        """Return the names of all options, as written."""
+        return {option.written.flag for option in self.options}
+
     def given(self) -> set[str]:
         """Return the paths that some option sets."""
         return {path for option in self.options for path in option.sets}

@@ -66,7 +66,6 @@ def to_lockstep(reading: Reading, recipe: str, waived: Iterable[str] = ()) -> Tr
     """
     config, base = reading.config.copy(), get_recipe(recipe)
     interpolate(config)
-    interpolate(base)
     there = {path: base.get(path) for path in all_fields()}
     side = Side("Lockstep", there, lambda path, _: (path,), {})
     assignments = {i.path: value for i, value, _ in config.items() if value != there[i.path]} | reading.deferred
@@ -101,7 +100,8 @@ def to_bridge(
     values = {p: here.get(p) for p in all_fields() if p in given and p not in reading.deferred}
     values = {path: value for path, value in values.items() if value != there[path]} | reading.deferred
     unset = [path for path in all_fields() if path not in given and _differs(path, here, other)]
-    if "train.global_batch_size" in unset and world_size is None:
+    follows = "train.global_batch_size" in unset and here.train.step_batch_size_schedule is None
+    if follows and world_size is None:
         raise ConfigError(
             "--global-batch-size is not given, so it follows from the number of processes; give --world-size"
         )
