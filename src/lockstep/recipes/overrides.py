@@ -1,5 +1,7 @@
 """Overrides in Hydra's grammar and YAML files, applied to the config tree."""
 
+import os
+import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -64,8 +66,32 @@ def _flatten(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield path, value
 
 
+_ENVIRONMENT = re.compile(r"\$\{oc\.env:(\w+)(?:,([^}]*))?\}")
+
+
 def _reference(text: str) -> Any:
-    return Ref(text[2:-1]) if text.startswith("${") and text.endswith("}") else text
+    whole = text.startswith("${") and text.endswith("}") and not _ENVIRONMENT.search(text)
+    return Ref(text[2:-1]) if whole else text
+
+
+def _from_environment(key: str, text: str, info: FieldInfo) -> Any:
+    """Return a text with ``${oc.env:NAME}`` and ``${oc.env:NAME,default}`` replaced, as OmegaConf does."""
+
+    def value(match: re.Match[str]) -> str:
+        found = os.environ.get(match[1], match[2])
+        if found is None:
+            raise ConfigError(f"{key}: the environment has no {match[1]}; set it, or write a value")
+        return found
+
+    replaced = _ENVIRONMENT.sub(value, text)
+    if str in members(info.type):
+        return replaced
+    for kind in (int, float):
+        try:
+            return kind(replaced)
+        except ValueError:
+            pass
+    return {"true": True, "false": False}.get(replaced.lower(), replaced)
 
 
 def parse_override(word: str) -> list[tuple[str, Any]]:
@@ -139,12 +165,16 @@ def expand(key: str, value: Any) -> list[tuple[str, Any]]:
         return list(preset(value).items())
     path = canonical(key)
     info = all_fields()[path]
+    if isinstance(value, str) and _ENVIRONMENT.search(value):
+        value = _from_environment(key, value, info)
     if isinstance(value, Ref):
         if "." not in value.path and str in members(info.type):
             return [(path, str(value))]  # no key of the tree lacks a dot: this is a shell variable, and stays text
         return [(path, Ref(canonical(value.path)))]
     if isinstance(value, str) and not value.startswith("[") and _takes_list(info):
         value = value.split()
+    elif isinstance(value, int | float) and not isinstance(value, bool) and _takes_list(info):
+        value = [value]
     try:
         return [(path, coerce(value, info))]
     except ValueError as error:

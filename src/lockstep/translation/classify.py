@@ -68,9 +68,15 @@ def _verdict(option: Option, side: Side) -> Verdict:
         return _missing(option, side)
     there = {key: value for path, value in carried.items() for key in side.keys(path, value)}
     if all(_same(side.values[path], value) for path, value in option.sets.items()):
-        already = ", ".join(f"{key} = {shown(value)}" for key, value in there.items())
+        already = ", ".join(f"{key} = {_as_there(key, value, carried)}" for key, value in there.items())
         return Verdict(option, "default", there, f"{side.name} does so already: {already}")
     return Verdict(option, "mapped", there, _untrained(carried))
+
+
+def _as_there(key: str, value: Any, sets: Mapping[str, Any]) -> str:
+    if key == "mixed_precision":
+        return next(path for path in sets).rpartition(".")[2] + "_mixed"
+    return shown(value)
 
 
 def _implied(option: Option) -> Verdict:

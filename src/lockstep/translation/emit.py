@@ -1,14 +1,17 @@
 """What a translation is written as: words for a shell, a command, a YAML file or a recipe."""
 
+import json
 import re
 import shlex
 from typing import Any
 
-from lockstep.config import all_fields
+from lockstep.config import ALIASES, all_fields
+from lockstep.config.fields import members
 from lockstep.recipes.translate import spell
 from lockstep.translation.translate import Translation
 from lockstep.translation.words import has_reference
 
+_ENVIRONMENT = re.compile(r"\$\{?([A-Za-z_]\w*)(?::?-([^}]*))?\}?")
 FORMATS = ("overrides", "recipe", "yaml", "command")
 
 
@@ -111,7 +114,7 @@ def _environment(value: Any) -> Any:
         return [_environment(item) for item in value]
     if not isinstance(value, str):
         return value
-    return re.sub(r"\$\{?(\w+)(?::-([^}]*))?\}?", _oc_env, value)
+    return _ENVIRONMENT.sub(_oc_env, value)
 
 
 def _oc_env(match: re.Match[str]) -> str:
@@ -128,28 +131,33 @@ def _reasons(translation: Translation) -> dict[str, str]:
     return {key: d.reason for d in translation.differing for key in d.written}
 
 
-def _python(value: Any, environment: str) -> str:
-    if isinstance(value, str) and has_reference(value):
-        return f"{environment}({value!r})"
+def _python(value: Any) -> str:
+    """Return a value as Python writes it; shell references read the environment."""
     if isinstance(value, list):
-        return "[" + ", ".join(_python(item, environment) for item in value) + "]"
-    return repr(value)
+        return "[" + ", ".join(_python(item) for item in value) + "]"
+    if not isinstance(value, str) or not has_reference(value):
+        return json.dumps(value) if isinstance(value, str) else repr(value)
+    pieces, end = [], 0
+    for match in _ENVIRONMENT.finditer(value):
+        pieces.append(value[end : match.start()].replace("{", "{{").replace("}", "}}"))
+        default = "" if match[2] is None else f", {match[2]!r}"
+        pieces.append("{environ.get(" + f"{match[1]!r}{default})}}" if default else "{environ[" + f"{match[1]!r}]}}")
+        end = match.end()
+    text = "".join([*pieces, value[end:].replace("{", "{{").replace("}", "}}")]).replace('"', '\\"')
+    return f'f"{text}"'
 
 
 def _lockstep_recipe(translation: Translation, name: str) -> str:
     reasons = _reasons(translation)
     lines = []
     for key, value in translation.assignments.items():
-        text = _python(value, "expandvars")
-        if key in translation.deferred:
-            kind = "int" if int in _kinds(key) else "float" if float in _kinds(key) else ""
-            text = f"{kind}({text})" if kind else text
+        text = _value(key, value, translation)
         comment = f"  # not set by the flags: {reasons[key]}" if key in reasons else ""
         lines.append(f'    "{key}": {text},{comment}\n')
-    base = f"get_recipe({translation.recipe!r})"
+    base = f'get_recipe("{translation.recipe}")'
     return f'''"""A recipe translated from Megatron-LM flags."""
 
-from os.path import expandvars
+from os import environ
 
 from lockstep.config import ConfigContainer, Origin
 from lockstep.recipes.catalog import get_recipe
@@ -170,28 +178,75 @@ def {name}() -> ConfigContainer:
 
 
 def _kinds(path: str) -> tuple[Any, ...]:
-    from lockstep.config.fields import members
+    return members(all_fields()[path].type) if path in all_fields() else ()
 
-    return members(all_fields()[path].type)
+
+_PRELUDES: tuple[tuple[str, str, str], ...] = (
+    (
+        "model.hybrid_",
+        "from megatron.bridge.models.hybrid.hybrid_provider import HybridModelProvider",
+        "config.model = HybridModelProvider()",
+    ),
+    (
+        "model.multi_latent_attention",
+        "from megatron.bridge.models.mla_provider import MLAModelProvider",
+        "config.model = MLAModelProvider()",
+    ),
+    (
+        "mixed_precision.",
+        "from megatron.bridge.training.mixed_precision import get_mixed_precision_config",
+        "config.mixed_precision = get_mixed_precision_config(config.mixed_precision)",
+    ),
+    (
+        "ft.",
+        "from megatron.bridge.training.config import FaultToleranceConfig",
+        "config.ft = FaultToleranceConfig()",
+    ),
+    (
+        "straggler.",
+        "from megatron.bridge.training.config import StragglerDetectionConfig",
+        "config.straggler = StragglerDetectionConfig()",
+    ),
+    (
+        "inprocess_restart.",
+        "from megatron.bridge.training.config import InProcessRestartConfig",
+        "config.inprocess_restart = InProcessRestartConfig()",
+    ),
+)
+"""What a recipe of Bridge has to create before it can set keys that begin so: prefix, import, statement."""
 
 
 def _bridge_recipe(translation: Translation, name: str) -> str:
     reasons = _reasons(translation)
-    lines = []
+    used = [p for p in _PRELUDES if any(key.startswith(p[0]) for key in translation.assignments)]
+    preset = translation.assignments.get("mixed_precision")
+    lines = [f"    config.mixed_precision = {_python(preset)}\n"] if preset else []
+    lines += [f"    {statement}\n" for _, _, statement in used]
     for key, value in translation.assignments.items():
-        comment = f"  # not set by the flags: {reasons[key]}" if key in reasons else ""
-        lines.append(f"    config.{key} = {_python(value, 'expandvars')}{comment}\n")
-    notes = "".join(f"    # {note}\n" for note in translation.notes)
+        if key != "mixed_precision" or value is None:
+            comment = f"  # not set by the flags: {reasons[key]}" if key in reasons else ""
+            lines.append(f"    config.{key} = {_value(key, value, translation)}{comment}\n")
+    imports = "".join(f"{line}\n" for _, line, _ in used)
     return f'''"""A Megatron Bridge recipe translated from Megatron-LM flags."""
 
-from os.path import expandvars
+from os import environ
 
-from megatron.bridge.recipes.gpt import {translation.recipe}
+{imports}from megatron.bridge.recipes.gpt import {translation.recipe}
 from megatron.bridge.training.config import ConfigContainer
 
 
 def {name}() -> ConfigContainer:
     """Return {translation.recipe} with the values of the flags."""
     config = {translation.recipe}()
-{notes}{"".join(lines)}    return config
+{"".join(lines)}    return config
 '''
+
+
+def _value(key: str, value: Any, translation: Translation) -> str:
+    """Return a value as Python writes it; what only the job's shell knows becomes a number where it has to be one."""
+    text = _python(value)
+    if key not in translation.deferred:
+        return text
+    kinds = _kinds(ALIASES.get(key, key))
+    kind = "int" if int in kinds else "float" if float in kinds else ""
+    return f"{kind}({text})" if kind else text

@@ -8,6 +8,7 @@ from lockstep.config import ALIASES, ConfigContainer, FieldInfo, Origin, all_fie
 from lockstep.config.derive import has_data, interpolate
 from lockstep.config.fields import coerce
 from lockstep.errors import ConfigError
+from lockstep.megatron_lm.parser import item_type
 from lockstep.megatron_lm.translate import spell_flags
 from lockstep.recipes.catalog import get_recipe
 from lockstep.recipes.overrides import expand, parse_override
@@ -86,7 +87,7 @@ def _text(value: Any) -> str:
 
 def _takes_text(info: FieldInfo) -> bool:
     try:
-        coerce("${X}", info)
+        coerce(["${X}"] if item_type(info) is not None else "${X}", info)
     except ValueError:
         return False
     return True
@@ -94,7 +95,7 @@ def _takes_text(info: FieldInfo) -> bool:
 
 def _sets(key: str, value: Any) -> list[tuple[str, Any]]:
     path = ALIASES.get(key, key)
-    if path in all_fields() and isinstance(value, str) and has_reference(value):
+    if path in all_fields() and isinstance(value, str) and has_reference(value) and not _takes_text(all_fields()[path]):
         return [(path, value)]
     return expand(key, value)
 

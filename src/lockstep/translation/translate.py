@@ -8,7 +8,7 @@ from lockstep.config import ConfigContainer, Origin, all_fields
 from lockstep.config.derive import derive, interpolate
 from lockstep.errors import ConfigError
 from lockstep.recipes.catalog import get_recipe
-from lockstep.translation import bridge
+from lockstep.translation import bridge, nemo
 from lockstep.translation.classify import CLASSES, Class, Side, Verdict, classify
 from lockstep.translation.differing import matters, reason
 from lockstep.translation.flags import Reading
@@ -69,13 +69,42 @@ def to_lockstep(reading: Reading, recipe: str, waived: Iterable[str] = ()) -> Tr
     there = {path: base.get(path) for path in all_fields()}
     side = Side("Lockstep", there, lambda path, _: (path,), {})
     assignments = {i.path: value for i, value, _ in config.items() if value != there[i.path]} | reading.deferred
-    given = reading.given()
+    given, unsaid = reading.given(), _unsaid(reading)
+    assignments = {path: value for path, value in assignments.items() if path not in unsaid}
     differing = [
         _difference(path, value, there[path], {path: value}) for path, value in assignments.items() if path not in given
     ]
     ordered = {path: assignments[path] for path in all_fields() if path in assignments}
     verdicts = classify(reading.options, side, waived)
-    return Translation("lockstep", recipe, verdicts, differing, ordered, set(reading.deferred))
+    return Translation(
+        "lockstep", recipe, verdicts, differing, ordered, set(reading.deferred), _unsaid_notes(unsaid, there)
+    )
+
+
+_REQUIRED = (
+    "model.num_layers",
+    "model.hidden_size",
+    "model.num_attention_heads",
+    "model.seq_length",
+    "train.micro_batch_size",
+    "train.train_iters",
+    "optimizer.lr",
+)
+
+
+def _unsaid(reading: Reading) -> list[str]:
+    """Return what Megatron-LM needs to be told and was not: there the recipe's value stays."""
+    if any(option.elsewhere is not None and option.written.flag == nemo.RECIPE for option in reading.options):
+        return []
+    given = reading.given()
+    spoken = given | ({"train.train_iters"} if "train.train_samples" in given else set())
+    spoken |= {"model.num_layers"} if reading.config.model.hybrid_layer_pattern else set()
+    return [path for path in _REQUIRED if path not in spoken]
+
+
+def _unsaid_notes(unsaid: Iterable[str], there: Mapping[str, Any]) -> list[str]:
+    flags = [(all_fields()[path].spec.flags[0], there[path]) for path in unsaid if there[path] is not None]
+    return [f"{flag} is not given, which Megatron-LM needs; the recipe's {value} stays" for flag, value in flags]
 
 
 def _difference(path: str, here: Any, there: Any, written: dict[str, Any]) -> Difference:
@@ -92,14 +121,18 @@ def to_bridge(
     """
     there = bridge.recipe_values(recipe)
     given = reading.given()
-    here = _effective(reading.config, world_size)
+    config = reading.config.copy()
+    for path in _unsaid(reading):
+        config.set(path, there[path], Origin("recipe", recipe))
+    here = _effective(config, world_size)
     other = ConfigContainer()
     for path, value in there.items():
         other.set(path, here.get(path) if path in given else value, Origin("recipe", recipe))
     other = _effective(other, world_size)
     values = {p: here.get(p) for p in all_fields() if p in given and p not in reading.deferred}
     values = {path: value for path, value in values.items() if value != there[path]} | reading.deferred
-    unset = [path for path in all_fields() if path not in given and _differs(path, here, other)]
+    unsaid = _unsaid(reading)
+    unset = [path for path in all_fields() if path not in given and path not in unsaid and _differs(path, here, other)]
     follows = "train.global_batch_size" in unset and here.train.step_batch_size_schedule is None
     if follows and world_size is None:
         raise ConfigError(
@@ -118,7 +151,7 @@ def to_bridge(
     ]
     deferred = {key for path in reading.deferred for key in bridge.keys(path, version)}
     verdicts = classify(reading.options, _bridge_side(here, there, version), waived)
-    notes = bridge.needs_recipe(values, recipe)
+    notes = bridge.needs_recipe(values, recipe) + _unsaid_notes(unsaid, there)
     return Translation(
         "megatron-bridge", bridge.long_name(recipe, version), verdicts, differing, assignments, deferred, notes
     )
