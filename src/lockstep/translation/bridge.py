@@ -65,7 +65,7 @@ _NONE = {
 }
 """Paths of the tree that have no key in Bridge; fault_injector is a section that it has not."""
 
-_FORMER: tuple[tuple[str, str, str], ...] = (
+FORMER: tuple[tuple[str, str, str], ...] = (
     ("dataset.seq_length", "dataset.sequence_length", "0.3"),
     ("validation.eval_iters", "train.eval_iters", "0.4"),
     ("validation.eval_interval", "train.eval_interval", "0.4"),
@@ -132,12 +132,12 @@ def keys(path: str, version: str = NEWEST) -> tuple[str, ...]:
 
 
 def _of_version(key: str, version: str) -> str:
-    return next((old for new, old, since in _FORMER if key == new and version < since), key)
+    return next((old for new, old, since in FORMER if key == new and version < since), key)
 
 
 def paths_of(key: str) -> list[str]:
     """Return the paths of the tree that one of Bridge's keys sets, present or former; empty for an unknown key."""
-    current = next((new for new, old, _ in _FORMER if key == old), key)
+    current = next((new for new, old, _ in FORMER if key == old), key)
     return [path for path in all_fields() if current in keys(path)]
 
 

@@ -70,7 +70,7 @@ def _verdict(option: Option, side: Side) -> Verdict:
     if all(_same(side.values[path], value) for path, value in option.sets.items()):
         already = ", ".join(f"{key} = {_as_there(key, value, carried)}" for key, value in there.items())
         return Verdict(option, "default", there, f"{side.name} does so already: {already}")
-    return Verdict(option, "mapped", there, _untrained(carried))
+    return Verdict(option, "mapped", there, "")
 
 
 def _as_there(key: str, value: Any, sets: Mapping[str, Any]) -> str:
@@ -98,12 +98,10 @@ def _missing(option: Option, side: Side) -> Verdict:
     return Verdict(option, "waived", {}, f"{effect_reason(effects.pop())}; {side.name} has no counterpart")
 
 
-def _untrained(sets: Mapping[str, Any]) -> str:
-    for path, value in sets.items():
-        info = all_fields()[path]
-        if info.spec.refused and value not in info.accepted:
-            return f"Lockstep does not train with it: {info.spec.refused}"
-    return ""
+def refusals(sets: Mapping[str, Any]) -> dict[str, str]:
+    """Return why Lockstep's trainer refuses values, by path; empty when it takes them all."""
+    found = {path: all_fields()[path] for path in sets}
+    return {p: i.spec.refused for p, i in found.items() if i.spec.refused and sets[p] not in i.accepted}
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -48,6 +48,11 @@ def build_parser(prog: str = "lockstep translate") -> argparse.ArgumentParser:
     target.add_argument("--bridge-version", choices=bridge.VERSIONS, default=bridge.NEWEST, help="Its key names.")
     target.add_argument("--world-size", metavar="N", type=int, help="Processes of the run.")
     target.add_argument("--waive", metavar="OPTION", action="append", default=[], help="Go on without this option.")
+    target.add_argument(
+        "--waive-refused",
+        action="store_true",
+        help="Go on without what Lockstep's trainer refuses and what changes speed, logging or paths only.",
+    )
     target.add_argument("--emit", choices=FORMATS, default="overrides", help="Form of the output.")
     target.add_argument(
         "--recipe-name", metavar="NAME", default="translated_pretrain_config", help="With --emit recipe."
@@ -149,7 +154,7 @@ def _forward(options: argparse.Namespace, source: _Source, world_size: int | Non
     reading = read_nemo(source.words) if is_nemo(source.words) else read_flags(source.words)
     waived = _names(options.waive, reading.names())
     if options.system == "lockstep":
-        return to_lockstep(reading, options.recipe, waived)
+        return to_lockstep(reading, options.recipe, waived, options.waive_refused)
     return to_bridge(reading, options.recipe, options.bridge_version, world_size, waived)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from lockstep.translation.classify import CLASSES, Verdict, shown
 from lockstep.translation.emit import words
-from lockstep.translation.translate import Difference, Translation
+from lockstep.translation.translate import REFUSED, Difference, Translation
 
 VERSION = 1
 
@@ -18,7 +18,7 @@ def summary(translation: Translation) -> str:
         lines += _section(kind, [f"{v.option.written.shown}: {v.reason}" for v in translation.of_class(kind)])
     lines += _section("differing defaults, written out", [_difference(d) for d in translation.differing])
     untrained = [f"{v.option.written.shown}: {v.reason}" for v in _untrained(translation)]
-    lines += _section("mapped, but refused by Lockstep's trainer for now", untrained)
+    lines += _section("mapped, but refused by Lockstep's trainer; see --waive-refused and --waive", untrained)
     lines += _section("notes", translation.notes)
     return "\n".join(lines) + "\n"
 
@@ -30,7 +30,7 @@ def _section(title: str, entries: list[str]) -> list[str]:
 def _untrained(translation: Translation) -> list[Verdict]:
     if translation.target != "lockstep":
         return []
-    return [v for v in translation.of_class("mapped") if v.reason.startswith("Lockstep does not")]
+    return [v for v in translation.of_class("mapped") if v.reason.startswith(REFUSED)]
 
 
 def _difference(d: Difference) -> str:

@@ -9,8 +9,8 @@ from lockstep.config.derive import derive, interpolate
 from lockstep.errors import ConfigError
 from lockstep.recipes.catalog import get_recipe
 from lockstep.translation import bridge, nemo
-from lockstep.translation.classify import CLASSES, Class, Side, Verdict, classify
-from lockstep.translation.differing import matters, reason
+from lockstep.translation.classify import CLASSES, Class, Side, Verdict, classify, refusals
+from lockstep.translation.differing import effect_reason, matters, reason
 from lockstep.translation.flags import Reading
 
 Target = Literal["lockstep", "megatron-bridge", "megatron-lm"]
@@ -58,27 +58,53 @@ class Translation:
         return {kind: len(self.of_class(kind)) for kind in CLASSES} | {"differing": len(self.differing)}
 
 
-def to_lockstep(reading: Reading, recipe: str, waived: Iterable[str] = ()) -> Translation:
+def to_lockstep(reading: Reading, recipe: str, waived: Iterable[str] = (), waive_refused: bool = False) -> Translation:
     """Return the overrides of a recipe of Lockstep that are the same run as some flags.
+
+    What Lockstep's trainer refuses is written like everything else. It is left out where it is in ``waived``, and with
+    ``waive_refused`` where it changes speed, logging or paths only.
 
     Raises:
         ConfigError: no such recipe.
     """
-    config, base = reading.config.copy(), get_recipe(recipe)
+    config, base, names = reading.config.copy(), get_recipe(recipe), set(waived)
     interpolate(config)
     there = {path: base.get(path) for path in all_fields()}
-    side = Side("Lockstep", there, lambda path, _: (path,), {})
+    verdicts = classify(reading.options, Side("Lockstep", there, lambda path, _: (path,), {}), names)
+    verdicts = [_of_trainer(verdict, names, waive_refused) for verdict in verdicts]
+    for verdict in verdicts:
+        if verdict.kind == "waived":
+            for path in verdict.option.sets:
+                config.set(path, all_fields()[path].default, Origin())
     assignments = {i.path: value for i, value, _ in config.items() if value != there[i.path]} | reading.deferred
     given, unsaid = reading.given(), _unsaid(reading)
-    assignments = {path: value for path, value in assignments.items() if path not in unsaid}
+    assignments = {path: assignments[path] for path in all_fields() if path in assignments and path not in unsaid}
     differing = [
         _difference(path, value, there[path], {path: value}) for path, value in assignments.items() if path not in given
     ]
-    ordered = {path: assignments[path] for path in all_fields() if path in assignments}
-    verdicts = classify(reading.options, side, waived)
-    return Translation(
-        "lockstep", recipe, verdicts, differing, ordered, set(reading.deferred), _unsaid_notes(unsaid, there)
-    )
+    notes = _unsaid_notes(unsaid, there)
+    return Translation("lockstep", recipe, verdicts, differing, assignments, set(reading.deferred), notes)
+
+
+def _of_trainer(verdict: Verdict, waived: set[str], waive_refused: bool) -> Verdict:
+    """Return a verdict that says what Lockstep's trainer makes of the option."""
+    option, refused = verdict.option, refusals(verdict.option.sets)
+    if verdict.kind != "mapped" or not refused:
+        return verdict
+    effects = {all_fields()[path].spec.effect for path in option.sets}
+    why = "; ".join(dict.fromkeys(refused.values()))
+    if option.written.flag in waived:
+        return Verdict(option, "waived", {}, f"waived by the user: Lockstep refuses it, because {why}")
+    if waive_refused and "run" not in effects:
+        return Verdict(option, "waived", {}, f"{effect_reason(effects.pop())}, and Lockstep refuses it: {why}")
+    return Verdict(option, "mapped", verdict.there, f"{REFUSED}: {why}")
+
+
+REFUSED = "Lockstep does not train with it"
+
+
+def _difference(path: str, here: Any, there: Any, written: dict[str, Any]) -> Difference:
+    return Difference(path, here, there, written, reason(path, all_fields()[path].spec.effect))
 
 
 _REQUIRED = (
@@ -105,10 +131,6 @@ def _unsaid(reading: Reading) -> list[str]:
 def _unsaid_notes(unsaid: Iterable[str], there: Mapping[str, Any]) -> list[str]:
     flags = [(all_fields()[path].spec.flags[0], there[path]) for path in unsaid if there[path] is not None]
     return [f"{flag} is not given, which Megatron-LM needs; the recipe's {value} stays" for flag, value in flags]
-
-
-def _difference(path: str, here: Any, there: Any, written: dict[str, Any]) -> Difference:
-    return Difference(path, here, there, written, reason(path, all_fields()[path].spec.effect))
 
 
 def to_bridge(
