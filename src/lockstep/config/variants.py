@@ -119,7 +119,7 @@ class ObjectStores(Section):
 class TokenizerBackends(Section):
     """Other tokenizer backends."""
 
-    use_gigatoken: bool = opt(False, "--use-gigatoken", refused="this tokenizer backend is not supported")
+    use_gigatoken: bool = opt(False, "--use-gigatoken", refused="the tokenizers library is used")
 
 
 @dataclass(kw_only=True)

@@ -17,7 +17,6 @@ _REFUSED: dict[str, str] = {
     "--workers-to-check": "it belongs to --find-optimal-num-workers",
     "--max-documents": "it belongs to --find-optimal-num-workers",
     "--padded-vocab-size": "files hold the tokenizer's own ids; padding belongs to the model",
-    "--use-gigatoken": "the tokenizers library is used",
 }
 """Flags of preprocess_data.py that are not supported, and why."""
 

@@ -1,7 +1,8 @@
 """Flags of Megatron-LM that have no place in the tree, by what they belong to.
 
 Read from Megatron-LM d98e8a64 (2026-08-22): the parser of ``pretrain_gpt.py`` and ``pretrain_hybrid.py`` with the
-options of Model Optimizer, ``megatron/elastification/arguments.py``, ``pretrain_vlm.py`` and its multimodal example.
+options of Model Optimizer, ``megatron/elastification/arguments.py``, ``pretrain_vlm.py``, and the multimodal, MIMO and
+inference examples.
 A flag is spelled ``--name`` (a switch), ``--name:1`` or ``--name:*`` (one value, several), with ``=default`` where
 Megatron-LM has one, and ``/`` between two spellings.
 """
@@ -342,6 +343,35 @@ FAMILIES: tuple[Family, ...] = (
         --no-calculate-per-token-loss --tokenizer-keep-history-thinking --log-model-grad-norms --log-model-act-norms
         --dynamic-resolution-no-truncate --video-aug-scale-frames-up:1 --video-aug-scale-resolution-only
         --video-aug-scale-resolution-up:1
+        """,
+    ),
+    Family(
+        "inference scripts",
+        "blocking",
+        "belongs to a script that generates text, not to training",
+        """
+        --max-batch-size:1 --stream --temperature:1=1.0 --top_k:1=1 --top_p:1=0.0 --return-log-probs
+        --num-tokens-to-generate:1=30 --encoder-prompts:* --coordinator-host:1 --coordinator-port:1 --host:1=0.0.0.0
+        --port:1=5000 --parsers:* --verbose --frontend-replicas:1=4 --use-coordinator --async-mode --prompts:*
+        --num-tokens-to-prompt:* --num-tokens-from-file --top-n-logprobs:1=0 --incoming-requests-per-step:1
+        --incoming-requests-per-sec:1=100.0 --incoming-requests-duration:1=10.0 --model-provider:1=gpt
+        --skip-prompt-log-probs --stop-words:* --output-path:1 --output-every-n-results:1=1 --output-request-events
+        --prompt-file:1 --prompt-file-num-truncate:1 --use-flashinfer-fused-rope --no-record-throughput
+        --inference-ckpt-non-strict --termination-id:1 --suspend-resume-interval:1 --suspend-timeout:1=0.0
+        --inference-repeat-n:1=1 --throughput-check-only --drain-between-batches --batch-boundaries:1
+        --coordinator-schedule-output-path:1 --moe-routing-trace-max-inference-steps:1 --num-input-tokens:1=128
+        --engine-type:1=static --benchmark-profile
+        """,
+    ),
+    Family(
+        "MIMO",
+        "blocking",
+        "belongs to models of several modalities, which have a training script of their own",
+        """
+        --encoder-tp:1=2 --encoder-dp:1=2 --llm-offset:1=4 --llm-tp:1=2 --llm-cp:1=1 --llm-pp:1=1 --llm-dp:1=2
+        --llm-ep:1=1 --llm-expt-tp:1 --llm-only --encoder-ddp-overlap --dataset-provider:1=mock --image-size:1=224
+        --total-seq-length:1=512 --pad-token-id:1=0 --image-token-id:1=32000 --image-seq-length:1=197
+        --audio-encoder-model:1 --hf-assign-unused-tokens:* --language-model-checkpoint:1
         """,
     ),
 )

@@ -112,6 +112,8 @@ def _bridge_sets(key: str, value: Any, config: ConfigContainer) -> list[tuple[st
     if key == "dataset.blend_per_split" and value is not None:
         names = [f"dataset.{name}_data_path" for name in ("train", "valid", "test")]
         return [(path, _unblend(blend)) for path, blend in zip(names, value, strict=True) if blend]
+    if key in bridge.PATTERNS and isinstance(value, list):
+        return [(key, "[" + ",".join(map(str, value)) + "]")]
     paths = bridge.paths_of(key)
     return _sets(paths[0] if paths and key not in all_fields() and key != "mixed_precision" else key, value)
 

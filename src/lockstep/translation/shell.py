@@ -38,6 +38,12 @@ class _Variables:
     path: Path
     defined: Mapping[str, str]
     values: dict[str, list[str]] = field(default_factory=dict)
+    unread: list[tuple[int, str, str]] = field(default_factory=list)
+
+    def mark(self, line: int, shown: str, why: str, name: str = "NAME") -> str:
+        """Return a text that stands for what only running can tell; it matters where an option holds it."""
+        self.unread.append((line, f"{shown} {why}", name))
+        return f"{_MARK}{len(self.unread) - 1}{_MARK}"
 
     def set(self, name: str, words: list[str], append: bool) -> None:
         if name in self.defined:
@@ -80,7 +86,7 @@ def read_script(path: Path, defined: Mapping[str, str]) -> Launch:
     _, launcher, words = found[0]
     for word in words:
         if _MARK in word.text:
-            raise ConfigError(_unreadable(path, word))
+            raise ConfigError(_unreadable(variables, word))
     return Launch(words, _world_size(launcher))
 
 
@@ -125,7 +131,7 @@ def _training(line: int, words: list[Word], found: list[tuple[int, list[Word], l
 
 
 def _spoil(variables: _Variables, name: str, line: int, why: str) -> None:
-    variables.set(name, [f"{_MARK}{line}:{name} is set inside {why}:{name}{_MARK}"], append=False)
+    variables.set(name, [variables.mark(line, name, f"is set inside {why}", name)], append=False)
 
 
 def _assign(raw: Raw, variables: _Variables, depth: int) -> None:
@@ -229,13 +235,13 @@ def _reference(text: str, index: int, line: int, variables: _Variables) -> tuple
     """Return what the ``$`` or backtick at ``index`` stands for, how it splits, and where the text goes on."""
     if text[index] == "`":
         end = text.index("`", index + 1) + 1
-        return (_mark(line, "is the output of a command", text[index:end]), ""), end
+        return (variables.mark(line, text[index:end], "is the output of a command"), ""), end
     if text.startswith("$((", index):
         end = text.index("))", index) + 2
         return (_arithmetic(text[index:end], line, variables), "words"), end
     if text.startswith("$(", index):
         end = _balanced(text, index + 1, "(", ")")
-        return (_mark(line, "is the output of a command", text[index:end]), ""), end
+        return (variables.mark(line, text[index:end], "is the output of a command"), ""), end
     if text.startswith("${", index):
         end = _balanced(text, index + 1, "{", "}")
         return _braces(text[index + 2 : end - 1], line, variables), end
@@ -254,16 +260,12 @@ def _balanced(text: str, start: int, opening: str, closing: str) -> int:
     return len(text)
 
 
-def _mark(line: int, why: str, shown: str) -> str:
-    return f"{_MARK}{line}:{shown} {why}:{shown}{_MARK}"
-
-
 def _variable(name: str, shown: str, line: int, variables: _Variables) -> tuple[str, str]:
     values = variables.get(name)
     if values is not None:
         return (values[0] if values else ""), "words"
     if not re.fullmatch(r"[A-Za-z_]\w*", name):
-        return _mark(line, "is an argument of the script", shown), ""
+        return variables.mark(line, shown, "is an argument of the script"), ""
     return f"${{{name}}}", ""
 
 
@@ -273,20 +275,20 @@ def _braces(inner: str, line: int, variables: _Variables) -> tuple[str, str]:
     if array:
         values = variables.get(array[1])
         if values is None:
-            return _mark(line, "is an array that the script does not set", shown), ""
+            return variables.mark(line, shown, "is an array that the script does not set"), ""
         return ("\1".join(values), "array") if array[2] == "@" else (" ".join(values), "words")
     plain = re.fullmatch(r"[A-Za-z_]\w*|\d+", inner)
     if plain:
         return _variable(inner, shown, line, variables)
     default = re.fullmatch(r"([A-Za-z_]\w*|\d+)(:?[-=])(.*)", inner, re.DOTALL)
     if default is None:
-        return _mark(line, "is an expansion that is not read", shown), ""
+        return variables.mark(line, shown, "is an expansion that is not read"), ""
     values = variables.get(default[1])
     if values is not None and (values != [""] or ":" not in default[2]):
         return values[0], "words"
     value = _text(Raw(default[3], line), variables)
     if default[1].isdecimal() or _MARK in value:
-        return _mark(line, "is an argument of the script", shown), ""
+        return variables.mark(line, shown, "is an argument of the script"), ""
     return f"${{{default[1]}{default[2].replace('=', '-')}{value}}}", ""
 
 
@@ -295,7 +297,7 @@ def _arithmetic(text: str, line: int, variables: _Variables) -> str:
     try:
         return str(_number(ast.parse(names.strip(), mode="eval").body))
     except (SyntaxError, ValueError, ZeroDivisionError):
-        return _mark(line, "is arithmetic that is not read", text)
+        return variables.mark(line, text, "is arithmetic that is not read")
 
 
 def _number(node: ast.expr) -> int:
@@ -318,13 +320,12 @@ def _number(node: ast.expr) -> int:
     raise ValueError("not arithmetic of whole numbers")
 
 
-def _unreadable(path: Path, word: Word) -> str:
-    line, why, shown = word.text.split(_MARK)[1].split(":", 2)
-    name = shown if re.fullmatch(r"[A-Za-z_]\w*", shown) else ""
-    remedy = (
-        f"--define {name}=VALUE" if name else "write its value into the script, or name it and give --define NAME=VALUE"
-    )
-    return f"{path} line {line}: {why}, which is known only when the script runs; give {remedy}"
+def _unreadable(variables: _Variables, word: Word) -> str:
+    line, why, name = variables.unread[int(word.text.split(_MARK)[1])]
+    remedy = f"give --define {name}=VALUE"
+    if name == "NAME":
+        remedy = "write its value into the script, or put it into a variable and give --define NAME=VALUE"
+    return f"{variables.path} line {line}: {why}, which is known only when the script runs; {remedy}"
 
 
 def _world_size(launcher: list[Word]) -> int | None:
