@@ -144,6 +144,8 @@ def from_text(raw: str | list[str], info: FieldInfo) -> Any:
         ValueError: the words are not of that type.
     """
     item = item_type(info)
+    if info.path == "model.window_size":
+        raw = " ".join(raw).strip("()").replace(",", " ").split()  # one word there: 128,0
     if item is not None:
         return [_scalar(word, (item,)) for word in raw]
     assert isinstance(raw, str)

@@ -68,6 +68,8 @@ def words_of(info: FieldInfo, value: Any) -> list[str] | None:
     flag = info.spec.flags[0]
     if isinstance(value, bool):
         return [flag] if value is not info.spec.negated else None
+    if info.path == "model.window_size":
+        return [flag, ",".join(map(str, value))]
     if isinstance(value, list) and str not in members(info.type):
         return [flag, *map(str, value)]
     return [flag, str(value).replace(" ", "") if isinstance(value, list) else str(value)]

@@ -35,8 +35,21 @@ def spell(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ",".join(spell(item) for item in value) + "]"
     if isinstance(value, str):
-        if _PLAIN.fullmatch(value) and value.lower() not in _WORDS_OF_THE_GRAMMAR:
+        if _PLAIN.fullmatch(value) and value.lower() not in _WORDS_OF_THE_GRAMMAR and not _is_number(value):
             return value
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return f'"{escaped}"'
+        return quoted(value, '"')
     return str(value)
+
+
+def quoted(text: str, quote: str) -> str:
+    """Return a text in quotes of Hydra's grammar, where a backslash is one unless a quote follows it."""
+    escaped = re.sub(r"(\\*)(" + quote + "|$)", lambda m: m[1] * 2 + (m[2] and "\\" + m[2]), text)
+    return f"{quote}{escaped}{quote}"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

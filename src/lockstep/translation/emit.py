@@ -7,7 +7,7 @@ from typing import Any
 
 from lockstep.config import ALIASES, all_fields
 from lockstep.config.fields import members
-from lockstep.recipes.translate import spell
+from lockstep.recipes.translate import quoted, spell
 from lockstep.translation.translate import Translation
 from lockstep.translation.words import has_reference
 
@@ -29,7 +29,7 @@ def override(key: str, value: Any, deferred: bool = False) -> str:
 
 def _spell(value: Any) -> str:
     if isinstance(value, str) and has_reference(value):
-        return "'" + value.replace("'", "\\'") + "'"
+        return quoted(value, "'")
     if isinstance(value, list):
         return "[" + ",".join(_spell(item) for item in value) + "]"
     return spell(value)

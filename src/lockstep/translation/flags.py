@@ -174,8 +174,6 @@ def _value(values: Sequence[str], info: FieldInfo) -> Any:
         return not info.spec.negated
     if any(has_reference(word) for word in values) and not _is_text(info):
         return " ".join(values)
-    if info.path == "model.window_size":
-        values = values[0].strip("()").replace(",", " ").split()
     if item_type(info) is not None:
         return coerce(from_text(list(values), info), info)
     return coerce(from_text(values[0], info), info)

@@ -45,8 +45,8 @@ def load_yaml(path: Path) -> dict[str, Any]:
     """
     import yaml
 
-    class Loader(yaml.BaseLoader):  # text only: 1e-5 stays 1e-5
-        pass
+    class Loader(yaml.SafeLoader):
+        yaml_implicit_resolvers: dict[str, Any] = {}  # every scalar stays text: 1e-5 is not rounded, on is not true
 
     def mapping(loader: Any, node: Any) -> dict[str, Any]:
         seen: set[str] = set()
