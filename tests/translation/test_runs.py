@@ -131,7 +131,8 @@ def test_megatron_lms_own_configurations_shrunk(shared: Path, tmp_path: Path) ->
     shrunk: dict[str, list[str]] = {}
     for args in configurations(shared).values():
         if args[0].startswith("--") and (words := _shrink(args)) is not None:
-            shrunk.setdefault(str(sorted(parse_flags(words).as_dict().items())), words)
+            config = parse_flags(words)
+            shrunk.setdefault(str([v for info, v, _ in config.items() if info.spec.effect == "run"]), words)
     assert len(shrunk) >= 10
     for number, words in enumerate(shrunk.values()):
         print(shlex.join(words))
