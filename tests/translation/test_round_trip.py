@@ -1,5 +1,6 @@
 """Any flags: over the tree's own fields, both spellings come to one tree."""
 
+import typing
 from typing import Any
 
 import pytest
@@ -42,7 +43,7 @@ def _values(info: FieldInfo) -> st.SearchStrategy[list[str]]:
     if info.path == "model.window_size":
         return st.just(["4,8"])
     item = item_type(info)
-    choices = [str(choice) for choice in choices_of(info)]
+    choices = [str(choice) for choice in [*choices_of(info), *typing.get_args(item)]]
     one = st.sampled_from(choices) if choices else _scalar((item,) if item is not None else members(info.type))
     if info.path == "train.rampup_batch_size":
         return st.lists(one, min_size=3, max_size=3)

@@ -20,7 +20,7 @@ def expert_layers(config: ModelConfig) -> list[bool]:
     if config.num_moe_experts is None:
         return [False] * layers
     if isinstance(given, str):
-        given = _pattern(given)
+        given = layer_pattern(given)
     if isinstance(given, int):
         if given < 1:
             raise ValueError("give 1 or more, or a pattern such as [0]+[1]*23")
@@ -32,8 +32,12 @@ def expert_layers(config: ModelConfig) -> list[bool]:
     return [entry == 1 for entry in given]
 
 
-def _pattern(text: str) -> int | list[int]:
-    """Read a number, or a sum and product of lists of numbers such as `([1]*3+[0])*2`."""
+def layer_pattern(text: str) -> int | list[int]:
+    """Read a number, or a sum and product of lists of numbers such as `([1]*3+[0])*2`.
+
+    Raises:
+        ValueError: the text is neither.
+    """
     try:
         value = _value(ast.parse(text.strip(), mode="eval").body)
     except (SyntaxError, ValueError, RecursionError):

@@ -173,7 +173,7 @@ def expand(key: str, value: Any) -> list[tuple[str, Any]]:
         return [(path, Ref(canonical(value.path)))]
     if isinstance(value, str) and not value.startswith("[") and _takes_list(info):
         value = value.split()
-    elif isinstance(value, int | float) and not isinstance(value, bool) and _takes_list(info):
+    elif type(value) in (int, float) and type(value) not in members(info.type) and _takes_list(info):
         value = [value]
     try:
         return [(path, coerce(value, info))]
@@ -183,4 +183,5 @@ def expand(key: str, value: Any) -> list[tuple[str, Any]]:
 
 
 def _takes_list(info: FieldInfo) -> bool:
-    return any(typing.get_origin(member) is list for member in members(info.type))
+    kinds = members(info.type)
+    return str not in kinds and any(typing.get_origin(member) is list for member in kinds)

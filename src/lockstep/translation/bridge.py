@@ -1,6 +1,5 @@
 """Megatron Bridge as a side of a translation: its keys by version, and what its recipes do where nothing is said."""
 
-import ast
 import json
 from collections.abc import Mapping
 from functools import cache
@@ -8,6 +7,7 @@ from importlib import resources
 from typing import Any
 
 from lockstep.config import all_fields
+from lockstep.config.experts import layer_pattern
 from lockstep.errors import ConfigError, nearest
 
 NAME = "Megatron Bridge"
@@ -198,28 +198,10 @@ PATTERNS = (
 def layer_list(text: str) -> list[int] | None:
     """Return the list that an expression such as ``([0]*3+[1]*2)`` stands for; None when it is no such expression."""
     try:
-        value = _list(ast.parse(text.strip(), mode="eval").body)
-    except (SyntaxError, ValueError):
+        value = layer_pattern(text)
+    except ValueError:
         return None
     return value if isinstance(value, list) else None
-
-
-def _list(node: ast.expr) -> list[int] | int:
-    if isinstance(node, ast.Constant) and isinstance(node.value, int):
-        return node.value
-    if isinstance(node, ast.List | ast.Tuple):
-        return [item for element in node.elts for item in _items(_list(element))]
-    if isinstance(node, ast.BinOp):
-        left, right = _list(node.left), _list(node.right)
-        if isinstance(node.op, ast.Add) and isinstance(left, list) and isinstance(right, list):
-            return left + right
-        if isinstance(node.op, ast.Mult) and isinstance(left, list) and isinstance(right, int) and right < 10_000:
-            return left * right
-    raise ValueError("not an expression over lists of layers")
-
-
-def _items(value: list[int] | int) -> list[int]:
-    return value if isinstance(value, list) else [value]
 
 
 _SINGLE = ("model.cp_comm_type", "model.moe_router_load_balancing_type", "model.moe_aux_loss_coeff")

@@ -39,7 +39,13 @@ def split_override(word: str) -> tuple[str, Any]:
         ConfigError: it is not in Hydra's grammar.
     """
     key, equals, text = word.partition("=")
-    if equals and has_reference(text) and text.strip("'\"") and "." not in text.partition("}")[0]:
+    if (
+        equals
+        and has_reference(text)
+        and not text.startswith("[")
+        and text.strip("'\"")
+        and "." not in text.partition("}")[0]
+    ):
         return key.lstrip("+"), text.strip("'\"")
     return parse_override(word)[0]
 
