@@ -124,3 +124,19 @@ def resolve_lr(config: object) -> object:
     assert isinstance(config, ConfigContainer)
     config.model.hidden_size, config.model.num_attention_heads = 8, 2
     return resolve(config).scheduler.lr_warmup_init
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "value"),
+    [
+        ('model.moe_layer_freq="([0]*3+[1]*2)"', "model.moe_layer_freq", "([0]*3+[1]*2)"),
+        ("model.moe_layer_freq=2", "model.moe_layer_freq", 2),
+        ("model.moe_aux_loss_coeff=0.01", "model.moe_aux_loss_coeff", [0.01]),
+        ("checkpoint.save=${OUT}", "checkpoint.save", "${OUT}"),
+        ("checkpoint.save=${oc.env:LOCKSTEP_OUT,/tmp}/x", "checkpoint.save", "/tmp/x"),
+        ("rng.seed=${oc.env:LOCKSTEP_SEED,7}", "rng.seed", 7),
+        (r'logger.wandb_project="a\b"', "logger.wandb_project", r"a\b"),
+    ],
+)
+def test_values_with_more_than_one_form(override: str, path: str, value: object) -> None:
+    assert parse_recipe_args(["--recipe", "vanilla_gpt_pretrain_config", override]).get(path) == value

@@ -167,6 +167,17 @@ def test_variables_of_the_shell_stay_ones(capsys: pytest.CaptureFixture[str]) ->
     assert "rng.seed=9" in out.splitlines()
 
 
+def test_a_blend_in_a_variable_is_split_into_its_words(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [word for word in SIZES if word != "--mock-data"]
+    _, out, _ = translate(capsys, "--args", f"{shlex.join(words)} --data-path $BLEND")
+    assert "\"dataset.data_path='$BLEND'\"" in out.splitlines()
+    expanded = [word.replace("$BLEND", "0.3 a 0.7 b") for word in shlex.split(out)]
+    assert parse_recipe_args(["--recipe", NAME, *expanded]).dataset.data_path == ["0.3", "a", "0.7", "b"]
+    assert parse_recipe_args(["--recipe", NAME, *shlex.split(out)]).dataset.data_path == ["$BLEND"]
+
+
 def test_a_script_and_a_yaml_file_say_the_same(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     script, file = tmp_path / "run.sh", tmp_path / "args.yaml"
     script.write_text(f"A=({ARGS})\ntorchrun --nproc_per_node 2 pretrain_gpt.py ${{A[@]}}\n")

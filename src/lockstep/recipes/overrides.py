@@ -167,9 +167,9 @@ def expand(key: str, value: Any) -> list[tuple[str, Any]]:
     info = all_fields()[path]
     if isinstance(value, str) and _ENVIRONMENT.search(value):
         value = _from_environment(key, value, info)
+    if isinstance(value, Ref) and "." not in value.path and _takes_text(info):
+        value = str(value)  # no key of the tree lacks a dot: this is a shell variable, and stays text
     if isinstance(value, Ref):
-        if "." not in value.path and str in members(info.type):
-            return [(path, str(value))]  # no key of the tree lacks a dot: this is a shell variable, and stays text
         return [(path, Ref(canonical(value.path)))]
     if isinstance(value, str) and not value.startswith("[") and _takes_list(info):
         value = value.split()
@@ -180,6 +180,10 @@ def expand(key: str, value: Any) -> list[tuple[str, Any]]:
     except ValueError as error:
         quoted = f"; quote it: {key}='\"{value}\"'" if str in members(info.type) else ""
         raise ConfigError(f"{key}: expected {error}, got {value!r}{quoted}") from None
+
+
+def _takes_text(info: FieldInfo) -> bool:
+    return any(kind is str or typing.get_args(kind) == (str,) for kind in members(info.type))
 
 
 def _takes_list(info: FieldInfo) -> bool:

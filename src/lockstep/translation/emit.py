@@ -9,7 +9,7 @@ from lockstep.config import ALIASES, all_fields
 from lockstep.config.fields import members
 from lockstep.recipes.translate import quoted, spell
 from lockstep.translation.translate import Translation
-from lockstep.translation.words import has_reference
+from lockstep.translation.words import has_reference, is_reference
 
 _ENVIRONMENT = re.compile(r"\$\{?([A-Za-z_]\w*)(?::?-([^}]*))?\}?")
 FORMATS = ("overrides", "recipe", "yaml", "command")
@@ -30,6 +30,8 @@ def override(key: str, value: Any, deferred: bool = False) -> str:
 def _spell(value: Any) -> str:
     if isinstance(value, str) and has_reference(value):
         return quoted(value, "'")
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str) and is_reference(value[0]):
+        return _spell(value[0])  # the variable may hold several words, and a text is split where a list is due
     if isinstance(value, list):
         return "[" + ",".join(_spell(item) for item in value) + "]"
     return spell(value)

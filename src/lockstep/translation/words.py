@@ -43,6 +43,11 @@ def has_reference(text: str) -> bool:
     return _REFERENCE.search(text) is not None
 
 
+def is_reference(text: str) -> bool:
+    """Tell whether a text is one reference to a shell variable and nothing else."""
+    return _REFERENCE.fullmatch(text) is not None
+
+
 def group_options(
     words: Sequence[Word], arity: Callable[[str], str | None], known: Callable[[], Iterable[str]], problems: list[str]
 ) -> list[Written]:
