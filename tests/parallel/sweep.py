@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from lockstep.config import ConfigContainer, Origin, resolve
 from lockstep.models import GPTModel
@@ -44,6 +45,7 @@ _JOB: dict[str, Any] = {
     "train.train_iters": _STEPS,
     "optimizer.lr": 1e-2,
     "optimizer.clip_grad": 0.1,
+    "logger.log_num_zeros_in_grad": True,
     "tokenizer.tokenizer_type": "NullTokenizer",
     "tokenizer.vocab_size": 100,
 }
@@ -98,6 +100,14 @@ _UNEVEN = {"model.num_layers_in_first_pipeline_stage": 1}
 _SHARDED = {"ddp.use_distributed_optimizer": True}
 _OVERLAP = {"ddp.overlap_grad_reduce": True, "ddp.bucket_size": 5000}
 _OVERLAP_BOTH = {**_SHARDED, **_OVERLAP, "ddp.overlap_param_gather": True}
+_FSDP = {"dist.use_torch_fsdp2": True}
+_FSDP_GRADS = {"dist.use_megatron_fsdp": True, "ddp.data_parallel_sharding_strategy": "optim_grads"}
+_TWICE = {"ddp.num_distributed_optimizer_instances": 2}
+_UNIFORM = {
+    "model.recompute_granularity": "full",
+    "model.recompute_method": "uniform",
+    "model.recompute_num_layers": 2,
+}
 _SELECTIVE = {
     "model.recompute_granularity": "selective",
     "model.recompute_modules": ["core_attn", "layernorm", "mlp"],
@@ -139,6 +149,18 @@ CASES: tuple[Case, ...] = (
     Case("PP2 x DP2", 4, _pipeline(2)),
     Case("PP2 x sharded DP2", 4, {**_pipeline(2), **_SHARDED}),
     Case("PP2 interleaved x TP2+SP", 4, {**_pipeline(2, 2), **_tensor(2, True)}),
+    Case("FSDP2", 2, _FSDP),
+    Case("FSDP2, recomputation", 2, {**_FSDP, **_UNIFORM}),
+    Case("FSDP2 of gradients", 2, _FSDP_GRADS),
+    Case("FSDP4", 4, _FSDP),
+    Case("FSDP2 twice", 4, {**_FSDP, **_TWICE}),
+    Case("FSDP2 of gradients twice, recomputation", 4, {**_FSDP_GRADS, **_TWICE, **_SELECTIVE}),
+    Case("sharded DP2 twice", 4, {**_SHARDED, **_TWICE}),
+    Case("TP2+SP x FSDP2", 4, {**_tensor(2, True), **_FSDP}),
+    Case("PP2 x FSDP2", 4, {**_pipeline(2), **_FSDP}),
+    Case("PP2 interleaved x FSDP2, recomputation", 4, {**_pipeline(2, 2), **_FSDP, **_UNIFORM}),
+    Case("PP2 x FSDP2 of gradients", 4, {**_pipeline(2), **_FSDP_GRADS}),
+    Case("sharded DP2 twice, overlap", 4, {**_OVERLAP_BOTH, **_TWICE}),
     Case("PP2 x TP2", 4, {**_pipeline(2), **_tensor(2)}),
     Case("DP2, overlap", 2, _OVERLAP),
     Case("sharded DP2, overlap", 2, _OVERLAP_BOTH),
@@ -155,6 +177,7 @@ _OF_EXPERTS = (
     "PP2, recomputation",
     "TP2+SP x DP2",
     "PP2 x DP2",
+    "FSDP4",
     "PP2 interleaved x TP2+SP",
 )
 
@@ -166,14 +189,21 @@ def takes_part(kind: str, case: Case) -> bool:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a job found, on logical parameters: gradients of the first step, norms before clipping, final weights.
+    """What a job found, on logical parameters.
 
-    The losses of routers count among the norms, the biases of experts among the weights.
+    Attributes:
+        grads: gradients of the first step.
+        norms: gradient norms before clipping and losses of routers, then the norm of the final weights.
+        weights: final weights, and biases of experts.
+        zeros: gradient elements that are zero, by step.
+        losses: losses by step.
     """
 
     grads: dict[str, torch.Tensor]
     norms: list[float]
     weights: dict[str, torch.Tensor]
+    zeros: list[int]
+    losses: list[float]
 
 
 @dataclass(frozen=True)
@@ -233,17 +263,19 @@ def play(
     if sabotage is not None:
         sabotage(model, step, optimizer)
     grads: dict[str, torch.Tensor] = {}
-    norms = []
+    norms, zeros, losses = [], [], []
     micro = config.train.micro_batch_size or 1
     for number in range(_STEPS):
         result = step(feed(global_batch(config, number), micro, mesh.dp), micro, 1e-2, 0.01)
         norms += [result.grad_norm or 0.0, *result.router_losses.values()]
+        zeros.append(result.num_zeros or 0)
+        losses.append(result.lm_loss)
         if number == 0:
             # Clipping has scaled them; the norm brings back their size.
             factor = max(1.0, (norms[0] + 1e-6) / config.optimizer.clip_grad)
             grads = logical({name: grad * factor for name, grad in _grads(optimizer, mesh).items()}, config, mesh)
-    weights = logical(model.state_dict(), config, mesh)
-    return Outcome(grads, norms, weights)
+    weights = logical({name: _all_rows(tensor) for name, tensor in model.state_dict().items()}, config, mesh)
+    return Outcome(grads, [*norms, optimizer.params_norm()], weights, zeros, losses)
 
 
 def _grads(optimizer: Optimizer, mesh: Mesh) -> dict[str, torch.Tensor]:
@@ -252,13 +284,20 @@ def _grads(optimizer: Optimizer, mesh: Mesh) -> dict[str, torch.Tensor]:
     grads = [p.grad for p in weights.main_params if p.grad is not None]
     if not weights.sharded:
         return dict(zip(weights.main_names, grads, strict=True))
-    found = {name: torch.zeros_like(p).flatten() for name, p in zip(weights.names, weights.model_params, strict=True)}
+    found = {
+        name: torch.zeros(p.numel(), dtype=p.dtype) for name, p in zip(weights.names, weights.model_params, strict=True)
+    }
     pieces: list[Any] = [None] * mesh.replicas.size
     own = list(zip(weights.main_names, weights.main_spans, grads, strict=True))
     dist.all_gather_object(pieces, own, group=mesh.replicas.group)
     for name, span, grad in (piece for part in pieces for piece in part):
-        found[name][slice(*span)] = grad
+        found[name][slice(*span)] = grad.flatten()
     return {name: found[name].view_as(p) for name, p in zip(weights.names, weights.model_params, strict=True)}
+
+
+def _all_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor of which a sharded one has some rows."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def logical(tensors: dict[str, torch.Tensor], config: ConfigContainer, mesh: Mesh) -> dict[str, torch.Tensor]:
@@ -295,7 +334,8 @@ def compare(kind: str, layout: str, found: Outcome, expected: Outcome) -> Row:
 
 def mesh_of(case: Case) -> Mesh:
     """Return the mesh of a case that takes all processes of the default group."""
-    return build_mesh(configure(case.changes, case.processes).model, "cpu")
+    config = configure(case.changes, case.processes)
+    return build_mesh(config.model, "cpu", instances=config.ddp.num_distributed_optimizer_instances)
 
 
 def run_cases(cases: Sequence[Case]) -> list[Row]:

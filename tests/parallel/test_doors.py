@@ -1,5 +1,6 @@
 """Both doors on two processes under torchrun, and the lab's verdict against one process."""
 
+import json
 import os
 import subprocess
 import sys
@@ -53,7 +54,11 @@ def test_data_parallel_runs_differ_by_rounding(tmp_path: Path) -> None:
     flags(1, tmp_path / "one", *PLAIN)
     flags(2, tmp_path / "two", *PLAIN)
     flags(2, tmp_path / "sharded", *PLAIN, "--use-distributed-optimizer")
-    assert compare_paths(tmp_path / "two", tmp_path / "sharded").decision.verdict in ("identical", "rounding")
+    flags(2, tmp_path / "fsdp", *PLAIN, "--use-torch-fsdp2")
+    for sharded in ("sharded", "fsdp"):
+        assert compare_paths(tmp_path / "two", tmp_path / sharded).decision.verdict in ("identical", "rounding")
+    layout = json.loads((tmp_path / "fsdp" / "run.json").read_text())["features"]["layout"]
+    assert (layout["sharding"], layout["shards"], layout["instances"]) == ("optim_grads_params", 2, 1)
     assert compare_paths(tmp_path / "one", tmp_path / "two").decision.verdict in ("identical", "rounding")
 
 

@@ -44,6 +44,8 @@ TINY: dict[str, Any] = {
 }
 DROPOUT = {"model.hidden_dropout": 0.1, "model.attention_dropout": 0.1}
 SHARDED = {"ddp.use_distributed_optimizer": True}
+FSDP = {"dist.use_torch_fsdp2": True}
+TWICE = {"ddp.num_distributed_optimizer_instances": 2}
 TENSOR = {"model.tensor_model_parallel_size": 2}
 CONTEXT = {"model.context_parallel_size": 2}
 PIPELINE = {"model.pipeline_model_parallel_size": 2}

@@ -15,11 +15,13 @@ from tests.parallel.spawn import Turn, in_turn
 from tests.training.checkpoint_runs import (
     CONTEXT,
     DROPOUT,
+    FSDP,
     INTERLEAVED,
     PIPELINE,
     SEQUENCE,
     SHARDED,
     TENSOR,
+    TWICE,
     damage,
     echo,
     train,
@@ -34,6 +36,7 @@ _EXACT: dict[str, tuple[int, dict[str, Any]]] = {
     "sharded dp2 async dropout": (2, {**SHARDED, **DROPOUT, "checkpoint.async_save": True}),
     "tp2 x sharded dp2": (4, {**TENSOR, **SHARDED}),
     "cp2, sharded, dropout": (2, {**CONTEXT, **SHARDED, **DROPOUT}),
+    "fsdp2 async dropout": (2, {**FSDP, **DROPOUT, "checkpoint.async_save": True}),
     "pp2 async dropout": (2, {**PIPELINE, **DROPOUT, "checkpoint.async_save": True}),
     "interleaved pp2 x sharded dp2": (4, {**INTERLEAVED, **SHARDED}),
 }
@@ -43,6 +46,8 @@ _SOURCES: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2 x sharded dp2": (4, {**TENSOR, **SHARDED}),
     "interleaved pp2 x sharded dp2": (4, {**INTERLEAVED, **SHARDED}),
     "tp2": (2, TENSOR),
+    "fsdp2 twice": (4, {**FSDP, **TWICE}),
+    "tp2 x fsdp2": (4, {**TENSOR, **FSDP}),
 }
 _MOVES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "one to tp2+sp": ("one", 2, SEQUENCE),
@@ -52,6 +57,9 @@ _MOVES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "tp2 to pp2": ("tp2", 2, PIPELINE),
     "interleaved pp2 x sharded dp2 to one": ("interleaved pp2 x sharded dp2", 1, {}),
     "one to pp2 x tp2": ("one", 4, {**PIPELINE, **TENSOR}),
+    "fsdp2 twice to tp2": ("fsdp2 twice", 2, TENSOR),
+    "tp2 x fsdp2 to sharded dp2 twice": ("tp2 x fsdp2", 4, {**SHARDED, **TWICE}),
+    "interleaved pp2 x sharded dp2 to fsdp4": ("interleaved pp2 x sharded dp2", 4, FSDP),
     "tp2 x sharded dp2 to dp2": ("tp2 x sharded dp2", 2, {}),
 }
 
@@ -144,6 +152,7 @@ def test_two_processes_have_one_outcome(tmp_path) -> None:
     saving = {**short, **DROPOUT, "checkpoint.save": str(root)}
     loading = {"train.train_iters": 2, "validation.eval_iters": 0, **DROPOUT, "checkpoint.load": str(root)}
     plain = {**loading, **dict.fromkeys(DROPOUT, 0.0)}
+    alone_fsdp = {**loading, **FSDP, "checkpoint.load_optim": False}
     alone = {**loading, **SHARDED, "checkpoint.load_optim": False}
     full = {**short, "checkpoint.save": str(tmp_path / "full")}
     asynchronous = {**full, "checkpoint.async_save": True}
@@ -154,6 +163,7 @@ def test_two_processes_have_one_outcome(tmp_path) -> None:
         "one": Turn(1, train_aloud, (loading, tmp_path / "2")),
         "plain": Turn(1, train_aloud, (plain, tmp_path / "3")),
         "weights alone": Turn(2, echo, (alone, tmp_path / "8", tmp_path / "alone")),
+        "weights alone, fsdp": Turn(2, echo, (alone_fsdp, tmp_path / "9", tmp_path / "alone fsdp")),
         "another model": Turn(2, train, ({**loading, "model.ffn_hidden_size": 32}, tmp_path / "4")),
         "disk 1": Turn(2, train_on_a_full_disk, (full, tmp_path / "5", 1)),
         "disk 0": Turn(2, train_on_a_full_disk, (asynchronous, tmp_path / "6", 0)),
@@ -163,13 +173,16 @@ def test_two_processes_have_one_outcome(tmp_path) -> None:
     results = dict(zip(turns, in_turn(list(turns.values())), strict=True))
     assert results["saves"] == ["finished", "finished"]
     assert results["weights alone"] == ["finished", "finished"]
-    source, target = root / "iter_0000002", tmp_path / "alone" / "iter_0000002"
+    assert results["weights alone, fsdp"] == ["finished", "finished"]
+    source = root / "iter_0000002"
     damage(source / written)  # Once more mends it.
-    before, after = read_index(source), read_index(target)
-    for name in (name.removeprefix("model.") for name in before if name.startswith("model.")):
-        weights = read_whole(source, before[f"model.{name}"])
-        assert torch.equal(read_whole(target, after[f"model.{name}"]), weights)
-        assert torch.equal(read_whole(target, after[f"optimizer.main.{name}"]), weights.float())
+    before = read_index(source)
+    for target in (tmp_path / "alone" / "iter_0000002", tmp_path / "alone fsdp" / "iter_0000002"):
+        after = read_index(target)
+        for name in (name.removeprefix("model.") for name in before if name.startswith("model.")):
+            weights = read_whole(source, before[f"model.{name}"])
+            assert torch.equal(read_whole(target, after[f"model.{name}"]), weights)
+            assert torch.equal(read_whole(target, after[f"optimizer.main.{name}"]), weights.float())
     for name, message in {
         "mixes": "already holds checkpoints of another run",
         "another model": "model.ffn_hidden_size is 32, in the checkpoint 24",

@@ -42,6 +42,8 @@ def derive(config: ConfigContainer, world_size: int = 1) -> None:
         config.set("dataset.split", MOCK_SPLIT, Origin("derived", "mock data is always split so"))
     if config.model.sequence_parallel and config.model.tensor_model_parallel_size == 1:
         config.set("model.sequence_parallel", False, Origin("derived", "one tensor-parallel process"))
+    if config.dist.use_megatron_fsdp and not config.ddp.use_distributed_optimizer:
+        config.set("ddp.use_distributed_optimizer", True, Origin("derived", "dist.use_megatron_fsdp"))
     if config.mixed_precision.fp16 and config.mixed_precision.loss_scale is None:
         config.set("rerun_state_machine.check_for_nan_in_loss", False, Origin("derived", "dynamic loss scale"))
 

@@ -33,7 +33,7 @@ class DDPConfig(MegatronFSDP, Section):
     overlap_grad_reduce: bool = opt(
         False,
         "--overlap-grad-reduce",
-        help="Reduce the gradients of a bucket as soon as they are there, while backward passes go on.",
+        help="Reduce the gradients of a bucket as soon as they are there; sharded weights always do.",
         effect="speed",
     )
     num_buckets: int | None = opt(
@@ -76,7 +76,7 @@ class DDPConfig(MegatronFSDP, Section):
     overlap_param_gather: bool = opt(
         False,
         "--overlap-param-gather",
-        help="Send updated weights while the next forward pass begins; each layer waits for its own.",
+        help="Send updated weights while the next forward pass begins; sharded weights always do.",
         effect="speed",
     )
     align_param_gather: bool = opt(
@@ -110,13 +110,13 @@ class DDPConfig(MegatronFSDP, Section):
     data_parallel_sharding_strategy: Literal["no_shard", "optim", "optim_grads", "optim_grads_params"] = opt(
         "optim_grads_params",
         "--data-parallel-sharding-strategy",
-        refused="sharded data parallelism is not supported yet",
+        help="What --use-megatron-fsdp shares out: nothing, optimizer state, gradients too, or weights too.",
         effect="speed",
     )
     outer_dp_sharding_strategy: Literal["no_shard", "optim"] = opt(
         "no_shard",
         "--outer-dp-sharding-strategy",
-        refused="sharded data parallelism is not supported yet",
+        refused="instances of the shards have the same optimizer state",
         effect="speed",
     )
     gradient_reduce_div_fusion: bool = opt(
@@ -133,16 +133,22 @@ class DDPConfig(MegatronFSDP, Section):
         False, "--keep-fp8-transpose-cache", refused="FP8 and FP4 are not supported yet"
     )
     enable_full_sharding_in_hsdp: bool = opt(
-        False, "--enable-full-sharding-in-hsdp", refused="sharded data parallelism is not supported yet", effect="speed"
+        False,
+        "--enable-full-sharding-in-hsdp",
+        refused="Megatron-LM reads it nowhere; one instance of the shards is fully sharded",
+        effect="speed",
     )
     num_distributed_optimizer_instances: int = opt(
-        1, "--num-distributed-optimizer-instances", refused="this option of data parallelism is not supported yet"
+        1,
+        "--num-distributed-optimizer-instances",
+        help="How many times the data-parallel processes have all that is shared out, each time on neighbouring ranks.",
+        effect="speed",
     )
     torch_fsdp2_reshard_after_forward: bool = opt(
         True,
         "--torch-fsdp2-no-reshard-after-forward",
         negated=True,
-        refused="sharded data parallelism is not supported yet",
+        help="With --use-torch-fsdp2, free a layer's whole weights after its forward pass.",
         effect="speed",
     )
 
@@ -181,10 +187,16 @@ class DistributedConfig(Communicators, Section):
         effect="speed",
     )
     use_megatron_fsdp: bool = opt(
-        False, "--use-megatron-fsdp", refused="sharded data parallelism is not supported yet", effect="speed"
+        False,
+        "--use-megatron-fsdp",
+        help="Share out what --data-parallel-sharding-strategy says; PyTorch's fully_shard does it.",
+        effect="speed",
     )
     use_torch_fsdp2: bool = opt(
-        False, "--use-torch-fsdp2", refused="sharded data parallelism is not supported yet", effect="speed"
+        False,
+        "--use-torch-fsdp2",
+        help="Shard weights, gradients and optimizer state over data parallel by PyTorch's fully_shard.",
+        effect="speed",
     )
     use_tp_pp_dp_mapping: bool = opt(
         False,

@@ -114,8 +114,8 @@ class CheckpointConfig(TensorDumps, Section):
     ckpt_format: Literal["torch", "torch_dist", "torch_dcp", "fsdp_dtensor"] = opt(
         "torch_dist",
         "--ckpt-format",
-        only=("torch_dist",),
-        refused="checkpoints are written by torch.distributed.checkpoint as safetensors files",
+        only=("torch_dist", "torch_dcp", "fsdp_dtensor"),
+        refused="checkpoints are written by torch.distributed.checkpoint, and always as safetensors files",
         effect="path",
     )
     auto_detect_ckpt_format: bool = opt(
@@ -219,8 +219,8 @@ class CheckpointConfig(TensorDumps, Section):
         "--no-strict-fsdp-dtensor-load",
         "--disable-strict-fsdp-dtensor-load",
         negated=True,
-        refused="sharded data parallelism is not supported yet",
-        effect="speed",
+        refused="a checkpoint that lacks something is never loaded in part",
+        effect="path",
     )
     dist_ckpt_strictness: Literal[
         "assume_ok_unexpected",

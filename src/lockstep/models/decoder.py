@@ -53,6 +53,7 @@ class GPTModel(nn.Module):
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device):
         super().__init__()
         self.config = config
+        self.dtype = dtype  # of the residual stream; weights may be stored with more digits
         self.embedding = Embedding(config, dtype=dtype, device=device)
         self.decoder = Decoder(config, dtype=dtype, device=device)
         self.head: Head = head
@@ -71,17 +72,19 @@ class GPTModel(nn.Module):
         document_ids: Tensor | None = None,
         dropout: DropoutStreams | None = None,
         router_losses: RouterLosses | None = None,
+        span: Span | None = None,
     ) -> Tensor:
         """Return the float32 loss of each token [b, s], or the logits [b, s, v] if there are no labels.
 
         tokens, position_ids, labels and document_ids are int64 [b, s]. Attention sees earlier tokens of the same
         document id, or all earlier tokens. position_ids select learned positions; rotary positions always count from
         the start of the sequence. A training model with dropout needs its random streams (ValueError). What routers add
-        to the loss goes through router_losses; without it they add nothing.
+        to the loss goes through router_losses; without it they add nothing. With a
+        span this is `forward_span`.
         """
-        whole = Span(range(required(self.config.num_layers)))
+        span = span or Span(range(required(self.config.num_layers)))
         return self.forward_span(
-            whole,
+            span,
             tokens,
             position_ids,
             labels,

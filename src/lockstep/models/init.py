@@ -40,6 +40,9 @@ Draw = Callable[[torch.Size, float], Tensor]
 Part = Callable[[str, Tensor], Tensor]
 """Takes the name and the whole value of a parameter and returns what a process keeps of it."""
 
+Keep = Callable[[torch.nn.Module, str, Tensor], None]
+"""Gives the parameter of a module with some name in it its value."""
+
 
 def build_model(config: ModelConfig, *, seed: int, params_dtype: torch.dtype, device: torch.device) -> GPTModel:
     """Build the model of a resolved config and draw its weights; every parameter has `params_dtype`.
@@ -51,7 +54,16 @@ def build_model(config: ModelConfig, *, seed: int, params_dtype: torch.dtype, de
     return model
 
 
-def fill(model: torch.nn.Module, weights: Iterator[tuple[str, Tensor]], part: Part = lambda _, whole: whole) -> None:
+def _replace(owner: torch.nn.Module, leaf: str, value: Tensor) -> None:
+    setattr(owner, leaf, torch.nn.Parameter(value))
+
+
+def fill(
+    model: torch.nn.Module,
+    weights: Iterator[tuple[str, Tensor]],
+    part: Part = lambda _, whole: whole,
+    keep: Keep = _replace,
+) -> None:
     """Give the parameters of a model on the meta device their values, and so its device.
 
     `weights` are the values of a whole model; the model may lack some of them, and have a `part` of the others.
@@ -66,7 +78,7 @@ def fill(model: torch.nn.Module, weights: Iterator[tuple[str, Tensor]], part: Pa
         value = part(name, whole)
         assert value.shape == parameter.shape, f"{name}: {value.shape} for {parameter.shape}"
         owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(value))
+        keep(model.get_submodule(owner), leaf, value)
         device = value.device
     assert not missing, f"no value for {list(missing)}"
     for name, buffer in list(model.named_buffers()):

@@ -11,6 +11,7 @@ from lockstep.models.decoder import Span
 from lockstep.models.mlp import MLP
 from lockstep.models.moe import MixtureOfExperts
 from lockstep.parallel.context import SequencePart
+from lockstep.parallel.fsdp import WeightSharding, shard_weights
 from lockstep.parallel.mesh import Mesh
 from lockstep.parallel.modules import (
     ColumnParallelLinear,
@@ -23,12 +24,13 @@ from lockstep.parallel.modules import (
 from lockstep.parallel.plan import shard_of
 
 
-def parallelize(model: GPTModel, mesh: Mesh) -> list[Span]:
+def parallelize(model: GPTModel, mesh: Mesh, sharding: WeightSharding | None = None) -> list[Span]:
     """Lay a model of one process out over the mesh, in place; return its stages on this process.
 
     The model is on the meta device: afterwards its parameters have the shapes of this process's part. In order:
     pipeline stages drop what is not theirs; the model is told of its part of every sequence; every process keeps its
-    part of each split weight; attention, MLP, experts, embedding and head are told of their part.
+    part of each split weight; attention, MLP, experts, embedding and head are told of their part; weights are sharded
+    over the processes that have the same ones, where ``sharding`` says how.
     """
     spans = _keep_stages(model, mesh)
     if mesh.cp.size > 1:
@@ -44,6 +46,8 @@ def parallelize(model: GPTModel, mesh: Mesh) -> list[Span]:
             elif isinstance(module, MixtureOfExperts):
                 module.dispatcher = SplitExpertsDispatcher(mesh)
         _split_vocabulary(model, mesh)
+    if sharding is not None:
+        shard_weights(model, mesh, sharding)
     return spans
 
 

@@ -67,7 +67,7 @@ class Gradients:
     def _total(self, sums: torch.Tensor) -> torch.Tensor:
         """Add up, over all processes that have something of their own, a sum of whole parameters and one of parts."""
         if self._sharded:
-            self._mesh.replicas.sum_(sums)
+            self._mesh.shards.sum_(sums)
         return self._mesh.pp.sum_(sums[0] + self._mesh.tp.sum_(sums[1].clone()))
 
     def count(self, counts: Sequence[int], device: torch.device) -> int:

@@ -92,6 +92,8 @@ class Mesh:
         tp: tensor parallel; each process has a part of every layer.
         pp: pipeline parallel; each process has some of the layers.
         replicas: dp and cp together: the processes that have the same weights.
+        shards: neighbours in replicas over which weights or optimizer state are shared out, where they are.
+        instances: the processes that have the same shard; shards and instances together are replicas.
         ends: first and last process of a pipeline, which both have tied word embeddings; size 1 elsewhere.
         world: all processes.
         sequence_parallel: the residual stream is split over tp; on only where tp is more than one process.
@@ -102,6 +104,8 @@ class Mesh:
     tp: Axis = field(default_factory=Axis)
     pp: Axis = field(default_factory=Axis)
     replicas: Axis = field(default_factory=Axis)
+    shards: Axis = field(default_factory=Axis)
+    instances: Axis = field(default_factory=Axis)
     ends: Axis = field(default_factory=Axis)
     world: Axis = field(default_factory=Axis)
     sequence_parallel: bool = False
@@ -121,7 +125,17 @@ class Mesh:
 
     def set_timeout(self, timeout: timedelta) -> None:
         """Let collectives fail after another time than that of the start."""
-        for axis in (self.world, self.dp, self.cp, self.tp, self.pp, self.replicas, self.ends):
+        for axis in (
+            self.world,
+            self.dp,
+            self.cp,
+            self.tp,
+            self.pp,
+            self.replicas,
+            self.shards,
+            self.instances,
+            self.ends,
+        ):
             if axis.group is not None:
                 set_group_timeout(timeout, axis.group)
 
@@ -165,16 +179,18 @@ def start_processes(
         with join(store, rank, world_size, os.environ["MASTER_ADDR"], timeout.total_seconds(), on_loss):
             place = {"store": store, "rank": rank, "world_size": world_size}
             dist.init_process_group(backend, **place, timeout=timeout, device_id=device if backend == "nccl" else None)
-            yield build_mesh(config.model, device.type, pipeline_first=config.dist.use_tp_pp_dp_mapping)
+            instances = config.ddp.num_distributed_optimizer_instances
+            yield build_mesh(config.model, device.type, config.dist.use_tp_pp_dp_mapping, instances)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def build_mesh(model: ModelConfig, device_type: str, pipeline_first: bool = False) -> Mesh:
+def build_mesh(model: ModelConfig, device_type: str, pipeline_first: bool = False, instances: int = 1) -> Mesh:
     """Arrange the processes of the default group, whose number is a multiple of those of the model.
 
-    ``pipeline_first`` numbers along the pipeline before data parallel.
+    ``pipeline_first`` numbers along the pipeline before data parallel. ``instances`` is how often what is shared out
+    over data-parallel processes is there.
     """
     world, tp = dist.get_world_size(), model.tensor_model_parallel_size
     cp, pp = model.context_parallel_size, model.pipeline_model_parallel_size
@@ -188,12 +204,15 @@ def build_mesh(model: ModelConfig, device_type: str, pipeline_first: bool = Fals
     replicas = axis("dp") if cp == 1 else axis("cp")
     if cp > 1 and sizes["dp"] > 1:
         replicas = _axis_of(devices["dp", "cp"]._flatten("replicas"))
+    shards, copies = (replicas, Axis()) if instances == 1 else _instances(devices, instances)
     return Mesh(
         dp=axis("dp"),
         cp=axis("cp"),
         tp=axis("tp"),
         pp=axis("pp"),
         replicas=replicas,
+        shards=shards,
+        instances=copies,
         ends=_ends(devices) if pp > 1 else Axis(),
         world=Axis(world, dist.get_rank(), dist.group.WORLD),
         sequence_parallel=model.sequence_parallel and tp > 1,
@@ -206,8 +225,26 @@ def _axis_of(devices: DeviceMesh) -> Axis:
 
 def _ends(devices: DeviceMesh) -> Axis:
     """Join the first and the last process of every pipeline."""
+    return _axis_along(_in_order(devices, "pp")[[0, -1]].flatten(1).t())
+
+
+def _instances(devices: DeviceMesh, instances: int) -> tuple[Axis, Axis]:
+    """Cut every set of processes with the same weights into runs; return those along a run and across the runs."""
+    replicas = _in_order(devices, "pp", "tp", "dp", "cp").flatten(2)
+    runs = replicas.unflatten(2, (instances, -1))  # [pp, tp, instances, shards]
+    return _axis_along(runs.flatten(0, 2)), _axis_along(runs.movedim(2, 3).flatten(0, 2))
+
+
+def _in_order(devices: DeviceMesh, *names: str) -> torch.Tensor:
+    """Return the ranks with these axes first."""
     assert devices.mesh_dim_names is not None, "the axes of the mesh have names"
-    stages = devices.mesh.movedim(devices.mesh_dim_names.index("pp"), 0)
-    pairs = stages[[0, -1]].flatten(1).t().tolist()
-    group, _ = dist.new_subgroups_by_enumeration(pairs)
-    return Axis() if group is None else Axis(2, dist.get_group_rank(group, dist.get_rank()), group)
+    return devices.mesh.movedim([devices.mesh_dim_names.index(name) for name in names], list(range(len(names))))
+
+
+def _axis_along(ranks: torch.Tensor) -> Axis:
+    """Return the axis of this process where every row of ranks [groups, size] is one; size 1 if it is in none."""
+    size = ranks.shape[1]
+    if size == 1:
+        return Axis()
+    group, _ = dist.new_subgroups_by_enumeration(ranks.tolist())
+    return Axis() if group is None else Axis(size, dist.get_group_rank(group, dist.get_rank()), group)

@@ -13,7 +13,7 @@ import torch
 from lockstep.config.model import ModelConfig
 from lockstep.models import GPTModel
 from lockstep.models.init import in_order
-from lockstep.parallel.mesh import Mesh
+from lockstep.parallel.mesh import Axis, Mesh
 from lockstep.parallel.plan import WORD_EMBEDDINGS, Shard, shard_of
 
 Shape = tuple[int, ...]
@@ -169,6 +169,11 @@ class Placement:
         whole = GPTModel(config, dtype=torch.float32, device=torch.device("meta"))
         self.shapes: dict[str, Shape] = {name: tuple(p.shape) for name, p in in_order(whole)}
         self._all = self.shapes | {name: tuple(buffer.shape) for name, buffer in whole.named_buffers()}
+
+    @property
+    def shards(self) -> Axis:
+        """The processes over which weights are sharded, where they are."""
+        return self._mesh.shards
 
     def placed(self, name: str, tensor: torch.Tensor, span: tuple[int, int] | None = None) -> Placed:
         """Return a tensor of the parameter or buffer ``name``, or of its elements ``span`` here, with its place."""

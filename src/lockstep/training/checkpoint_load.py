@@ -24,6 +24,7 @@ from lockstep.training.checkpoint_state import (
     check_tensors,
     make_optimizer_state,
     model_tensors,
+    take_model_tensors,
 )
 from lockstep.training.checkpoint_storage import Stored, read_index, read_tensors, read_whole
 from lockstep.training.console import say
@@ -207,8 +208,10 @@ def _restore_tensors(source: Source, config: ConfigContainer, placement: Placeme
     hint = "add --no-load-optim to continue without the optimizer's state, or --finetune to take the weights alone"
     check_tensors(wanted, index, hint, convert=not with_optimizer)
     read_tensors(source.folder, wanted)
-    if trainer is not None and not (with_optimizer and trainer.step.optimizer.weights.copies):
-        trainer.step.optimizer.weights.copy_from_model()
+    if trainer is None or not (with_optimizer and trainer.step.optimizer.weights.copies):
+        take_model_tensors(parts.model, wanted)
+        if trainer is not None:
+            trainer.step.optimizer.weights.copy_from_model()
     return index
 
 

@@ -8,22 +8,37 @@ such as ``exp_avg``.
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
-from torch import nn
 
 from lockstep.errors import UserError
+from lockstep.models import GPTModel
+from lockstep.parallel.fsdp import is_sharded, own_weights, take_weights
 from lockstep.parallel.placement import Placed, Placement
 from lockstep.training.checkpoint_storage import Stored
 from lockstep.training.optimizer import Optimizer
-from lockstep.training.sharded import ShardedMainWeights
+from lockstep.training.sharded import FullyShardedMainWeights
 
 MODEL, OPTIMIZER = "model.", "optimizer."
 _STATES = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
 
-def model_tensors(model: nn.Module, placement: Placement) -> dict[str, Placed]:
-    """Return the weights and buffers that this process has, by canonical name; the tensors are the model's own."""
+def model_tensors(model: GPTModel, placement: Placement) -> dict[str, Placed]:
+    """Return the weights and buffers that this process has, by canonical name, in the dtype the model computes in.
+
+    The tensors are the model's own but for those of sharded weights, which `take_model_tensors` takes back.
+    """
+    if is_sharded(model):
+        own = own_weights(model, placement.shards)
+        placed = {MODEL + name: placement.placed(name, *rows) for name, rows in own.items()}
+        return placed | {MODEL + name: placement.placed(name, buffer) for name, buffer in model.named_buffers()}
     # state_dict waits for weights that are still on their way from other processes; named_parameters would not.
     return {MODEL + name: placement.placed(name, tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
+
+
+def take_model_tensors(model: GPTModel, tensors: Mapping[str, Placed]) -> None:
+    """Give sharded weights the values of their tensors, which others share already."""
+    if is_sharded(model):
+        names = (name for name, _ in model.named_parameters())
+        take_weights(model, {name: tensors[MODEL + name].tensor for name in names if MODEL + name in tensors})
 
 
 def optimizer_tensors(optimizer: Optimizer, placement: Placement) -> dict[str, Placed]:
@@ -45,9 +60,12 @@ def optimizer_tensors(optimizer: Optimizer, placement: Placement) -> dict[str, P
 
 def written_here(tensors: dict[str, Placed], optimizer: Optimizer, placement: Placement) -> dict[str, Placed]:
     """Return the tensors that this process saves, of those it has: together the processes save each one once."""
-    sharded = isinstance(optimizer.weights, ShardedMainWeights)
+    weights = optimizer.weights
     chosen: dict[str, Placed] = {}
-    for group, replicated in ((MODEL, True), (OPTIMIZER, not sharded)):
+    for group, replicated in (
+        (MODEL, not isinstance(weights, FullyShardedMainWeights)),
+        (OPTIMIZER, not weights.sharded),
+    ):
         having = {name: placed for name, placed in tensors.items() if name.startswith(group)}
         sizes = {name: placed.tensor.nbytes for name, placed in having.items()}
         names = placement.written(sizes, parameter_of, replicated=replicated)

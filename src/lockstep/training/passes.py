@@ -13,6 +13,7 @@ from lockstep.models import DropoutStreams
 from lockstep.models.ops import widened
 from lockstep.models.router import RouterLosses
 from lockstep.parallel import Axis
+from lockstep.parallel.fsdp import release
 from lockstep.training.feed import Batch
 from lockstep.training.routing import Routing
 
@@ -62,13 +63,16 @@ class WholePasses:
             objective(loss_sum, tokens).backward()
             sums.append(torch.stack([loss_sum.detach(), tokens, *self.routing.means(noted)]))
         self.routing.finish()
+        release(self._model)
         return torch.stack(sums)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, micro_batch_size: int) -> torch.Tensor:
         """Run forward passes without dropout; see ``Passes``."""
         self._model.eval()
-        return torch.stack([torch.stack(self._loss(part, None)) for part in batch.split(micro_batch_size)])
+        sums = [torch.stack(self._loss(part, None)) for part in batch.split(micro_batch_size)]
+        release(self._model)
+        return torch.stack(sums)
 
     def _loss(
         self, batch: Batch, dropout: DropoutStreams | None, noted: RouterLosses | None = None

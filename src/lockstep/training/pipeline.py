@@ -18,6 +18,7 @@ from lockstep.models.decoder import Span
 from lockstep.models.layers import required
 from lockstep.models.ops import widened
 from lockstep.parallel import Mesh
+from lockstep.parallel.fsdp import release
 from lockstep.training.feed import Batch
 from lockstep.training.passes import Objective, masked_sum
 from lockstep.training.routing import Routing
@@ -63,12 +64,13 @@ class PipelinePasses:
         tokens = (batch.tokens,) if self._stages[0].span.first else ()
         run = schedule.step if objective is not None else schedule.eval
         run(*tokens, **batch.aside(), target=batch.labels, return_outputs=False)
+        release(self._model)
         return self._mesh.pp.sum_(self._sums(count, objective is not None, batch.tokens.device))
 
     def _sums(self, count: int, training: bool, device: torch.device) -> Tensor:
         """Return what this process's stages found for each micro-batch; zero where other stages find it."""
         width = 2 + (len(self.routing.names) if training else 0)
-        found = widened(torch.zeros(count, width, dtype=_dtype(self._model), device=device))
+        found = widened(torch.zeros(count, width, dtype=self._model.dtype, device=device))
         for stage in self._stages:
             if stage.sums:
                 found[:, :2] += torch.stack(stage.sums)
@@ -86,7 +88,7 @@ class PipelinePasses:
 
     def _stage(self, number: int, training: bool, shape: torch.Size) -> Any:
         """Wrap a stage, with the shapes of what it receives and sends: PyTorch would run the model to find them."""
-        stage, mesh, dtype = self._stages[number], self._mesh, _dtype(self._model)
+        stage, mesh, dtype = self._stages[number], self._mesh, self._model.dtype
         meta = partial(torch.empty, device="meta")
         length = shape[1] // (mesh.tp.size if mesh.sequence_parallel else 1)
         hidden = partial(meta, shape[0], length, required(self._model.config.hidden_size), dtype=dtype)
@@ -99,10 +101,6 @@ class PipelinePasses:
             output_args=widened(meta((), dtype=dtype)) if stage.span.last else hidden(requires_grad=training),
             group=mesh.pp.group,
         )
-
-
-def _dtype(model: nn.Module) -> torch.dtype:
-    return next(model.parameters()).dtype
 
 
 def _build_schedule(stages: list[Any], count: int, training: bool) -> Any:
@@ -147,14 +145,14 @@ class _Stage(nn.Module):
     ) -> Tensor:
         """Return the residual stream [b, s, h] for the next stage, or after the last one the objective (scalar)."""
         noted = None if self.routing is None else self.routing.begin(self.router_weight)
-        output = self._model.forward_span(
-            self.span,
+        output = self._model(
             x,
             position_ids,
             labels,
             document_ids=document_ids,
             dropout=self.dropout,
             router_losses=noted,
+            span=self.span,
         )
         if self.routing is not None and noted is not None and self.routing.names:
             self.means.append(torch.stack(self.routing.means(noted)))

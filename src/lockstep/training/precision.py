@@ -8,6 +8,7 @@ from torch import nn
 
 from lockstep.config import ConfigContainer
 from lockstep.config.training import MixedPrecisionConfig
+from lockstep.models import GPTModel
 from lockstep.models.ops import widened
 from lockstep.parallel.buckets import GradientBuckets, Reduction
 
@@ -18,6 +19,11 @@ def params_dtype(config: ConfigContainer) -> torch.dtype:
     if precision.bf16:
         return torch.bfloat16
     return torch.float16 if precision.fp16 else torch.float32
+
+
+def compute_dtype(model: nn.Module) -> torch.dtype:
+    """Return the dtype that a model computes in: that of its weights, or what it says where they have more digits."""
+    return model.dtype if isinstance(model, GPTModel) else next(model.parameters()).dtype
 
 
 class MainWeights:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from lockstep.config import ConfigContainer
+from lockstep.config.sharding import sharding_strategy
 from lockstep.errors import UserError
 from lockstep.models.ops import matmul_mode
 from lockstep.parallel import Mesh, start_processes
@@ -126,7 +127,11 @@ def _complete_record(
     weights = dict(parts.initial_weights)
     overall = weights.pop("all")["sha256"]
     parameters = sum(math.prod(weight["shape"]) for weight in weights.values())
-    features = {**_features(config, device), "parameters": parameters, "layout": mesh.describe()}
+    features = {
+        **_features(config, device),
+        "parameters": parameters,
+        "layout": mesh.describe() | _sharding(config, mesh),
+    }
     writer.update(
         data={"tokenizer": parts.tokenizer.identity(), **parts.datasets.describe()},
         initial_weights={"fingerprint": overall, "parameters": weights},
@@ -134,6 +139,17 @@ def _complete_record(
         **_config_facts(config),
     )
     say(f"precision: {features['precision']}, matrix products: {features['matmul']}")
+
+
+def _sharding(config: ConfigContainer, mesh: Mesh) -> dict[str, Any]:
+    """Return what processes with the same weights share out, over how many, and how often it is there."""
+    strategy = sharding_strategy(config) if mesh.shards.size > 1 else "no_shard"
+    sharded = strategy != "no_shard"
+    return {
+        "sharding": strategy,
+        "shards": mesh.shards.size if sharded else 1,
+        "instances": mesh.instances.size if sharded else mesh.replicas.size,
+    }
 
 
 def _config_facts(config: ConfigContainer) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lockstep.config import ConfigContainer, Origin
+from lockstep.config.sharding import sharding_strategy, shards_weights
 from lockstep.data.build import Datasets, build_datasets
 from lockstep.data.gpt_dataset import Dataset
 from lockstep.data.tokenizers import Tokenizer, build_tokenizer, padded_vocab_size
@@ -20,6 +21,7 @@ from lockstep.models.init import Fingerprint, fill, initial_weights
 from lockstep.parallel import Mesh, parallelize
 from lockstep.parallel.apply import part_of
 from lockstep.parallel.dropout import LayoutDropoutStreams
+from lockstep.parallel.fsdp import WeightSharding, keeper
 from lockstep.training.batches import build_batch_schedule, eval_batch_size, num_samples, train_iterations
 from lockstep.training.console import dataset_size_lines, parameters_line, say
 from lockstep.training.context import ContextPasses
@@ -44,7 +46,7 @@ class Parts:
 
     tokenizer: Tokenizer
     datasets: Datasets
-    model: nn.Module
+    model: GPTModel
     initial_weights: dict[str, dict[str, Any]]
     train_iters: int
     flops_per_sample: float
@@ -121,12 +123,27 @@ def build_parallel_model(
     The fingerprint is empty on processes that keep no record.
     """
     model = GPTModel(config.model, dtype=dtype, device=torch.device("meta"))
-    spans = parallelize(model, mesh)
+    sharding = _weight_sharding(config, mesh, dtype, device)
+    spans = parallelize(model, mesh, sharding)
     prints = Fingerprint()
     weights = initial_weights(config.model, config.rng.seed, dtype, device)
     part = partial(part_of, config=config.model, mesh=mesh)
-    fill(model, prints.added(weights) if mesh.leads else weights, part)
+    if sharding is not None:
+        model.to_empty(device=device)
+    keep = {} if sharding is None else {"keep": keeper(mesh.shards)}
+    fill(model, prints.added(weights) if mesh.leads else weights, part, **keep)
     return model, spans, prints.result() if mesh.leads else {}
+
+
+def _weight_sharding(
+    config: ConfigContainer, mesh: Mesh, dtype: torch.dtype, device: torch.device
+) -> WeightSharding | None:
+    """Return how the weights are sharded over the processes that have the same ones; None where they are not."""
+    if mesh.shards.size == 1 or not shards_weights(config):
+        return None
+    low = config.ddp.grad_reduce_in_fp32 is False
+    reduce_dtype = dtype if low or dtype == torch.float64 else torch.float32
+    return WeightSharding(reduce_dtype, sharding_strategy(config) == "optim_grads", device.type)
 
 
 def build_passes(

@@ -1,7 +1,8 @@
-"""The optimizer's share of each process: main weights and their state, cut into equal parts.
+"""The optimizer's share of each process: main weights and their state.
 
-Each bucket of weights is cut into one part for each process that has the same weights. A process gets the sum of the
-gradients of its parts, updates them, and receives the updated weights of the others.
+Where the model's weights are whole, each bucket of them is cut into one part for each process of an axis. A process
+gets the sum of the gradients of its parts, updates them, and receives the updated weights of the others. Where the
+weights are sharded themselves, its shards are its part.
 """
 
 from functools import partial
@@ -11,12 +12,14 @@ import torch.distributed as dist
 from torch import nn
 
 from lockstep.config import ConfigContainer
+from lockstep.config.sharding import sharding_strategy
 from lockstep.models import GPTModel
 from lockstep.models.ops import widened
 from lockstep.parallel.buckets import Bucket, Reduction, bucket_size
+from lockstep.parallel.fsdp import is_sharded, local, span_of
 from lockstep.parallel.gradients import is_shared
-from lockstep.parallel.mesh import Mesh
-from lockstep.training.precision import MainWeights
+from lockstep.parallel.mesh import Axis, Mesh
+from lockstep.training.precision import MainWeights, compute_dtype
 
 
 class _Weights:
@@ -52,16 +55,22 @@ class _Weights:
 class ShardedMainWeights(MainWeights):
     """Main weights of one part: ``main_params`` are its pieces of parameters, one-dimensional.
 
-    With ``late_gather`` updated weights travel while the optimizer and the next forward pass go on: each module waits
-    for its own.
+    ``instances`` have the same part. With ``late_gather`` updated weights travel while the optimizer and the next
+    forward pass go on: each module waits for its own.
     """
 
     sharded = True
 
     def __init__(
-        self, model: nn.Module, grad_dtype: torch.dtype, reduction: Reduction, late_gather: bool = False
+        self,
+        model: nn.Module,
+        grad_dtype: torch.dtype,
+        reduction: Reduction,
+        instances: Axis,
+        late_gather: bool = False,
     ) -> None:
         super().__init__(model, grad_dtype, reduction)
+        self._instances = instances
         self._late_gather = late_gather
         if late_gather:
             assert isinstance(model, GPTModel), "modules that wait are known by name"
@@ -87,6 +96,8 @@ class ShardedMainWeights(MainWeights):
     def hand_over(self) -> list[torch.Tensor]:
         """Give every piece the sum of its gradients; return the gradients of the pieces."""
         self._gradients.finish()
+        for bucket in self._gradients.buckets:
+            self._instances.sum_(bucket.part(bucket.grads))
         grads = [widened(grad) for grad in self._pieces]
         for piece, grad in zip(self.main_params, grads, strict=True):
             piece.grad = grad
@@ -132,18 +143,89 @@ def _wait(needed: list[_Weights], *_: object) -> None:
         weights.wait()
 
 
+class FullyShardedMainWeights(MainWeights):
+    """Main weights that are this process's rows of a model's sharded parameters, and share their memory.
+
+    Gradients are already added up over ``shards``; ``instances`` have the same rows, and add up in ``reduce_dtype``.
+    """
+
+    sharded = True
+
+    def __init__(self, model: nn.Module, shards: Axis, instances: Axis, reduce_dtype: torch.dtype) -> None:
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self.names = [name for name, _ in named]
+        self.model_params = [p for _, p in named]
+        self._shards = shards
+        self._instances = instances
+        self._reduce_dtype = reduce_dtype
+        self._copies = compute_dtype(model).itemsize < self.model_params[0].dtype.itemsize
+        self._grads: list[torch.Tensor] = []
+        self._build_main()
+
+    def _build_main(self) -> None:
+        self.main_names, self.main_shapes, self.main_params = [], [], []
+        self.main_spans = []
+        for name, param in zip(self.names, self.model_params, strict=True):
+            begin, end = span_of(param, self._shards)
+            if begin < end:
+                self.main_spans.append((begin, end))
+                self.main_names.append(name)
+                self.main_shapes.append(param.shape)
+                self.main_params.append(nn.Parameter(local(param)))
+
+    @property
+    def copies(self) -> bool:
+        """Whether the main weights have more digits than what the model computes with."""
+        return self._copies
+
+    def start_step(self, micro_batches: int | None = None) -> None:
+        """Forget the gradients of the step before."""
+        for param in self.model_params:
+            param.grad = None
+
+    def collect_grads(self) -> list[torch.Tensor]:
+        """Return the gradient of this process's rows of every parameter, none of some, zero where nothing came."""
+        self._grads = [
+            local(param.grad) if param.grad is not None else torch.zeros_like(local(param))
+            for param in self.model_params
+        ]
+        return self._grads
+
+    def hand_over(self) -> list[torch.Tensor]:
+        """Give all rows the sum of their gradients over the instances; return the gradients of the main weights."""
+        grads = [grad for grad in self._grads if grad.numel()]
+        if self._instances.size > 1:
+            sums = self._instances.sum_(torch.cat([grad.flatten() for grad in grads]).to(self._reduce_dtype))
+            for grad, total in zip(grads, sums.split([grad.numel() for grad in grads]), strict=True):
+                grad.copy_(total.view_as(grad))
+        for main, grad in zip(self.main_params, grads, strict=True):
+            main.grad = grad
+        return grads
+
+    def copy_to_model(self) -> None:
+        """Do nothing: the main weights are the model's."""
+
+    def copy_from_model(self) -> None:
+        """Do nothing: the main weights are the model's."""
+
+
 def build_main_weights(model: nn.Module, config: ConfigContainer, mesh: Mesh) -> MainWeights:
-    """Return the main weights of a model: this process's part with ``use_distributed_optimizer``, else all."""
-    model_dtype = next(model.parameters()).dtype
+    """Return the main weights of a model that was laid out over ``mesh``: all, or this process's part."""
+    model_dtype = compute_dtype(model)
     grad_dtype = torch.float32 if config.ddp.grad_reduce_in_fp32 is not False else model_dtype
+    if is_sharded(model):
+        reduce_dtype = torch.float64 if model_dtype == torch.float64 else grad_dtype
+        return FullyShardedMainWeights(model, mesh.shards, mesh.instances, reduce_dtype)
+    shared_out = mesh.shards.size > 1 and sharding_strategy(config) == "optim"
+    axis = mesh.shards if shared_out else mesh.replicas
     elements = sum(p.numel() for p in model.parameters() if p.requires_grad)
     reduction = Reduction(
-        axis=mesh.replicas,
+        axis=axis,
         bucket_size=bucket_size(config, elements, mesh.replicas.size),
         multiple=2**16 if config.ddp.pad_buckets_for_high_nccl_busbw else 1,
         overlap=config.ddp.overlap_grad_reduce,
         late=partial(is_shared, config=config.model, mesh=mesh),
     )
-    if mesh.replicas.size > 1 and config.ddp.use_distributed_optimizer:
-        return ShardedMainWeights(model, grad_dtype, reduction, config.ddp.overlap_param_gather)
+    if shared_out:
+        return ShardedMainWeights(model, grad_dtype, reduction, mesh.instances, config.ddp.overlap_param_gather)
     return MainWeights(model, grad_dtype, reduction)

@@ -1,0 +1,127 @@
+"""Sharded weights: PyTorch's fully_shard on a model that is otherwise laid out.
+
+Between passes a process keeps some rows of each of its parameters, in FP32 at least: they are the main weights that the
+optimizer updates. Around its work a layer has whole weights in the dtype of the model, and what its backward pass finds
+is added up, cut into the same rows, right after it.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from lockstep.models import GPTModel
+from lockstep.models.ops import widened
+from lockstep.parallel.mesh import Axis, Mesh
+
+
+@dataclass(frozen=True)
+class WeightSharding:
+    """How the weights of a model are sharded.
+
+    Attributes:
+        reduce_dtype: what gradients are added up in.
+        between_passes_only: weights stay whole from their first use in a batch to the end of its passes, rather than
+            for the work of their layer alone.
+        device_type: of the processes' devices.
+    """
+
+    reduce_dtype: torch.dtype
+    between_passes_only: bool = False
+    device_type: str = "cpu"
+
+
+def shard_weights(model: GPTModel, mesh: Mesh, sharding: WeightSharding) -> None:
+    """Shard every layer, and together what is left of this process's part of the model, over ``mesh.shards``.
+
+    The model is on the meta device and stays there. What is left (embedding, final norm, output layer) is whole from
+    the first use to the end of a backward pass: the output layer may share the embedding's weight.
+    """
+    assert mesh.shards.group is not None, "one process has nothing to shard"
+    for name, parameter in list(model.named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(widened(parameter.detach())))
+    devices = DeviceMesh.from_group(mesh.shards.group, sharding.device_type, mesh_dim_names=("shards",))
+    # Inputs already have the model's dtype.
+    policy = MixedPrecisionPolicy(model.dtype, sharding.reduce_dtype, cast_forward_inputs=False)
+    resharded = not sharding.between_passes_only
+    for layer in model.decoder.layers.values():
+        fully_shard(layer, mesh=devices, mp_policy=policy, reshard_after_forward=resharded)
+    model.register_forward_hook(_without_views)
+    fully_shard(model, mesh=devices, mp_policy=policy, reshard_after_forward=False)
+    for module in _sharded_modules(model):
+        # The losses behind gradients are divided by the counts of the whole global batch: a sum, and no more.
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+        module.set_reshard_after_backward(resharded, recurse=False)
+
+
+def _without_views(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+    """Return the losses of a model in memory of their own: PyTorch warns of views, whose hooks can be lost."""
+    return output.clone() if output._is_view() else output
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Tell whether `shard_weights` was applied to a model."""
+    return isinstance(model, FSDPModule)
+
+
+def keeper(shards: Axis) -> Callable[[nn.Module, str, Tensor], None]:
+    """Return what sets, of a sharded parameter of a module, the rows of this process from the value of all rows."""
+
+    def keep(owner: nn.Module, leaf: str, value: Tensor) -> None:
+        first, end = rows_of(len(value), shards)
+        local(getattr(owner, leaf)).copy_(value[first:end])
+
+    return keep
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return the rows of a sharded tensor that this process has; they share its memory."""
+    detached = tensor.detach()
+    return detached.to_local() if isinstance(detached, DTensor) else detached
+
+
+def rows_of(rows: int, axis: Axis) -> tuple[int, int]:
+    """Return first and end of the rows that this process has of so many: equal parts but for the last ones."""
+    width = -(-rows // axis.size)
+    return min(rows, axis.rank * width), min(rows, (axis.rank + 1) * width)
+
+
+def span_of(parameter: Tensor, shards: Axis) -> tuple[int, int]:
+    """Return which elements of a sharded parameter, counted row by row, this process has."""
+    # PyTorch's own answer can be that of an earlier run in this process, whose groups are gone: it caches meshes.
+    first, end = rows_of(len(parameter), shards)
+    row = parameter.numel() // len(parameter)
+    return first * row, end * row
+
+
+def own_weights(model: GPTModel, shards: Axis) -> dict[str, tuple[Tensor, tuple[int, int]]]:
+    """Return this process's rows of the parameters it has some of, in the dtype of the model, and their spans.
+
+    The tensors are the model's own only where that is the dtype in which they are kept.
+    """
+    found = {name: (local(p).to(model.dtype), span_of(p, shards)) for name, p in model.named_parameters()}
+    return {name: (rows, span) for name, (rows, span) in found.items() if rows.numel()}
+
+
+@torch.no_grad()
+def take_weights(model: GPTModel, weights: Mapping[str, Tensor]) -> None:
+    """Set this process's rows of parameters from what `own_weights` returned."""
+    for name, rows in weights.items():
+        local(model.get_parameter(name)).copy_(rows)
+
+
+def release(model: nn.Module) -> None:
+    """Let go of whole weights after the passes of a batch, so that the next ones see what the optimizer did."""
+    for module in _sharded_modules(model):
+        module.reshard()
+
+
+def _sharded_modules(model: nn.Module) -> Iterator[FSDPModule]:
+    return (module for module in model.modules() if isinstance(module, FSDPModule))
