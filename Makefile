@@ -49,8 +49,8 @@ docs: setup ## write the generated reference pages
 benchmark: setup ## time training steps against Hugging Face GPT-2 of the same shape
 	$(BIN)/python benchmarks/vs_hf_gpt2.py
 
-sweep: setup ## train a tiny model in every layout and compare with one process, in float64
-	$(BIN)/python -m tests.parallel.sweep --write docs/layouts.md
+sweep: setup ## train a tiny model in every layout and compare with one process
+	$(BIN)/python -m tests.parallel.table --write docs/layouts.md
 
 clean: ## remove the environment and caches; runs stay
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist

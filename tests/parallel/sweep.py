@@ -1,14 +1,11 @@
 """The layout sweep: one training job in every layout, in float64, against one process.
 
-`python -m tests.parallel.sweep` starts the processes itself and prints the table; `make sweep` is the same.
 Each case takes two steps of a tiny model and compares, with what one process found: every parameter's gradient in the
 first step, put together from its parts; the gradient norm before clipping; and the weights after both steps.
 """
 
-import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -366,41 +363,3 @@ def sweep() -> list[Row]:
             worst = {key: max(getattr(row, key) for row in found) for key in ("grads", "norm", "weights")}
             rows.append(Row(found[0].kind, found[0].layout, **worst))
     return sorted(rows, key=lambda row: list(KINDS).index(row.kind))
-
-
-def table(rows: Sequence[Row]) -> str:
-    """Return the rows as a Markdown table."""
-    lines = ["| model | layout | gradients | grad norm | weights | |", "| --- | --- | --- | --- | --- | --- |"]
-    lines += [
-        f"| {row.kind} | {row.layout} | {row.grads:.1e} | {row.norm:.1e} | {row.weights:.1e} "
-        f"| {'equal' if row.passes else 'DIFFERS'} |"
-        for row in rows
-    ]
-    return "\n".join(lines)
-
-
-_BEGIN, _END = "<!-- sweep -->\n", "<!-- end of sweep -->"
-
-
-def write_into(page: Path, text: str) -> None:
-    """Replace what stands between the marks of the page."""
-    before, _, rest = page.read_text().partition(_BEGIN)
-    _, _, after = rest.partition(_END)
-    page.write_text(f"{before}{_BEGIN}\n{text}\n\n{_END}{after}")
-
-
-def main() -> int:
-    """Run the sweep; exit code 1 where a layout differs."""
-    parser = argparse.ArgumentParser(prog="python -m tests.parallel.sweep", description=__doc__.splitlines()[0])
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="Also write the table between the marks of a page.")
-    options = parser.parse_args()
-    rows = sweep()
-    print(f"largest relative differences from one process, float64, limit {LIMIT:.0e}\n")
-    print(table(rows))
-    if options.write:
-        write_into(options.write, table(rows))
-    return 0 if all(row.passes for row in rows) else 1
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
