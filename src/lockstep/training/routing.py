@@ -38,7 +38,8 @@ class Routing:
         """Return this process's part of the mean over all layers with experts of each named loss, a scalar each."""
         if noted is None:
             return []
-        zero = widened(next(iter(self._routers.values())).weight.new_zeros(()))
+        weight = next(iter(self._routers.values())).weight
+        zero = widened(torch.zeros((), dtype=weight.dtype, device=weight.device))
         found = [[loss for (of, _), loss in noted.losses.items() if of == name] for name in self.names]
         return [sum(losses, start=zero) / self._layers for losses in found]
 
