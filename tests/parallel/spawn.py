@@ -1,6 +1,8 @@
 """Runs functions on several gloo processes of this machine and returns what each of them returned."""
 
+import contextlib
 import os
+import random
 import socket
 import tempfile
 from collections.abc import Callable, Sequence
@@ -10,6 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+_NEVER_GIVEN = (15_000, 32_000)  # Linux gives ports from 32768 on
 
 
 def _worker(rank: int, job: Callable[..., Any], processes: int, folder: str, results: Any) -> None:
@@ -63,7 +67,13 @@ def _take_turns(rank: int, turns: Sequence[Turn], ports: Sequence[int], results:
 
 
 def free_port() -> int:
-    """Return a port that nothing listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """Return a port that nothing listens on, and that the system does not give to sockets which name none.
+
+    A port that was free when asked for can belong to somebody's connection by the time it is used, and processes that
+    meet there then wait for each other in vain.
+    """
+    while True:
+        port = random.randrange(*_NEVER_GIVEN)
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("", port))
+            return port
