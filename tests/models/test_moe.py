@@ -30,7 +30,7 @@ def tokens_of(dtype: torch.dtype = torch.float64) -> Tensor:
 def expected(block: MixtureOfExperts, x: Tensor, weights: Tensor) -> Tensor:
     """Return the sum over all experts of their output times weights [b, s, e], computed densely."""
     total = torch.zeros_like(x)
-    for number, expert in enumerate(block.experts.local_experts):
+    for number, expert in enumerate(block.experts.local_experts.values()):
         fc1, fc2 = expert.linear_fc1.weight, expert.linear_fc2.weight  # type: ignore[union-attr]
         gate, up = (x @ fc1.t()).chunk(2, dim=-1)  # type: ignore[operator]
         total = total + (torch.nn.functional.silu(gate) * up) @ fc2.t() * weights[..., number, None]  # type: ignore[operator]
@@ -211,7 +211,7 @@ def test_experts_with_biases(tiny):
     assert block.router.bias is not None
     logits = x @ block.router.weight.t() + block.router.bias
     weights, wanted = spread(logits, 2), torch.zeros_like(x)
-    for number, expert in enumerate(block.experts.local_experts):
+    for number, expert in enumerate(block.experts.local_experts.values()):
         each: Any = expert
         inner = torch.nn.functional.gelu(x @ each.linear_fc1.weight.t() + each.linear_fc1.bias)
         wanted = wanted + (inner @ each.linear_fc2.weight.t() + each.linear_fc2.bias) * weights[..., number, None]

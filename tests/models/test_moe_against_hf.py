@@ -84,7 +84,7 @@ def test_logits_and_gradients(family, moe_like):
     theirs = hf.model.layers[0].mlp
     torch.testing.assert_close(layer.mlp.router.weight.grad, theirs.gate.weight.grad, rtol=1e-4, atol=1e-6)
     for name, hf_name in (("linear_fc1", "gate_up_proj"), ("linear_fc2", "down_proj")):
-        ours = torch.stack([getattr(expert, name).weight.grad for expert in layer.mlp.experts.local_experts])
+        ours = torch.stack([getattr(expert, name).weight.grad for expert in layer.mlp.experts.local_experts.values()])
         torch.testing.assert_close(ours, getattr(theirs.experts, hf_name).grad, rtol=1e-4, atol=1e-6)
     words = model.get_parameter("embedding.word_embeddings.weight").grad
     torch.testing.assert_close(words, hf.model.embed_tokens.weight.grad, rtol=1e-4, atol=1e-6)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 
 from lockstep.config.container import ConfigContainer
 from lockstep.config.model import ModelConfig
+from lockstep.config.sharding import shards_weights
 
 _LOSS_NAMES = {"aux_loss": "load_balancing_loss", "seq_aux_loss": "seq_load_balancing_loss"}
 _Z_LOSS = "z_loss"
@@ -93,6 +94,9 @@ def expert_problems(c: ConfigContainer, name: Callable[[str], str]) -> Iterator[
     m = c.model
     experts = name("model.num_moe_experts")
     if m.num_moe_experts is None:
+        for path in ("model.expert_model_parallel_size", "model.expert_tensor_parallel_size"):
+            if c.get(path) not in (1, None):
+                yield f"{name(path)} = {c.get(path)} has no effect without {experts}; give that or drop this"
         for field in m.fields().values():
             of_experts = field.name.startswith("moe_") and not field.spec.refused and not field.spec.holds
             if of_experts and getattr(m, field.name) != field.default:
@@ -193,5 +197,29 @@ def _layout(c: ConfigContainer, name: Callable[[str], str]) -> Iterator[str]:
         width = getattr(m, path)
         if width and tp > 0 and width % tp:
             yield f"{name(f'model.{path}')} = {width} is not divisible by {label} = {tp}; change one of them"
+    etp = m.expert_tensor_parallel_size
+    if etp not in (None, tp):
+        yield (
+            f"{name('model.expert_tensor_parallel_size')} = {etp} is not supported beside {label} = {tp}: experts are "
+            f"split as the other layers are; use {tp} or drop it"
+        )
     if m.context_parallel_size > 1:
         yield f"{name('model.context_parallel_size')} with experts is not supported yet; drop one of them"
+
+
+def sharing_problems(c: ConfigContainer, replicas: int, name: Callable[[str], str]) -> Iterator[str]:
+    """Yield what keeps ``replicas`` processes that have the same weights otherwise from sharing out the experts."""
+    m, label = c.model, name("model.expert_model_parallel_size")
+    size = m.expert_model_parallel_size
+    if size < 1:
+        yield f"{label} = {size}: give 1 or more"
+    if size <= 1 or m.num_moe_experts is None:
+        return
+    if m.num_moe_experts % size:
+        yield f"{label} = {size} does not divide the {m.num_moe_experts} experts; use a divisor of them"
+    if replicas % size:
+        yield f"{label} = {size} does not divide the {replicas} data-parallel processes; use a divisor, or start more"
+    if shards_weights(c):
+        yield f"{label} = {size} with sharded weights is not supported; use --use-distributed-optimizer instead of them"
+    if c.ddp.num_distributed_optimizer_instances > 1:
+        yield f"{label} = {size} with {name('ddp.num_distributed_optimizer_instances')} is not supported; drop one"

@@ -24,7 +24,7 @@ class MixtureOfExperts(Section):
     moe_shared_expert_overlap: bool = opt(
         False,
         "--moe-shared-expert-overlap",
-        refused="there is no exchange of tokens to overlap with as long as expert parallelism is not supported",
+        refused="shared experts are computed after the exchange of tokens, not during it",
     )
     use_grouped_gemm_for_shared_expert: bool = opt(
         False, "--use-grouped-gemm-for-shared-expert", holds=_KERNEL, effect="speed"
@@ -86,7 +86,9 @@ class MixtureOfExperts(Section):
         "allgather",
         "--moe-token-dispatcher-type",
         only=("allgather", "alltoall"),
-        refused="needs kernels that Lockstep does not use; without expert parallelism no dispatcher exchanges tokens",
+        refused="needs kernels that Lockstep does not use",
+        help="How tokens reach the experts of other processes: each to those that have its experts, or all to all.",
+        effect="speed",
     )
     moe_flex_dispatcher_backend: Literal["deepep", "hybridep", "ncclep"] = opt(
         "deepep", "--moe-flex-dispatcher-backend", refused="the flex dispatcher is not supported"

@@ -54,10 +54,16 @@ class ModelParallel(Section):
         effect="speed",
     )
     expert_model_parallel_size: int = opt(
-        1, "--expert-model-parallel-size", refused="expert parallelism is not supported yet"
+        1,
+        "--expert-model-parallel-size",
+        help="Processes, of those that have the same weights otherwise, that share out the experts of every layer.",
+        effect="speed",
     )
     expert_tensor_parallel_size: int | None = opt(
-        None, "--expert-tensor-parallel-size", refused="expert parallelism is not supported yet"
+        None,
+        "--expert-tensor-parallel-size",
+        help="Processes that split each expert; only tensor_model_parallel_size, as when unset.",
+        effect="speed",
     )
     tp_comm_bulk_wgrad: bool = opt(
         True,

@@ -7,7 +7,7 @@ from typing import Any
 
 from lockstep.config.container import ConfigContainer
 from lockstep.config.derive import has_data, model_processes
-from lockstep.config.experts import expert_problems
+from lockstep.config.experts import expert_problems, sharing_problems
 from lockstep.config.fields import FieldInfo
 from lockstep.config.section import Origin
 from lockstep.config.sharding import sharding_problems
@@ -57,7 +57,9 @@ def _layout(c: ConfigContainer, world_size: int) -> Iterator[str]:
     yield from _pipeline(c)
     if world_size % processes == 0:
         yield from _shares(c, world_size // processes)
-        yield from sharding_problems(c, world_size // processes * m.context_parallel_size, partial(_name, c))
+        replicas = world_size // processes * m.context_parallel_size
+        yield from sharding_problems(c, replicas, partial(_name, c))
+        yield from sharing_problems(c, replicas, partial(_name, c))
 
 
 def _tensor_parallel(c: ConfigContainer) -> Iterator[str]:

@@ -68,6 +68,11 @@ class Dispatcher:
         return _Summed.apply(output, rows.source, rows.place, topk).view(rows.shape)
 
 
+def permuted(x: Tensor, order: Tensor, back: Tensor) -> Tensor:
+    """Return the rows of x at `order`; `back` is the inverse."""
+    return _Spread.apply(x, order, back, 1)
+
+
 class _Spread(torch.autograd.Function):
     """Rows of x at `source`; the gradient of a row of x adds up its k copies in float32 and is rounded once."""
 
@@ -132,7 +137,9 @@ class Experts(nn.Module):
         self.weighs_input = config.moe_apply_probs_on_input
         self.recompute_activation = recomputes(config, "moe_act")
         number = required(config.num_moe_experts)
-        self.local_experts = nn.ModuleList([Expert(config, dtype=dtype, device=device) for _ in range(number)])
+        self.local_experts = nn.ModuleDict(
+            {str(each): Expert(config, dtype=dtype, device=device) for each in range(number)}
+        )
 
     def forward(self, rows: Rows) -> Tensor:
         """Return the output [r, h] of each row, zero for dropped ones."""
@@ -140,8 +147,8 @@ class Experts(nn.Module):
         if self.weighs_input:
             tokens = (tokens * weights[:, None]).to(tokens.dtype)
             weights = torch.ones_like(weights)
-        experts: list[Any] = list(self.local_experts)
-        if takes_grouped_products(tokens, [experts[0].linear_fc1, experts[0].linear_fc2]):
+        experts: list[Any] = list(self.local_experts.values())
+        if len(tokens) and takes_grouped_products(tokens, [experts[0].linear_fc1, experts[0].linear_fc2]):
             return self._grouped(experts, tokens, weights, rows)
         ends = [0, *rows.ends.tolist()]
         outputs = [

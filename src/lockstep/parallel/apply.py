@@ -11,6 +11,7 @@ from lockstep.models.decoder import Span
 from lockstep.models.mlp import MLP
 from lockstep.models.moe import MixtureOfExperts
 from lockstep.parallel.context import SequencePart
+from lockstep.parallel.experts import GatheringDispatcher, TravellingDispatcher, keep_experts
 from lockstep.parallel.fsdp import WeightSharding, shard_weights
 from lockstep.parallel.mesh import Mesh
 from lockstep.parallel.modules import (
@@ -29,12 +30,14 @@ def parallelize(model: GPTModel, mesh: Mesh, sharding: WeightSharding | None = N
 
     The model is on the meta device: afterwards its parameters have the shapes of this process's part. In order:
     pipeline stages drop what is not theirs; the model is told of its part of every sequence; every process keeps its
-    part of each split weight; attention, MLP, experts, embedding and head are told of their part; weights are sharded
+    experts, and its part of each split weight; attention, MLP, experts, embedding and head are told of their part; weights are sharded
     over the processes that have the same ones, where ``sharding`` says how.
     """
     spans = _keep_stages(model, mesh)
     if mesh.cp.size > 1:
         model.sequence = SequencePart(mesh.cp)
+    if mesh.ep.size > 1:
+        _share_out_experts(model, mesh)
     if mesh.tp.size > 1:
         _keep_parts(model, mesh)
         for module in list(model.modules()):
@@ -44,7 +47,7 @@ def parallelize(model: GPTModel, mesh: Mesh, sharding: WeightSharding | None = N
                 module.linear_fc1 = ColumnParallelLinear(module.linear_fc1, mesh)
                 module.linear_fc2 = RowParallelLinear(module.linear_fc2, mesh)
             elif isinstance(module, MixtureOfExperts):
-                module.dispatcher = SplitExpertsDispatcher(mesh)
+                module.dispatcher = SplitExpertsDispatcher(mesh, module.dispatcher)
         _split_vocabulary(model, mesh)
     if sharding is not None:
         shard_weights(model, mesh, sharding)
@@ -67,6 +70,14 @@ def _keep_stages(model: GPTModel, mesh: Mesh) -> list[Span]:
         if not (spans[-1].last and model.config.share_embeddings_and_output_weights):
             model.embedding = None
     return spans
+
+
+def _share_out_experts(model: GPTModel, mesh: Mesh) -> None:
+    gathers = model.config.moe_token_dispatcher_type == "allgather"
+    for module in model.modules():
+        if isinstance(module, MixtureOfExperts):
+            keep_experts(module.experts, mesh.ep)
+            module.dispatcher = (GatheringDispatcher if gathers else TravellingDispatcher)(mesh.ep)
 
 
 @torch.no_grad()

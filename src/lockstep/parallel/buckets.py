@@ -17,6 +17,7 @@ class Reduction:
 
     Attributes:
         axis: the processes that have the same weights.
+        axis_of: the axis of a parameter by its name, where not all have ``axis``.
         bucket_size: elements after which a bucket is full; parameters are never cut.
         multiple: each process's part of a bucket is filled up to a multiple of so many elements.
         overlap: start a bucket as soon as its gradients are there, while backward passes go on.
@@ -25,6 +26,7 @@ class Reduction:
     """
 
     axis: Axis = field(default_factory=Axis)
+    axis_of: Callable[[str], Axis] | None = None
     bucket_size: int = 40_000_000
     multiple: int = 1
     overlap: bool = False
@@ -48,10 +50,15 @@ class Bucket:
     """
 
     def __init__(
-        self, params: Sequence[nn.Parameter], dtype: torch.dtype, reduction: Reduction, late: bool = False
+        self,
+        params: Sequence[nn.Parameter],
+        dtype: torch.dtype,
+        reduction: Reduction,
+        late: bool = False,
+        axis: Axis | None = None,
     ) -> None:
         self.params = list(params)
-        self.axis = reduction.axis
+        self.axis = axis or reduction.axis
         self.late = late
         self._sizes = [p.numel() for p in self.params]
         unit = self.axis.size * reduction.multiple
@@ -97,21 +104,27 @@ class Bucket:
 class GradientBuckets:
     """The gradients of the parameters of a model, added up in ``dtype``.
 
-    Hooks take them after each backward pass. Buckets follow the parameters backwards, late ones last, and are reduced
-    in this order on every process. With overlap, a bucket is started when its last gradient is there; the rest at the
+    Hooks take them after each backward pass. A bucket has parameters of one axis. Buckets follow the parameters
+    backwards, by the last one of each, late ones last, and are reduced in this order on every process. With overlap, a bucket is started when its last gradient is there; the rest at the
     end. This changes when sums are taken, and not which.
     """
 
     def __init__(
         self, named: Sequence[tuple[str, nn.Parameter]], dtype: torch.dtype, reduction: Reduction, sharded: bool
     ) -> None:
-        self._overlap = reduction.overlap and reduction.axis.size > 1
+        self._overlap = reduction.overlap and reduction.axis.size > 1  # the axis of most, and the longest
         self._sharded = sharded
         self.buckets: list[Bucket] = []
+        place = {param: number for number, (_, param) in enumerate(reversed(named))}
         for late in (False, True):
-            params = [p for name, p in reversed(named) if reduction.late(name) is late]
-            for run in _runs(params, reduction.bucket_size):
-                self.buckets.append(Bucket(run, dtype, reduction, late))
+            of_axis: dict[Axis, list[nn.Parameter]] = {}
+            for name, param in reversed(named):
+                if reduction.late(name) is late:
+                    axis = reduction.axis if reduction.axis_of is None else reduction.axis_of(name)
+                    of_axis.setdefault(axis, []).append(param)
+            found = [(run, axis) for axis, own in of_axis.items() for run in _runs(own, reduction.bucket_size)]
+            found.sort(key=lambda pair: place[pair[0][-1]])
+            self.buckets += [Bucket(run, dtype, reduction, late, axis) for run, axis in found]
         self._of = {p: bucket for bucket in self.buckets for p in bucket.params}
         views = {p: v for b in self.buckets for p, v in zip(b.params, b.views(b.grads), strict=True)}
         self._views = {p: views[p] for _, p in named}

@@ -38,6 +38,21 @@ def added_and_split(x: Tensor, axis: Axis) -> Tensor:
     return _AddedAndSplit.apply(x, axis)
 
 
+def sent(x: Tensor, axis: Axis, rows: list[int], received: list[int]) -> Tensor:
+    """Send the first ``rows[0]`` rows of x to the first process and so on, and return what comes; backward returns."""
+    return _Sent.apply(x, axis, rows, received)
+
+
+def stacked(x: Tensor, axis: Axis) -> Tensor:
+    """Return x of all processes [size, ...]; backward adds up the gradients that they find for it."""
+    return _Stacked.apply(x, axis)
+
+
+def split_sum(x: Tensor, axis: Axis) -> Tensor:
+    """Return this process's row of the sum of x [size, ...] over the processes; backward stacks."""
+    return _SplitSum.apply(x, axis)
+
+
 def _join(x: Tensor, axis: Axis) -> Tensor:
     parts = axis.stacked(x)  # [size, b, s / size, h]
     return parts.movedim(0, _SEQUENCE).flatten(_SEQUENCE, _SEQUENCE + 1)
@@ -100,3 +115,36 @@ class _AddedAndSplit(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return _join(grads[0], ctx.axis), None
+
+
+class _Sent(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, rows: list[int], received: list[int]) -> Tensor:
+        ctx.axis, ctx.rows, ctx.received = axis, rows, received
+        return axis.exchanged(x, rows, received)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.axis.exchanged(grads[0], ctx.received, ctx.rows), None, None, None
+
+
+class _Stacked(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return axis.stacked(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.axis.split_sum(grads[0]), None
+
+
+class _SplitSum(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return axis.split_sum(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.axis.stacked(grads[0]), None

@@ -8,7 +8,7 @@ import torch
 from lockstep.config.model import ModelConfig
 from lockstep.models.ops import widened
 from lockstep.parallel.mesh import Axis, Mesh
-from lockstep.parallel.plan import WORD_EMBEDDINGS, has_partial_gradient, shard_of
+from lockstep.parallel.plan import WORD_EMBEDDINGS, has_partial_gradient, is_expert, shard_of
 
 T = TypeVar("T")
 
@@ -29,6 +29,7 @@ class Gradients:
         self._sharded = pieces is not None
         owned = names if pieces is None else pieces
         self._split = [mesh.tp.size > 1 and shard_of(name, config) is not None for name in owned]
+        self._expert = [mesh.ep.size > 1 and is_expert(name) for name in owned]
         self._partial = [_is_partial(name, mesh) for name in names]
         self._tied = [_is_tied(name, config, mesh) for name in names]
         # The first stage counts what both ends of a pipeline have.
@@ -46,33 +47,39 @@ class Gradients:
     def norm(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return the L2 norm over all parameters of the model, each counted once, as a scalar (at least FP32)."""
         dtype = widened(tensors[0]).dtype
-        if not (self._sharded or any(self._split) or self._mesh.pp.size > 1):
+        if not (self._sharded or any(self._split) or any(self._expert) or self._mesh.pp.size > 1):
             return l2_norm(tensors).to(dtype)
         squares = torch.stack(
             [
                 l2_norm(group).square() if group else tensors[0].new_zeros((), dtype=torch.float64)
-                for group in self._whole_and_split(tensors)
+                for group in self._sorted(tensors)
             ]
         )
         return self._total(squares).sqrt().to(dtype)
 
-    def _whole_and_split(self, values: Sequence[T]) -> tuple[list[T], list[T]]:
-        """Sort what there is for each parameter: of those whole on every process, and of those split."""
-        groups: tuple[list[T], list[T]] = ([], [])
-        for value, split, elsewhere in zip(values, self._split, self._elsewhere, strict=True):
+    def _sorted(self, values: Sequence[T]) -> list[list[T]]:
+        """Sort what there is for each parameter: of those whole on every process, and of those split.
+
+        With expert parallelism the same two groups of experts follow.
+        """
+        groups: list[list[T]] = [[] for _ in range(2 if self._mesh.ep.size == 1 else 4)]
+        for value, split, expert, elsewhere in zip(values, self._split, self._expert, self._elsewhere, strict=True):
             if not elsewhere:
-                groups[split].append(value)
+                groups[2 * expert + split].append(value)
         return groups
 
     def _total(self, sums: torch.Tensor) -> torch.Tensor:
-        """Add up, over all processes that have something of their own, a sum of whole parameters and one of parts."""
+        """Add up, over all processes that have something of their own, one sum for each group of parameters."""
         if self._sharded:
             self._mesh.shards.sum_(sums)
+        if len(sums) == 4:
+            experts = sums[2:] if self._sharded else self._mesh.ep.sum_(sums[2:].clone())
+            sums = sums[:2] + experts
         return self._mesh.pp.sum_(sums[0] + self._mesh.tp.sum_(sums[1].clone()))
 
     def count(self, counts: Sequence[int], device: torch.device) -> int:
         """Return the sum of a count over all parameters, each counted once."""
-        return int(self._total(torch.tensor([sum(group) for group in self._whole_and_split(counts)], device=device)))
+        return int(self._total(torch.tensor([sum(group) for group in self._sorted(counts)], device=device)))
 
     def anywhere(self, flag: bool, device: torch.device) -> bool:
         """Tell whether the flag is up on any process."""

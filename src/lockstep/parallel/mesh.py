@@ -54,6 +54,14 @@ class Axis:
         _all_gather(result.view(-1), tensor.reshape(-1), group=self.group)
         return result
 
+    def exchanged(self, tensor: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
+        """Send the first ``sent[0]`` rows to the first process and so on; return what comes, in the order of ranks."""
+        if self.group is None:
+            return tensor
+        result = tensor.new_empty((sum(received), *tensor.shape[1:]))
+        dist.all_to_all_single(result, tensor.contiguous(), received, sent, group=self.group)
+        return result
+
     def split_sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Add up a tensor [size, ...] over the axis and return the row [...] of this process."""
         if self.group is None:
@@ -94,6 +102,8 @@ class Mesh:
         replicas: dp and cp together: the processes that have the same weights.
         shards: neighbours in replicas over which weights or optimizer state are shared out, where they are.
         instances: the processes that have the same shard; shards and instances together are replicas.
+        ep: expert parallel; neighbours in replicas that share out the experts of every layer.
+        expert_replicas: the processes that have the same experts; ep and these together are replicas.
         ends: first and last process of a pipeline, which both have tied word embeddings; size 1 elsewhere.
         world: all processes.
         sequence_parallel: the residual stream is split over tp; on only where tp is more than one process.
@@ -106,6 +116,8 @@ class Mesh:
     replicas: Axis = field(default_factory=Axis)
     shards: Axis = field(default_factory=Axis)
     instances: Axis = field(default_factory=Axis)
+    ep: Axis = field(default_factory=Axis)
+    expert_replicas: Axis = field(default_factory=Axis)
     ends: Axis = field(default_factory=Axis)
     world: Axis = field(default_factory=Axis)
     sequence_parallel: bool = False
@@ -134,6 +146,8 @@ class Mesh:
             self.replicas,
             self.shards,
             self.instances,
+            self.ep,
+            self.expert_replicas,
             self.ends,
         ):
             if axis.group is not None:
@@ -147,6 +161,7 @@ class Mesh:
             "context_parallel": self.cp.size,
             "tensor_parallel": self.tp.size,
             "pipeline_parallel": self.pp.size,
+            "expert_parallel": self.ep.size,
             "sequence_parallel": self.sequence_parallel,
         }
 
@@ -204,7 +219,9 @@ def build_mesh(model: ModelConfig, device_type: str, pipeline_first: bool = Fals
     replicas = axis("dp") if cp == 1 else axis("cp")
     if cp > 1 and sizes["dp"] > 1:
         replicas = _axis_of(devices["dp", "cp"]._flatten("replicas"))
-    shards, copies = (replicas, Axis()) if instances == 1 else _instances(devices, instances)
+    shards, copies = (replicas, Axis()) if instances == 1 else _runs(devices, replicas.size // instances)
+    ep = model.expert_model_parallel_size
+    experts, expert_replicas = (Axis(), replicas) if ep == 1 else _runs(devices, ep)
     return Mesh(
         dp=axis("dp"),
         cp=axis("cp"),
@@ -213,6 +230,8 @@ def build_mesh(model: ModelConfig, device_type: str, pipeline_first: bool = Fals
         replicas=replicas,
         shards=shards,
         instances=copies,
+        ep=experts,
+        expert_replicas=expert_replicas,
         ends=_ends(devices) if pp > 1 else Axis(),
         world=Axis(world, dist.get_rank(), dist.group.WORLD),
         sequence_parallel=model.sequence_parallel and tp > 1,
@@ -228,10 +247,10 @@ def _ends(devices: DeviceMesh) -> Axis:
     return _axis_along(_in_order(devices, "pp")[[0, -1]].flatten(1).t())
 
 
-def _instances(devices: DeviceMesh, instances: int) -> tuple[Axis, Axis]:
-    """Cut every set of processes with the same weights into runs; return those along a run and across the runs."""
+def _runs(devices: DeviceMesh, size: int) -> tuple[Axis, Axis]:
+    """Cut every set of processes with the same weights into runs of ``size``; return those along and across a run."""
     replicas = _in_order(devices, "pp", "tp", "dp", "cp").flatten(2)
-    runs = replicas.unflatten(2, (instances, -1))  # [pp, tp, instances, shards]
+    runs = replicas.unflatten(2, (-1, size))  # [pp, tp, runs, size]
     return _axis_along(runs.flatten(0, 2)), _axis_along(runs.movedim(2, 3).flatten(0, 2))
 
 

@@ -111,10 +111,14 @@ class VocabParallelHead:
 
 
 class SplitExpertsDispatcher(Dispatcher):
-    """Every process has a part of the inner width of each expert: all route all tokens, and their outputs add up."""
+    """Every process has a part of the inner width of each expert: all route all tokens, and their outputs add up.
 
-    def __init__(self, mesh: Mesh):
+    ``inner`` hands the tokens out.
+    """
+
+    def __init__(self, mesh: Mesh, inner: Dispatcher):
         self.mesh = mesh
+        self.inner = inner
 
     def seen(self, x: Tensor) -> Tensor:
         """Return all tokens [b, s, h] of the sequence of which x may be this process's part."""
@@ -123,11 +127,11 @@ class SplitExpertsDispatcher(Dispatcher):
     def dispatch(self, x: Tensor, assignment: Assignment) -> Rows:
         """Sort all tokens by expert; their gradient, and that of their weights, is the sum over the processes."""
         weights = copied(assignment.weights, self.mesh.tp)
-        return super().dispatch(_whole(x, self.mesh), dataclasses.replace(assignment, weights=weights))
+        return self.inner.dispatch(_whole(x, self.mesh), dataclasses.replace(assignment, weights=weights))
 
     def combine(self, output: Tensor, rows: Rows) -> Tensor:
         """Return the sum over experts and processes [b, s, h], or this process's part of its sequence."""
-        return _summed(super().combine(output, rows), self.mesh)
+        return _summed(self.inner.combine(output, rows), self.mesh)
 
 
 def _whole(x: Tensor, mesh: Mesh) -> Tensor:

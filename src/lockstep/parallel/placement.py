@@ -14,7 +14,7 @@ from lockstep.config.model import ModelConfig
 from lockstep.models import GPTModel
 from lockstep.models.init import in_order
 from lockstep.parallel.mesh import Axis, Mesh
-from lockstep.parallel.plan import WORD_EMBEDDINGS, Shard, shard_of
+from lockstep.parallel.plan import WORD_EMBEDDINGS, Shard, is_expert, shard_of
 
 Shape = tuple[int, ...]
 
@@ -189,15 +189,12 @@ class Placement:
         once = [name for name in sizes if not self._elsewhere(parameter(name))]
         if not replicated:
             return once
-        replicas = self._mesh.replicas
-        loads = [0] * replicas.size
-        mine = []
-        for name in once:
-            writer = loads.index(min(loads))
-            loads[writer] += sizes[name]
-            if writer == replicas.rank:
-                mine.append(name)
-        return mine
+        mesh = self._mesh
+        if mesh.ep.size == 1:
+            return _share(once, sizes, mesh.replicas)
+        experts = [name for name in once if is_expert(parameter(name))]
+        others = [name for name in once if not is_expert(parameter(name))]
+        return _share(others, sizes, mesh.replicas) + _share(experts, sizes, mesh.expert_replicas)
 
     def _elsewhere(self, name: str) -> bool:
         """Tell whether another process writes what this one has: of tensor parallel, or the first of both ends."""
@@ -206,3 +203,15 @@ class Placement:
 
     def _shard(self, name: str) -> Shard | None:
         return shard_of(name, self._config) if self._mesh.tp.size > 1 else None
+
+
+def _share(names: list[str], sizes: Mapping[str, int], replicas: Axis) -> list[str]:
+    """Return this process's share of tensors that all have: always the least loaded one takes the next."""
+    loads = [0] * replicas.size
+    mine = []
+    for name in names:
+        writer = loads.index(min(loads))
+        loads[writer] += sizes[name]
+        if writer == replicas.rank:
+            mine.append(name)
+    return mine

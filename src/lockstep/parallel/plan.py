@@ -41,6 +41,7 @@ _SPLIT: tuple[tuple[str, Shard], ...] = (
     ("*.linear_fc2.weight", Shard(1)),
 )
 
+_EXPERTS = "*.mlp.experts.local_experts.*"
 # Norms of single heads: every process has some of the heads.
 _OF_HEADS = ("*.q_layernorm.*", "*.k_layernorm.*")
 # Parameters used where the residual stream is split along the sequence.
@@ -62,6 +63,11 @@ def shard_of(name: str, config: ModelConfig) -> Shard | None:
             gated = config.gated_linear_unit and ".linear_fc1." in name
             return Shard(shard.dim, blocks=2) if gated else shard
     return None
+
+
+def is_expert(name: str) -> bool:
+    """Tell whether a parameter is one of the experts that expert parallelism shares out."""
+    return fnmatchcase(name, _EXPERTS)
 
 
 def has_partial_gradient(name: str, sequence_parallel: bool) -> bool:

@@ -153,9 +153,9 @@ def note_layout(source: Source, mesh: Mesh) -> None:
     """Name what of the layout differs from that of the checkpoint."""
     saved = source.manifest.get("layout", {})
     changed = [
-        f"{key} = {value} (checkpoint: {saved.get(key)})"
+        f"{key} = {value} (checkpoint: {saved.get(key, 1)})"
         for key, value in mesh.describe().items()
-        if saved.get(key) != value
+        if saved.get(key, 1) != value  # one without a size that it does not know
     ]
     if changed:
         say(f"another layout than the checkpoint's: {', '.join(changed)}")

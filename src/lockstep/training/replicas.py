@@ -8,7 +8,8 @@ from torch import nn
 
 from lockstep.errors import CommonError
 from lockstep.models.init import Fingerprint
-from lockstep.parallel import Mesh
+from lockstep.parallel import Axis, Mesh
+from lockstep.parallel.plan import is_expert
 from lockstep.training.hooks import Hook, IterationReport
 
 
@@ -36,9 +37,16 @@ class ReplicaCheck(Hook):
 
     def _difference(self) -> str | None:
         """Return from which process this one differs, and where first; None where it does not."""
-        replicas = self._mesh.replicas
+        state = self._model.state_dict()
+        mesh, experts = self._mesh, [name for name in state if is_expert(name)]
+        if mesh.ep.size == 1 or not experts:
+            return self._difference_of(state, mesh.replicas)
+        own = {name: state.pop(name) for name in experts}
+        return self._difference_of(state, mesh.replicas) or self._difference_of(own, mesh.expert_replicas)
+
+    def _difference_of(self, state: dict[str, torch.Tensor], replicas: Axis) -> str | None:
         prints = Fingerprint()
-        for name, tensor in self._model.state_dict().items():
+        for name, tensor in state.items():
             prints.add(name, tensor)
         found = prints.result()
         names = [name for name in found if name != "all"]

@@ -19,6 +19,7 @@ from lockstep.parallel.buckets import Bucket, Reduction, bucket_size
 from lockstep.parallel.fsdp import is_sharded, local, span_of
 from lockstep.parallel.gradients import is_shared
 from lockstep.parallel.mesh import Axis, Mesh
+from lockstep.parallel.plan import is_expert
 from lockstep.training.precision import MainWeights, compute_dtype
 
 
@@ -222,6 +223,7 @@ def build_main_weights(model: nn.Module, config: ConfigContainer, mesh: Mesh) ->
     reduction = Reduction(
         axis=axis,
         bucket_size=bucket_size(config, elements, mesh.replicas.size),
+        axis_of=partial(_axis_of, axis, mesh) if mesh.ep.size > 1 else None,
         multiple=2**16 if config.ddp.pad_buckets_for_high_nccl_busbw else 1,
         overlap=config.ddp.overlap_grad_reduce,
         late=partial(is_shared, config=config.model, mesh=mesh),
@@ -229,3 +231,7 @@ def build_main_weights(model: nn.Module, config: ConfigContainer, mesh: Mesh) ->
     if shared_out:
         return ShardedMainWeights(model, grad_dtype, reduction, mesh.instances, config.ddp.overlap_param_gather)
     return MainWeights(model, grad_dtype, reduction)
+
+
+def _axis_of(axis: Axis, mesh: Mesh, name: str) -> Axis:
+    return mesh.expert_replicas if is_expert(name) else axis
