@@ -93,6 +93,10 @@ def _context(size: int) -> dict[str, Any]:
     return {"model.context_parallel_size": size}
 
 
+def _expert(size: int, dispatcher: str = "alltoall") -> dict[str, Any]:
+    return {"model.expert_model_parallel_size": size, "model.moe_token_dispatcher_type": dispatcher}
+
+
 _UNEVEN = {"model.num_layers_in_first_pipeline_stage": 1}
 _SHARDED = {"ddp.use_distributed_optimizer": True}
 _OVERLAP = {"ddp.overlap_grad_reduce": True, "ddp.bucket_size": 5000}
@@ -161,6 +165,15 @@ CASES: tuple[Case, ...] = (
     Case("PP2 x TP2", 4, {**_pipeline(2), **_tensor(2)}),
     Case("DP2, overlap", 2, _OVERLAP),
     Case("sharded DP2, overlap", 2, _OVERLAP_BOTH),
+    Case("EP2", 2, _expert(2)),
+    Case("EP2 by all-gather", 2, _expert(2, "allgather")),
+    Case("EP2, recomputation", 2, {**_expert(2), **_UNIFORM}),
+    Case("EP4", 4, _expert(4)),
+    Case("EP2 x TP2+SP", 4, {**_expert(2), **_tensor(2, True)}),
+    Case("EP2 x TP2 by all-gather", 4, {**_expert(2, "allgather"), **_tensor(2)}),
+    Case("EP2 x PP2 interleaved", 4, {**_expert(2), **_pipeline(2, 2)}),
+    Case("EP2 x DP2", 4, _expert(2)),
+    Case("EP2 x sharded DP2, overlap", 4, {**_expert(2), **_OVERLAP_BOTH}),
 )
 KINDS: dict[str, dict[str, Any]] = {"GPT": {}, "Llama-like": _LLAMA, "experts": _EXPERTS}
 # The other layouts do to a model with experts what they do to one without.
@@ -181,7 +194,11 @@ _OF_EXPERTS = (
 
 def takes_part(kind: str, case: Case) -> bool:
     """Tell whether a kind of model is run in a layout."""
-    return kind != "experts" or case.name in _OF_EXPERTS
+    return _of_experts(case) or case.name in _OF_EXPERTS if kind == "experts" else not _of_experts(case)
+
+
+def _of_experts(case: Case) -> bool:
+    return "model.expert_model_parallel_size" in case.changes
 
 
 @dataclass(frozen=True)
@@ -288,7 +305,8 @@ def _grads(optimizer: Optimizer, mesh: Mesh) -> dict[str, torch.Tensor]:
     own = list(zip(weights.main_names, weights.main_spans, grads, strict=True))
     dist.all_gather_object(pieces, own, group=mesh.replicas.group)
     for name, span, grad in (piece for part in pieces for piece in part):
-        found[name][slice(*span)] = grad.flatten()
+        if name in found:  # not an expert of another process
+            found[name][slice(*span)] = grad.flatten()
     return {name: found[name].view_as(p) for name, p in zip(weights.names, weights.model_params, strict=True)}
 
 
@@ -300,19 +318,21 @@ def _all_rows(tensor: torch.Tensor) -> torch.Tensor:
 def logical(tensors: dict[str, torch.Tensor], config: ConfigContainer, mesh: Mesh) -> dict[str, torch.Tensor]:
     """Return the tensors of the parameters of one process, put together from the parts of all."""
     whole = {}
+    parts: list[Any]
     for name, tensor in tensors.items():
         shard = shard_of(name, config.model)
         if mesh.tp.size == 1 or shard is None:
             whole[name] = tensor.clone()
             continue
-        parts: list[Any] = [None] * mesh.tp.size
+        parts = [None] * mesh.tp.size
         dist.all_gather_object(parts, tensor, group=mesh.tp.group)
         whole[name] = shard.whole(parts)
-    if mesh.pp.size == 1:
-        return whole
-    stages: list[Any] = [None] * mesh.pp.size
-    dist.all_gather_object(stages, whole, group=mesh.pp.group)
-    return {name: tensor for stage in stages for name, tensor in stage.items()}
+    for axis in (mesh.ep, mesh.pp):
+        if axis.size > 1:
+            parts = [None] * axis.size
+            dist.all_gather_object(parts, whole, group=axis.group)
+            whole = {name: tensor for part in parts for name, tensor in part.items()}
+    return whole
 
 
 def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
@@ -331,7 +351,7 @@ def compare(kind: str, layout: str, found: Outcome, expected: Outcome) -> Row:
 
 def mesh_of(case: Case) -> Mesh:
     """Return the mesh of a case that takes all processes of the default group."""
-    config = configure(case.changes, case.processes)
+    config = configure({**(_EXPERTS if _of_experts(case) else {}), **case.changes}, case.processes)
     return build_mesh(config.model, "cpu", instances=config.ddp.num_distributed_optimizer_instances)
 
 

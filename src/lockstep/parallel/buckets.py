@@ -17,20 +17,20 @@ class Reduction:
 
     Attributes:
         axis: the processes that have the same weights.
-        axis_of: the axis of a parameter by its name, where not all have ``axis``.
         bucket_size: elements after which a bucket is full; parameters are never cut.
         multiple: each process's part of a bucket is filled up to a multiple of so many elements.
         overlap: start a bucket as soon as its gradients are there, while backward passes go on.
         late: tells by the name of a parameter whether something must be added to its gradients after the last backward
             pass and before the reduction.
+        axis_of: the axis of a parameter by its name, where not all have ``axis``.
     """
 
     axis: Axis = field(default_factory=Axis)
-    axis_of: Callable[[str], Axis] | None = None
     bucket_size: int = 40_000_000
     multiple: int = 1
     overlap: bool = False
     late: Callable[[str], bool] = lambda name: False
+    axis_of: Callable[[str], Axis] | None = None
 
 
 def bucket_size(config: ConfigContainer, elements: int, processes: int) -> int:

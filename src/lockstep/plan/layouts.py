@@ -28,13 +28,17 @@ _OF_PIPELINES: Changes = {
 
 @dataclass(frozen=True)
 class Layout:
-    """Processes along each axis; together they are all processes of a run. ``chunks`` are virtual pipeline stages."""
+    """Processes along each axis; together they are all processes of a run.
+
+    ``chunks`` are virtual pipeline stages; ``ep`` are those of cp and dp that share out experts.
+    """
 
     tp: int = 1
     pp: int = 1
     cp: int = 1
     dp: int = 1
     chunks: int = 1
+    ep: int = 1
     sequence_parallel: bool = False
     sharded_optimizer: bool = False
 
@@ -63,6 +67,7 @@ class Layout:
         parts = [f"TP{self.tp}" + ("+SP" if self.sequence_parallel else "")] if self.tp > 1 else []
         if self.pp > 1:
             parts.append(f"PP{self.pp}" + (f" interleaved ({self.chunks})" if self.chunks > 1 else ""))
+        parts += [f"EP{self.ep}"] if self.ep > 1 else []
         copies = [f"{axis}{size}" for axis, size in (("CP", self.cp), ("DP", self.dp)) if size > 1]
         if copies:
             parts.append(("sharded " if self.sharded_optimizer else "") + " x ".join(copies))
@@ -78,6 +83,7 @@ def layout_of(config: ConfigContainer, processes: int) -> Layout:
         cp=m.context_parallel_size,
         dp=dp,
         chunks=m.virtual_pipeline_model_parallel_size or 1,
+        ep=m.expert_model_parallel_size,
         sequence_parallel=m.sequence_parallel,
         sharded_optimizer=dp * m.context_parallel_size > 1 and config.ddp.use_distributed_optimizer,
     )
@@ -87,14 +93,14 @@ def layouts_for(processes: int, asked: Layout) -> Iterator[Layout]:
     """Yield all layouts of so many processes that spare memory where it costs nothing, least model parallelism first.
 
     Sequence parallelism comes with tensor parallelism, and a sharded optimizer where several processes have the same
-    weights. A model may not divide into some of them.
+    weights; expert parallelism stays as asked. A model may not divide into some of them.
     """
     for model_parallel in _divisors(processes):
         dp = processes // model_parallel
         for cp in _divisors(model_parallel):
             for pp in _divisors(model_parallel // cp):
                 tp, chunks = model_parallel // cp // pp, asked.chunks if pp == asked.pp else 1
-                yield Layout(tp, pp, cp, dp, chunks, sequence_parallel=tp > 1, sharded_optimizer=cp * dp > 1)
+                yield Layout(tp, pp, cp, dp, chunks, asked.ep, sequence_parallel=tp > 1, sharded_optimizer=cp * dp > 1)
 
 
 def _divisors(number: int) -> list[int]:

@@ -14,7 +14,6 @@ from lockstep.plan.tracker import OverLimit
 from lockstep.training.setup import set_vocab_size
 
 _NOT_MEASURED = {
-    "model.expert_model_parallel_size": 1,
     "dist.use_torch_fsdp2": False,
     "dist.use_megatron_fsdp": False,
 }
