@@ -41,9 +41,9 @@ def test_patterns_that_are_none(given: str) -> None:
         expert_layers(ModelConfig(num_layers=4, num_moe_experts=2, moe_layer_freq=given))
 
 
-def problem(*flags: str) -> str:
+def problem(*flags: str, processes: int = 1) -> str:
     with pytest.raises(ConfigError) as caught:
-        resolve(parse_flags([*JOB, *flags]))
+        resolve(parse_flags([*JOB, *flags]), processes)
     return str(caught.value)
 
 
@@ -70,7 +70,13 @@ def problem(*flags: str) -> str:
         ("--num-experts 4 --moe-expert-capacity-factor 0", "drops every token"),
         ("--num-experts 4 --moe-pad-expert-input-to-capacity", "needs model.moe_expert_capacity_factor"),
         ("--num-experts 4 --moe-shared-expert-gate", "needs model.moe_shared_expert_intermediate_size"),
-        ("--num-experts 4 --expert-model-parallel-size 2", "expert parallelism is not supported yet"),
+        ("--num-experts 4 --expert-model-parallel-size 0", "= 0: give 1 or more"),
+        ("--num-experts 4 --expert-tensor-parallel-size 2", "experts are split as the other layers are"),
+        (
+            "--num-experts 4 --context-parallel-size 2 --moe-expert-capacity-factor 1",
+            "--moe-expert-capacity-factor with --context-parallel-size = 2 is not supported",
+        ),
+        ("--expert-tensor-parallel-size 2", "has no effect without model.num_moe_experts (--num-experts)"),
         ("--num-experts 4 --moe-token-dispatcher-type flex", "needs kernels that Lockstep does not use"),
         ("--recompute-granularity selective --recompute-modules moe", "moe is part of models with experts"),
         (
@@ -82,6 +88,27 @@ def problem(*flags: str) -> str:
 )
 def test_each_problem_names_what_and_remedy(flags: str, part: str) -> None:
     assert part in problem(*flags.split())
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        ("--expert-model-parallel-size 2", ["= 2 has no effect without model.num_moe_experts (--num-experts)"]),
+        ("--num-experts 6 --expert-model-parallel-size 4", ["= 4 does not divide the 6 experts; use a divisor"]),
+        ("--num-experts 4 --expert-model-parallel-size 4 --tensor-model-parallel-size 2", ["the 2 data-parallel"]),
+        ("--num-experts 4 --expert-model-parallel-size 2 --use-torch-fsdp2", ["= 2 with sharded weights"]),
+        (
+            "--num-experts 4 --expert-model-parallel-size 2 --use-distributed-optimizer "
+            "--num-distributed-optimizer-instances 2",
+            ["= 2 with --num-distributed-optimizer-instances is not supported"],
+        ),
+    ],
+)
+def test_each_problem_of_sharing_out_experts(flags: str, parts: list[str]) -> None:
+    found = problem(*flags.split(), "--global-batch-size", "4", processes=4)
+    assert "--expert-model-parallel-size" in found
+    assert all(part in found for part in parts), found
+    assert found.count("--expert-model-parallel-size") == 1
 
 
 def test_flags_of_experts_there_and_back() -> None:

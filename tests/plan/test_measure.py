@@ -35,6 +35,7 @@ _LLAMA: dict[str, Any] = {
     "model.num_query_groups": 2,
     "model.share_embeddings_and_output_weights": False,
 }
+_EXPERTS: dict[str, Any] = {**_LLAMA, "model.num_moe_experts": 8, "model.moe_ffn_hidden_size": 256}
 _TP: dict[str, Any] = {"model.tensor_model_parallel_size": 2}
 _SP = {**_TP, "model.sequence_parallel": True}
 _PP: dict[str, Any] = {"model.pipeline_model_parallel_size": 2}
@@ -110,6 +111,18 @@ def test_norms_keep_what_the_kernels_of_a_gpu_keep() -> None:
     """Taken apart into single operations, RMSNorm would keep several FP32 copies of its input."""
     rms, layer = (memory_of({"model.normalization": kind}).highest["activations"] for kind in ("RMSNorm", "LayerNorm"))
     assert rms == pytest.approx(layer, rel=0.02)
+
+
+@pytest.mark.parametrize("dispatcher", ["allgather", "alltoall"])
+def test_expert_parallelism_halves_the_experts(dispatcher: str) -> None:
+    sharing = {"model.expert_model_parallel_size": 2, "model.moe_token_dispatcher_type": dispatcher}
+    one, two = memory_of(_EXPERTS, 2), memory_of({**_EXPERTS, **sharing}, 2)
+    assert two.parts["experts"] == pytest.approx(one.parts["experts"] / 2, rel=0.01)
+    assert two.parts["weights"] == one.parts["weights"]
+    four = memory_of({**_EXPERTS, **sharing, **_SHARDED}, 4)
+    held = 2 * 2 + 2 * 4 + 12 / 2  # bytes: weight and gradient, in full and in part; main weight and moments
+    assert four.parts["experts"] < two.parts["experts"] * held / 18
+    assert str(Planner(config_of({**_EXPERTS, **sharing}), GPU).ask(2).layout) == "EP2 x DP2"
 
 
 def test_recomputation_keeps_less() -> None:

@@ -203,8 +203,11 @@ def _layout(c: ConfigContainer, name: Callable[[str], str]) -> Iterator[str]:
             f"{name('model.expert_tensor_parallel_size')} = {etp} is not supported beside {label} = {tp}: experts are "
             f"split as the other layers are; use {tp} or drop it"
         )
-    if m.context_parallel_size > 1:
-        yield f"{name('model.context_parallel_size')} with experts is not supported yet; drop one of them"
+    if m.context_parallel_size > 1 and (m.moe_expert_capacity_factor or 0) > 0:
+        yield (
+            f"{name('model.moe_expert_capacity_factor')} with {name('model.context_parallel_size')} = "
+            f"{m.context_parallel_size} is not supported: each process sees a part of the tokens; drop one of them"
+        )
 
 
 def sharing_problems(c: ConfigContainer, replicas: int, name: Callable[[str], str]) -> Iterator[str]:

@@ -15,6 +15,7 @@ from lockstep.config.experts import balancing_losses
 from lockstep.config.model import ModelConfig
 from lockstep.models.layers import required
 from lockstep.models.ops import matmul_mode, widened
+from lockstep.models.sequence import WholeSequence
 
 _NO_DIVISION_BY_ZERO = 1e-20
 _ROUTER_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
@@ -66,7 +67,7 @@ class Router(nn.Module):
     """Scores every expert for every token and chooses the best.
 
     Scores are computed in float32 (float64 for a float64 model); products and weights are in `moe_router_dtype`, or in
-    the dtype of the model.
+    the dtype of the model. Losses are those of whole sequences, of which a router that sees a part finds its part.
     """
 
     expert_bias: Tensor | None
@@ -75,6 +76,7 @@ class Router(nn.Module):
         super().__init__()
         experts, hidden = required(config.num_moe_experts), required(config.hidden_size)
         self.config, self.layer = config, layer
+        self.sequence = WholeSequence()
         self.experts, self.topk = experts, config.moe_router_topk
         self.coefficients = balancing_losses(config)
         self.dtype = _ROUTER_DTYPES[config.moe_router_dtype] if config.moe_router_dtype else dtype
@@ -92,7 +94,7 @@ class Router(nn.Module):
             logits = _Replaced.apply(logits, self._random_like(logits))
         if losses is not None and self.config.moe_z_loss_coeff:
             coefficient = self.config.moe_z_loss_coeff
-            loss = torch.logsumexp(logits, dim=-1).square().mean() * coefficient
+            loss = torch.logsumexp(logits, dim=-1).square().mean() / self.sequence.parts * coefficient
             logits = losses.attached(logits, "z_loss", self.layer, loss, coefficient)
         experts, weights = self._chosen(logits)
         kept = self._within_capacity(experts, weights, x.shape[0])
@@ -188,8 +190,9 @@ class Router(nn.Module):
 
     def _load_loss(self, scores: Tensor, best: Tensor, parts: int) -> Tensor:
         """Return the mean over equal parts of the tokens of e / (k T^2) * sum over experts of scores times loads."""
-        tokens = scores.shape[0] // parts
+        tokens = scores.shape[0] // parts * self.sequence.parts
         loads = F.one_hot(best, self.experts).sum(dim=1).unflatten(0, (parts, -1)).sum(dim=1)  # [parts, e]
+        loads = self.sequence.total(loads)
         total = (scores.unflatten(0, (parts, -1)).sum(dim=1) * loads).sum()
         return total * (self.experts / (self.topk * tokens * tokens)) / parts
 

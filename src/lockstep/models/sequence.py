@@ -16,6 +16,10 @@ class WholeSequence:
         """Return where in a sequence of so many tokens those of this model stand, int64 [q]."""
         return torch.arange(length, device=device)
 
+    def total(self, counts: Tensor) -> Tensor:
+        """Return a count over the tokens of whole sequences, given that over this model's."""
+        return counts
+
     def joined(self, x: Tensor) -> Tensor:
         """Return x of all tokens of the sequence [b, s, ...], in order, from that of this model's [b, q, ...]."""
         return x

@@ -10,6 +10,7 @@ from lockstep.models.attention import SelfAttention
 from lockstep.models.decoder import Span
 from lockstep.models.mlp import MLP
 from lockstep.models.moe import MixtureOfExperts
+from lockstep.models.router import Router
 from lockstep.parallel.context import SequencePart
 from lockstep.parallel.experts import GatheringDispatcher, TravellingDispatcher, keep_experts
 from lockstep.parallel.fsdp import WeightSharding, shard_weights
@@ -36,6 +37,9 @@ def parallelize(model: GPTModel, mesh: Mesh, sharding: WeightSharding | None = N
     spans = _keep_stages(model, mesh)
     if mesh.cp.size > 1:
         model.sequence = SequencePart(mesh.cp)
+        for module in model.modules():
+            if isinstance(module, Router):
+                module.sequence = model.sequence
     if mesh.ep.size > 1:
         _share_out_experts(model, mesh)
     if mesh.tp.size > 1:

@@ -26,6 +26,10 @@ class SequencePart(WholeSequence):
         chunks = torch.arange(length, device=device).chunk(2 * self.parts)
         return torch.cat((chunks[self._axis.rank], chunks[-1 - self._axis.rank]))
 
+    def total(self, counts: Tensor) -> Tensor:
+        """Return a count over the tokens of whole sequences, given that over this process's; it has no gradient."""
+        return self._axis.sum_(counts.contiguous())
+
     def joined(self, x: Tensor) -> Tensor:
         """Return x of the whole sequence [b, s, ...] from the parts [b, q, ...]; backward adds up and splits."""
         by_process = joined(x, self._axis).unflatten(1, (self.parts, 2, -1))

@@ -35,5 +35,8 @@ class ContextPasses:
         return batch.at(self._sequence.positions(batch.tokens.shape[1], batch.tokens.device))
 
     def _whole(self, sums: torch.Tensor) -> torch.Tensor:
-        """Add up the loss sums; the numbers of valid tokens [m, 2] are already those of whole sequences."""
-        return torch.stack([self._cp.sum_(sums[:, 0].contiguous()), sums[:, 1]], dim=1)
+        """Add up all sums [m, 2 + n] but the numbers of valid tokens, which are already those of whole sequences."""
+        tokens = sums[:, 1].clone()
+        sums = self._cp.sum_(sums.contiguous())
+        sums[:, 1] = tokens
+        return sums

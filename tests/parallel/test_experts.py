@@ -1,0 +1,116 @@
+"""Expert parallelism against one process: faults that the comparison must see, dropped tokens, BF16."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from lockstep.config.model import ModelConfig
+from lockstep.models.moe import Experts
+from lockstep.parallel.experts import keep_experts
+from lockstep.parallel.mesh import Axis, Mesh
+from tests.parallel import sweep
+from tests.parallel.spawn import on_processes
+
+_CASE = next(case for case in sweep.CASES if case.name == "EP2 x DP2")
+_ALL = next(case for case in sweep.CASES if case.name == "EP4")
+_DROPS = {"model.moe_expert_capacity_factor": 0.75}
+_DISPATCHERS = ("alltoall", "allgather")
+
+
+def _left_out_of_the_norm(model: Any, step: Any, optimizer: Any) -> None:
+    """Count the experts of this process alone."""
+    optimizer._gradients._mesh.ep.sum_ = lambda sums: sums
+
+
+def _expert_buckets(optimizer: Any) -> Any:
+    mesh = optimizer._gradients._mesh
+    return [bucket for bucket in optimizer.weights._gradients.buckets if bucket.axis == mesh.expert_replicas]
+
+
+def _gradients_over_all_replicas(model: Any, step: Any, optimizer: Any) -> None:
+    """Add up the gradients of different experts."""
+    for bucket in _expert_buckets(optimizer):
+        bucket.axis = optimizer._gradients._mesh.replicas
+
+
+def _gradients_of_one_process(model: Any, step: Any, optimizer: Any) -> None:
+    for bucket in _expert_buckets(optimizer):
+        bucket.axis = Axis()
+
+
+def _others_over_expert_replicas(model: Any, step: Any, optimizer: Any) -> None:
+    mesh = optimizer._gradients._mesh
+    for bucket in optimizer.weights._gradients.buckets:
+        bucket.axis = mesh.expert_replicas
+
+
+def _auxiliary_loss_by_the_wrong_group(model: Any, step: Any, optimizer: Any) -> None:
+    """Count the losses of routers once for every process that shares out experts."""
+    train, size = step._passes.train, optimizer._gradients._mesh.ep.size
+    step._passes.train = lambda batch, micro, objective, weight: train(batch, micro, objective, weight / size)
+
+
+_FAULTS = {
+    "experts left out of the norm": _left_out_of_the_norm,
+    "gradients of experts over all replicas": _gradients_over_all_replicas,
+    "gradients of experts of one process": _gradients_of_one_process,
+    "other gradients over the replicas of experts": _others_over_expert_replicas,
+    "auxiliary loss by the wrong group": _auxiliary_loss_by_the_wrong_group,
+}
+
+
+def _everything() -> dict[str, Any]:
+    """Run the faults, and jobs that the sweep has not, in one start of the processes."""
+    kind, found = sweep.KINDS["experts"], {}
+    config, mesh = sweep.configure({**kind, **_CASE.changes}, 4), sweep.mesh_of(_CASE)
+    expected = sweep.play(sweep.configure(kind, 1), Mesh())
+    for name, fault in {"none": None, **_FAULTS}.items():
+        apart = dataclasses.replace(mesh, ep=_Open(mesh.ep.size, mesh.ep.rank, mesh.ep.group))
+        found[name] = sweep.compare("experts", name, sweep.play(config, apart, sabotage=fault), expected)
+    mesh = sweep.mesh_of(_ALL)
+    low = {**kind, "mixed_precision.bf16": True}
+    for name, job, dtype in (("drops", {**kind, **_DROPS}, torch.float64), ("bf16", low, torch.bfloat16)):
+        one = sweep.play(sweep.configure(job, 1), Mesh(), dtype)
+        for dispatcher in _DISPATCHERS:
+            changes = {**job, **_ALL.changes, "model.moe_token_dispatcher_type": dispatcher}
+            outcome = sweep.play(sweep.configure(changes, 4), mesh, dtype)
+            found[f"{name} {dispatcher}"] = sweep.compare("experts", name, outcome, one)
+    return found
+
+
+class _Open(Axis):
+    """An axis of which a fault can replace a method."""
+
+    __setattr__ = object.__setattr__
+
+
+@pytest.fixture(scope="module")
+def results() -> list[dict[str, Any]]:
+    return on_processes(_everything, 4)
+
+
+@pytest.mark.parametrize("job", ["none", *(f"drops {dispatcher}" for dispatcher in _DISPATCHERS)])
+def test_several_processes_find_what_one_finds(results, job: str) -> None:
+    assert [found[job] for found in results if not found[job].passes] == []
+
+
+@pytest.mark.parametrize("fault", _FAULTS)
+def test_a_planted_fault_is_seen(results, fault: str) -> None:
+    assert any(not found[fault].passes for found in results)
+
+
+@pytest.mark.parametrize("dispatcher", _DISPATCHERS)
+def test_bf16_moves_by_rounding_only(results, dispatcher: str) -> None:
+    for found in results:
+        row = found[f"bf16 {dispatcher}"]
+        assert row.norm < 2e-2
+        assert 0 < row.grads < 5e-2
+
+
+def test_every_process_keeps_the_numbers_of_its_experts() -> None:
+    config = ModelConfig(num_moe_experts=6, hidden_size=4, moe_ffn_hidden_size=4, num_layers=1)
+    experts = Experts(config, dtype=torch.float32, device=torch.device("meta"))
+    keep_experts(experts, Axis(size=3, rank=1))
+    assert [*experts.local_experts] == ["2", "3"]

@@ -1,0 +1,87 @@
+"""Checkpoints of processes that share out experts: exact in their layout, and equal in every other."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lockstep.lab.compare import compare_paths
+from lockstep.training.checkpoint_storage import read_index, read_whole
+from tests.parallel.spawn import Turn, in_turn
+from tests.training.checkpoint_runs import SHARDED, echo, train
+
+_CLOCKED = ("seconds", "tokens_per_second", "memory_bytes")
+_EXPERTS: dict[str, Any] = {
+    "model.num_moe_experts": 4,
+    "model.moe_ffn_hidden_size": 16,
+    "model.add_bias_linear": False,
+    "model.moe_aux_loss_coeff": [0.01],
+    "mixed_precision.bf16": False,
+}
+_SHARED_OUT = {**_EXPERTS, "model.expert_model_parallel_size": 2, "model.moe_token_dispatcher_type": "alltoall"}
+_SOURCES: dict[str, tuple[int, dict[str, Any]]] = {"ep2": (2, _SHARED_OUT), "sharded": (4, {**_SHARED_OUT, **SHARDED})}
+_MOVES: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "ep2 to one": ("ep2", 1, _EXPERTS),
+    "ep2 to ep2 x sharded dp2": ("ep2", 4, {**_SHARED_OUT, **SHARDED}),
+    "ep2 x sharded dp2 to dp2": ("sharded", 2, _EXPERTS),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of all runs of this file, made in one spawn."""
+    root = tmp_path_factory.mktemp("runs")
+    turns = [Turn(1, train, (_EXPERTS, root / "one"))]
+    for name, (processes, layout) in _SOURCES.items():
+        folder = root / name
+        saving = {"checkpoint.save": str(folder / "ckpt"), "checkpoint.save_interval": 20, "train.exit_interval": 10}
+        turns.append(Turn(processes, train, ({**layout, **saving}, folder / "first")))
+    processes, layout = _SOURCES["sharded"]
+    loading = {"checkpoint.load": str(root / "sharded" / "ckpt")}
+    turns.append(Turn(processes, train, (layout, root / "sharded" / "whole")))
+    turns.append(Turn(processes, train, ({**layout, **loading}, root / "sharded" / "second")))
+    for name, (source, processes, layout) in _MOVES.items():
+        changes = {**layout, "checkpoint.load": str(root / source / "ckpt")}
+        turns.append(Turn(processes, echo, (changes, root / name / "run", root / name / "echo")))
+    for turn, results in zip(turns, in_turn(turns), strict=True):
+        for result in results:
+            if isinstance(result, Exception):
+                raise AssertionError(f"{turn}") from result
+    return root
+
+
+def _lines(run_dir: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in _CLOCKED} for line in lines]
+
+
+@pytest.mark.slow
+def test_resumed_run_is_bitwise_the_uninterrupted_one(runs) -> None:
+    first, second, whole = (_lines(runs / "sharded" / name) for name in ("first", "second", "whole"))
+    assert first + second == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", _MOVES)
+def test_another_layout_starts_from_the_same_numbers(name, runs) -> None:
+    source = runs / _MOVES[name][0] / "ckpt" / "iter_0000010"
+    target = runs / name / "echo" / "iter_0000010"
+    before, after = read_index(source), read_index(target)
+    assert set(before) == set(after)
+    assert (
+        sum(".local_experts." in tensor for tensor in before) == 4 * 4 * 2 * 3
+    )  # layers, experts, linears; weight and two moments
+    for tensor, stored in before.items():
+        assert torch.equal(read_whole(source, stored), read_whole(target, after[tensor])), tensor
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", _MOVES)
+def test_another_layout_goes_on_within_rounding(name, runs) -> None:
+    decision = compare_paths(runs / "one", runs / name / "run").decision
+    assert decision.verdict == "rounding", decision
+    run = json.loads((runs / name / "run" / "run.json").read_text())
+    one = json.loads((runs / "one" / "run.json").read_text())
+    assert run["initial_weights"]["parameters"].keys() == one["initial_weights"]["parameters"].keys()
