@@ -8,6 +8,8 @@ import torch
 
 from lockstep.config.model import ModelConfig
 from lockstep.models.moe import Experts
+from lockstep.models.router import Router
+from lockstep.models.sequence import WholeSequence
 from lockstep.parallel.experts import keep_experts
 from lockstep.parallel.mesh import Axis, Mesh
 from tests.parallel import sweep
@@ -15,6 +17,7 @@ from tests.parallel.spawn import on_processes
 
 _CASE = next(case for case in sweep.CASES if case.name == "EP2 x DP2")
 _ALL = next(case for case in sweep.CASES if case.name == "EP4")
+_CONTEXT = next(case for case in sweep.CASES if case.name == "CP2 x EP4 by all-gather")
 _DROPS = {"model.moe_expert_capacity_factor": 0.75}
 _DISPATCHERS = ("alltoall", "allgather")
 
@@ -52,6 +55,21 @@ def _auxiliary_loss_by_the_wrong_group(model: Any, step: Any, optimizer: Any) ->
     step._passes.train = lambda batch, micro, objective, weight: train(batch, micro, objective, weight / size)
 
 
+def _loads_of_a_part_of_the_sequence(model: Any, step: Any, optimizer: Any) -> None:
+    model.sequence.total = lambda counts: counts
+
+
+def _tokens_of_a_part_of_the_sequence(model: Any, step: Any, optimizer: Any) -> None:
+    for module in model.modules():
+        if isinstance(module, Router):
+            module.sequence = WholeSequence()
+            module.sequence.total = model.sequence.total
+
+
+_CONTEXT_FAULTS = {
+    "loads of a part of the sequence": _loads_of_a_part_of_the_sequence,
+    "tokens of a part of the sequence": _tokens_of_a_part_of_the_sequence,
+}
 _FAULTS = {
     "experts left out of the norm": _left_out_of_the_norm,
     "gradients of experts over all replicas": _gradients_over_all_replicas,
@@ -69,6 +87,9 @@ def _everything() -> dict[str, Any]:
     for name, fault in {"none": None, **_FAULTS}.items():
         apart = dataclasses.replace(mesh, ep=_Open(mesh.ep.size, mesh.ep.rank, mesh.ep.group))
         found[name] = sweep.compare("experts", name, sweep.play(config, apart, sabotage=fault), expected)
+    config, mesh = sweep.configure({**kind, **_CONTEXT.changes}, 4), sweep.mesh_of(_CONTEXT)
+    for name, fault in _CONTEXT_FAULTS.items():
+        found[name] = sweep.compare("experts", name, sweep.play(config, mesh, sabotage=fault), expected)
     mesh = sweep.mesh_of(_ALL)
     low = {**kind, "mixed_precision.bf16": True}
     for name, job, dtype in (("drops", {**kind, **_DROPS}, torch.float64), ("bf16", low, torch.bfloat16)):
@@ -96,7 +117,7 @@ def test_several_processes_find_what_one_finds(results, job: str) -> None:
     assert [found[job] for found in results if not found[job].passes] == []
 
 
-@pytest.mark.parametrize("fault", _FAULTS)
+@pytest.mark.parametrize("fault", [*_FAULTS, *_CONTEXT_FAULTS])
 def test_a_planted_fault_is_seen(results, fault: str) -> None:
     assert any(not found[fault].passes for found in results)
 

@@ -19,6 +19,7 @@ _EXPERTS: dict[str, Any] = {
     "model.add_bias_linear": False,
     "model.moe_aux_loss_coeff": [0.01],
     "mixed_precision.bf16": False,
+    "train.check_weight_hash_across_dp_replicas_interval": 5,
 }
 _SHARED_OUT = {**_EXPERTS, "model.expert_model_parallel_size": 2, "model.moe_token_dispatcher_type": "alltoall"}
 _SOURCES: dict[str, tuple[int, dict[str, Any]]] = {"ep2": (2, _SHARED_OUT), "sharded": (4, {**_SHARED_OUT, **SHARDED})}

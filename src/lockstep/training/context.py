@@ -36,7 +36,8 @@ class ContextPasses:
 
     def _whole(self, sums: torch.Tensor) -> torch.Tensor:
         """Add up all sums [m, 2 + n] but the numbers of valid tokens, which are already those of whole sequences."""
-        tokens = sums[:, 1].clone()
-        sums = self._cp.sum_(sums.contiguous())
-        sums[:, 1] = tokens
-        return sums
+        losses, tokens, of_routers = sums.tensor_split((1, 2), dim=1)
+        losses = self._cp.sum_(losses.contiguous())
+        if of_routers.shape[1]:
+            of_routers = self._cp.sum_(of_routers.contiguous())
+        return torch.cat([losses, tokens, of_routers], dim=1)
