@@ -117,14 +117,16 @@ class GradientBuckets:
         self.buckets: list[Bucket] = []
         place = {param: number for number, (_, param) in enumerate(reversed(named))}
         for late in (False, True):
-            of_axis: dict[Axis, list[nn.Parameter]] = {}
+            runs: list[tuple[Axis, list[nn.Parameter]]] = []
+            of_axis: dict[int, tuple[Axis, list[nn.Parameter]]] = {}
             for name, param in reversed(named):
                 if reduction.late(name) is late:
                     axis = reduction.axis if reduction.axis_of is None else reduction.axis_of(name)
-                    of_axis.setdefault(axis, []).append(param)
-            found = [(run, axis) for axis, own in of_axis.items() for run in _runs(own, reduction.bucket_size)]
-            found.sort(key=lambda pair: place[pair[0][-1]])
-            self.buckets += [Bucket(run, dtype, reduction, late, axis) for run, axis in found]
+                    of_axis.setdefault(id(axis), (axis, []))[1].append(param)
+            for axis, params in of_axis.values():
+                runs += [(axis, run) for run in _runs(params, reduction.bucket_size)]
+            runs.sort(key=lambda pair: place[pair[1][-1]])
+            self.buckets += [Bucket(run, dtype, reduction, late, axis) for axis, run in runs]
         self._of = {p: bucket for bucket in self.buckets for p in bucket.params}
         views = {p: v for b in self.buckets for p, v in zip(b.params, b.views(b.grads), strict=True)}
         self._views = {p: views[p] for _, p in named}
