@@ -62,8 +62,9 @@ def _loads_of_a_part_of_the_sequence(model: Any, step: Any, optimizer: Any) -> N
 def _tokens_of_a_part_of_the_sequence(model: Any, step: Any, optimizer: Any) -> None:
     for module in model.modules():
         if isinstance(module, Router):
-            module.sequence = WholeSequence()
-            module.sequence.total = model.sequence.total
+            part: Any = WholeSequence()
+            part.total = model.sequence.total
+            module.sequence = part
 
 
 _CONTEXT_FAULTS = {

@@ -31,8 +31,8 @@ def parallelize(model: GPTModel, mesh: Mesh, sharding: WeightSharding | None = N
 
     The model is on the meta device: afterwards its parameters have the shapes of this process's part. In order:
     pipeline stages drop what is not theirs; the model is told of its part of every sequence; every process keeps its
-    experts, and its part of each split weight; attention, MLP, experts, embedding and head are told of their part; weights are sharded
-    over the processes that have the same ones, where ``sharding`` says how.
+    experts, and its part of each split weight; attention, MLP, experts, embedding and head are told of their part;
+    weights are sharded over the processes that have the same ones, where ``sharding`` says how.
     """
     spans = _keep_stages(model, mesh)
     if mesh.cp.size > 1:

@@ -105,8 +105,9 @@ class GradientBuckets:
     """The gradients of the parameters of a model, added up in ``dtype``.
 
     Hooks take them after each backward pass. A bucket has parameters of one axis. Buckets follow the parameters
-    backwards, by the last one of each, late ones last, and are reduced in this order on every process. With overlap, a bucket is started when its last gradient is there; the rest at the
-    end. This changes when sums are taken, and not which.
+    backwards, by the last one of each, late ones last, and are reduced in this order on every process. With overlap, a
+    bucket is started when its last gradient is there; the rest at the end. This changes when sums are taken, and not
+    which.
     """
 
     def __init__(
