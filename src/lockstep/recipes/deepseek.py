@@ -35,6 +35,7 @@ def deepseek_v2_lite_pretrain_config() -> ConfigContainer:
 _LATENTS = {
     "model.multi_latent_attention": True,
     "model.kv_lora_rank": 512,
+    "model.rope_type": "yarn",
     "model.rotary_scaling_factor": 40.0,
     "model.mscale": 0.707,
     "model.mscale_all_dim": 0.707,

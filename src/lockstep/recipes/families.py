@@ -17,6 +17,7 @@ PRETRAINING: dict[str, Any] = {
     "optimizer.adam_beta2": 0.95,
     "optimizer.weight_decay": 0.033,
     "scheduler.lr_decay_style": "cosine",
+    "scheduler.lr_wsd_decay_style": "minus_sqrt",
     "scheduler.lr_warmup_iters": 2000,
     "ddp.grad_reduce_in_fp32": True,
     "ddp.use_distributed_optimizer": True,
@@ -27,6 +28,7 @@ PRETRAINING: dict[str, Any] = {
     "dataset.split": "9999,8,2",
     "tokenizer.tokenizer_type": "NullTokenizer",
     "tokenizer.vocab_size": Ref("model.vocab_size"),
+    "tokenizer.pad_vocab_size": False,
     "logger.log_interval": 10,
 }
 """How Bridge's pre-training recipes of these families train.

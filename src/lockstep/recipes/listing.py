@@ -56,28 +56,34 @@ def main(argv: Sequence[str]) -> int:
         UserError: an unknown recipe or GPU.
     """
     options = _parser().parse_args(argv)
-    gpu = gpu_type(options.gpu) if options.memory else None
+    if options.gpu is not None and not options.memory:
+        raise UserError(f"--gpu {options.gpu} says on what --memory is measured; add --memory")
+    gpu = gpu_type(options.gpu or "h100") if options.memory else None
     recipes = [find_recipe(name) for name in options.names] or [found for _, found in sorted(RECIPES.items())]
-    heading = ["recipe", "parameters", "tokens/step", "GPUs", "layout"]
-    rows, notes = [heading + ([f"GiB of {gpu.name}"] if gpu else [])], []
+    rows = [["recipe", "parameters", "tokens/step", "GPUs", "layout"] + ([f"GiB of {gpu.name}"] if gpu else [])]
+    notes = []
     for recipe in recipes:
         entry = entry_of(recipe)
-        row = [recipe.name, size_text(entry.parameters), _number(entry.tokens), str(entry.gpus), entry.layout]
+        row = [recipe.name, size_text(entry.parameters), number_text(entry.tokens), str(entry.gpus), entry.layout]
         if gpu:
             needed, why = _memory(recipe, gpu)
             row.append(needed)
             notes += [f"{recipe.name}: {why}"] if why else []
         rows.append(row)
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        cells = (
-            c.rjust(w) if column in (1, 2, 3) else c.ljust(w)
-            for column, (c, w) in enumerate(zip(row, widths, strict=True))
-        )
-        print("  ".join(cells).rstrip())
-    for note in notes:
-        print(note)
+    print("\n".join([*_aligned(rows), *notes]))
     return 0
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    numbers = (1, 2, 3)
+    return [
+        "  ".join(
+            cell.rjust(width) if column in numbers else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -91,9 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--memory", action="store_true", help="also what each GPU needs at the peak, measured as `lockstep plan` does"
     )
-    parser.add_argument(
-        "--gpu", default="h100", metavar="TYPE", help=f"for --memory: {', '.join(known_gpus())} (default: h100)"
-    )
+    parser.add_argument("--gpu", metavar="TYPE", help=f"with --memory: {', '.join(known_gpus())} (default: h100)")
     return parser
 
 
@@ -118,5 +122,6 @@ def size_text(parameters: int | None) -> str:
     return f"{parameters / 1e9:.2f}B" if parameters >= 1e9 else f"{parameters / 1e6:.0f}M"
 
 
-def _number(value: int | None) -> str:
+def number_text(value: int | None) -> str:
+    """Return a number with its thousands apart."""
     return _UNKNOWN if value is None else f"{value:,}"

@@ -74,9 +74,9 @@ def llama3_70b_pretrain_config() -> ConfigContainer:
             "model.hidden_size": 8192,
             "model.ffn_hidden_size": 28672,
             "model.num_attention_heads": 64,
-            "model.tensor_model_parallel_size": 4,
+            "model.tensor_model_parallel_size": 8,
             "model.sequence_parallel": True,
-            "model.pipeline_model_parallel_size": 4,
+            "model.pipeline_model_parallel_size": 2,
         },
         parent=llama3_8b_pretrain_config,
     )
