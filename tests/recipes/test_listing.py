@@ -37,6 +37,7 @@ def test_the_list_needs_no_torch() -> None:
     assert listed.returncode == 0, listed.stderr
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_a_plan_or_says_why_not(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import runpy
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,18 +22,12 @@ from lockstep.recipes.registry import RECIPES
 from lockstep.recipes.size import count_parameters
 from lockstep.translation import bridge
 from tests.recipes.published import PUBLISHED
+from tests.test_guides import block
 
 ROOT = Path(__file__).resolve().parents[2]
 VANILLA = "vanilla_gpt_pretrain_config"
 AWAITED = {"deepseek_v2_lite_pretrain_config": "model.multi_latent_attention = true: multi-latent attention is not"}
 """Recipes that wait for something, with what validation says of it."""
-
-# As docs/recipes.md has it.
-SHRUNK = (
-    "-ms 3 -gb 4 -sl 32 -tp 1 -pp 1 -cp 1 -ep 1 --warmup_iters 1 model.num_layers=2 model.hidden_size=64 "
-    "model.ffn_hidden_size=128 model.num_attention_heads=4 model.num_query_groups=2 model.kv_channels=16 "
-    "model.vocab_size=512 validation.eval_iters=1 logger.log_interval=1 run.device=cpu"
-).split()
 
 
 def derived(name: str) -> ConfigContainer:
@@ -158,11 +153,13 @@ def test_what_is_not_there_is_refused_with_the_reason(words: list[str], message:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(set(RECIPES) - set(AWAITED)))
 def test_three_steps_on_a_cpu(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = str(ROOT / "scripts/training/run_recipe.py")
-    words = [*SHRUNK, *(["tokenizer.vocab_size=512"] if name == VANILLA else []), f'run.dir="{tmp_path / "run"}"']
-    monkeypatch.setattr(sys, "argv", [script, "--recipe", name, *words])
+    _, script, *words = shlex.split(block("docs/recipes.md", "shrunk"))
+    words[words.index("--recipe") + 1] = name
+    words += ["run.device=cpu", f'run.dir="{tmp_path / "run"}"']
+    words += ["tokenizer.vocab_size=512"] if name == VANILLA else []  # it gives no vocabulary to its model
+    monkeypatch.setattr(sys, "argv", [script, *words])
     with pytest.raises(SystemExit) as ended:
-        runpy.run_path(script, run_name="__main__")
+        runpy.run_path(str(ROOT / script), run_name="__main__")
     assert not ended.value.code
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [line["lm_loss"] for line in lines if line["kind"] == "train"]
