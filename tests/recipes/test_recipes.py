@@ -153,7 +153,7 @@ def test_what_is_not_there_is_refused_with_the_reason(words: list[str], message:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(set(RECIPES) - set(AWAITED)))
 def test_three_steps_on_a_cpu(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, script, *words = shlex.split(block("docs/recipes.md", "shrunk"))
+    _, script, *words = shlex.split(block("docs/recipes.md", "shrunk").replace("\\\n", " "))
     words[words.index("--recipe") + 1] = name
     words += ["run.device=cpu", f'run.dir="{tmp_path / "run"}"']
     words += ["tokenizer.vocab_size=512"] if name == VANILLA else []  # it gives no vocabulary to its model
