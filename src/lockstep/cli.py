@@ -23,13 +23,10 @@ def train(argv: Sequence[str]) -> int:
 
 
 def recipes(argv: Sequence[str]) -> int:
-    """List the recipes."""
-    from lockstep.recipes.catalog import describe_recipes
+    """List the recipes: sizes, layouts, and what they need of each GPU."""
+    from lockstep.recipes.listing import main as command
 
-    argparse.ArgumentParser(prog="lockstep recipes", description="List the recipes.").parse_args(argv)
-    for name, summary in describe_recipes():
-        print(f"{name}\n    {summary}")
-    return 0
+    return command(argv)
 
 
 def translate(argv: Sequence[str]) -> int:

@@ -8,7 +8,8 @@ from pathlib import Path
 from lockstep.config import ALIASES, FieldInfo, all_fields
 from lockstep.config.fields import choices_of, describe
 from lockstep.megatron_lm.composites import COMPOSITES, Composite
-from lockstep.recipes.catalog import describe_recipes
+from lockstep.recipes.catalog import RECIPES
+from lockstep.recipes.listing import entry_of, number_text, size_text
 from lockstep.translation.tables import fill
 
 _FOLDER = Path("docs/reference")
@@ -93,9 +94,13 @@ def _keys_page() -> str:
 
 
 def _recipes_page() -> str:
-    text = _NOTE + "# Recipes\n\n| recipe | what it is |\n|---|---|\n"
-    for name, summary in describe_recipes():
-        text += f"| `{name}` | {summary} |\n"
+    text = _NOTE + "# Recipes\n\nNVIDIA's long name of a recipe is taken as well. [The guide](../recipes.md).\n\n"
+    text += "| recipe | what it is | parameters | tokens of a step | GPUs | layout | long name |\n"
+    text += "|---|---|---|---|---|---|---|\n"
+    for name, found in sorted(RECIPES.items()):
+        entry = entry_of(found)
+        cells = [f"`{name}`", found.summary, size_text(entry.parameters), number_text(entry.tokens), str(found.gpus)]
+        text += f"| {' | '.join([*cells, entry.layout, f'`{found.long_name}`'])} |\n"
     return text
 
 

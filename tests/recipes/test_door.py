@@ -86,7 +86,7 @@ def test_overrides_follow_the_grammar(word: str, path: str, value: object) -> No
             ["dataset.sequence_length=256", "model.seq_length=512"],
             "dataset.sequence_length=256 and model.seq_length=512",
         ),
-        (["--mode", "sft"], "only pretrain is supported"),
+        (["--mode", "sft"], "fine-tuning is not supported yet; only --mode pretrain is"),
         (["--unknown-option", "3"], "unknown option --unknown-option"),
         (["--dataset", "squad"], "use mock or megatron-indexed"),
         (["-gb", "many"], "--global_batch_size: expected int, got 'many'"),

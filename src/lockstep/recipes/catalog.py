@@ -2,23 +2,35 @@
 
 from lockstep.config import ConfigContainer
 from lockstep.errors import ConfigError, nearest
-from lockstep.recipes import gpt  # noqa: F401  (registers its recipes)
-from lockstep.recipes.registry import RECIPES
+from lockstep.recipes import deepseek, gpt, llama, qwen  # noqa: F401  (registers their recipes)
+from lockstep.recipes.registry import RECIPES, Recipe
 
 
 def describe_recipes() -> list[tuple[str, str]]:
     """Return every recipe's name and the first line of its docstring."""
-    return [(name, (build.__doc__ or "").partition("\n")[0]) for name, build in sorted(RECIPES.items())]
+    return [(name, found.summary) for name, found in sorted(RECIPES.items())]
 
 
-def get_recipe(name: str) -> ConfigContainer:
-    """Return the config tree of a recipe.
+def find_recipe(name: str) -> Recipe:
+    """Return a recipe by its name or by NVIDIA's long one.
 
     Raises:
         ConfigError: no such recipe; names the nearest ones.
     """
-    if name not in RECIPES:
-        hint = nearest(name, RECIPES) or nearest(f"{name}_pretrain_config", RECIPES)
-        hint = hint or f" Known recipes: {', '.join(sorted(RECIPES))}."
-        raise ConfigError(f"unknown recipe {name}.{hint}")
-    return RECIPES[name]()
+    by_name = RECIPES | {found.long_name: found for found in RECIPES.values() if found.long_name}
+    if name in by_name:
+        return by_name[name]
+    if name.endswith(("_sft_config", "_peft_config")):
+        raise ConfigError(f"recipe {name}: fine-tuning is not supported yet; recipes end with _pretrain_config")
+    hint = nearest(name, by_name) or nearest(f"{name}_pretrain_config", RECIPES)
+    hint = hint or f" Known recipes: {', '.join(sorted(RECIPES))}."
+    raise ConfigError(f"unknown recipe {name}.{hint}")
+
+
+def get_recipe(name: str) -> ConfigContainer:
+    """Return the config tree of a recipe, given its name or NVIDIA's long one.
+
+    Raises:
+        ConfigError: no such recipe; names the nearest ones.
+    """
+    return find_recipe(name).build()

@@ -36,6 +36,15 @@ _CONVENIENCE: dict[str, tuple[tuple[str, ...], str]] = {
     "save_interval": (("--save_interval",), "checkpoint.save_interval"),
 }
 _STEP_FUNCTIONS = ("gpt_step",)
+_FINE_TUNING = ("sft", "lora", "dora")
+_REFUSED_DATA = {
+    ("squad", "tulu3", "openmathinstruct2", "openmathinstruct2-thinking", "gsm8k", "local-jsonl"): (
+        "this is data for fine-tuning, which is not supported yet"
+    ),
+    ("energon", "local-vlm", "cord-v2", "llava-video-178k", "medpix", "raven", "rdr"): (
+        "this is data for models that see images or sound, which are not supported"
+    ),
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -48,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--recipe", metavar="NAME", help="Full recipe name; `lockstep recipes` lists them.")
     parser.add_argument(
-        "--model", metavar="STEM", help="Recipe stem: --model vanilla_gpt is vanilla_gpt_pretrain_config."
+        "--model", metavar="STEM", help="Recipe stem: --model llama32_1b is llama32_1b_pretrain_config."
     )
     parser.add_argument("--mode", default="pretrain", metavar="MODE", help="pretrain; fine-tuning is refused for now.")
     parser.add_argument("--dataset", metavar="KIND", help="mock, or megatron-indexed with dataset.data_path=...")
@@ -104,8 +113,10 @@ def recipe_name(options: argparse.Namespace) -> str:
     Raises:
         ConfigError: neither or both of --recipe and --model, or a mode that is not supported.
     """
+    if options.mode in _FINE_TUNING:
+        raise ConfigError(f"--mode {options.mode}: fine-tuning is not supported yet; only --mode pretrain is")
     if options.mode != "pretrain":
-        raise ConfigError(f"--mode {options.mode}: only pretrain is supported for now")
+        raise ConfigError(f"--mode {options.mode}: no such mode; only pretrain is supported")
     if bool(options.recipe) == bool(options.model):
         raise ConfigError("give --recipe NAME or --model STEM, one of the two; `lockstep recipes` lists them")
     return str(options.recipe or f"{options.model}_{options.mode}_config")
@@ -132,7 +143,10 @@ def _apply_dataset(config: ConfigContainer, kind: str | None) -> None:
     if kind is None or kind == "megatron-indexed":
         return
     if kind != "mock":
-        raise ConfigError(f"--dataset {kind} is not supported yet; use mock or megatron-indexed")
+        reason = next(
+            (why for names, why in _REFUSED_DATA.items() if kind in names), "there is no data set of this name"
+        )
+        raise ConfigError(f"--dataset {kind}: {reason}; use mock or megatron-indexed")
     config.set("dataset.mock", True, Origin("command line", "--dataset"))
 
 

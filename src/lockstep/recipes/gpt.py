@@ -1,12 +1,12 @@
 """Recipes of the plain GPT family."""
 
 from lockstep.config import ConfigContainer, Ref
-from lockstep.recipes.registry import from_differences, recipe
+from lockstep.recipes.registry import from_differences, recipe_for
 
 
-@recipe
+@recipe_for(1, "vanilla_gpt_pretrain_1gpu_h100_bf16_config")
 def vanilla_gpt_pretrain_config() -> ConfigContainer:
-    """Return a GPT to be given its size: everything else is what ``pretrain_gpt.py`` does with its defaults.
+    """A GPT to be given its size: everything else is what ``pretrain_gpt.py`` does with its defaults.
 
     Bridge's recipe of this name decays by cosine with beta2 0.95 and weight decay 0.033 in force; this one keeps
     Megatron-LM's linear decay, 0.999 and 0.01, so that the two doors train the same run. Warm-up starts at the peak,

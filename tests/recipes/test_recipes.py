@@ -1,0 +1,167 @@
+"""Every recipe: offline, against the published model, against Megatron Bridge, and three steps on a CPU."""
+
+import json
+import math
+import runpy
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lockstep.config import ConfigContainer, all_fields, resolve
+from lockstep.config.derive import derive, interpolate
+from lockstep.errors import ConfigError
+from lockstep.models import GPTModel
+from lockstep.recipes.catalog import find_recipe, get_recipe
+from lockstep.recipes.door import parse_recipe_args
+from lockstep.recipes.registry import RECIPES
+from lockstep.recipes.size import count_parameters
+from lockstep.translation import bridge
+from tests.recipes.published import PUBLISHED
+from tests.test_guides import block
+
+ROOT = Path(__file__).resolve().parents[2]
+VANILLA = "vanilla_gpt_pretrain_config"
+AWAITED = {"deepseek_v2_lite_pretrain_config": "model.multi_latent_attention = true: multi-latent attention is not"}
+"""Recipes that wait for something, with what validation says of it."""
+
+
+def derived(name: str) -> ConfigContainer:
+    config = get_recipe(name)
+    interpolate(config)
+    derive(config, find_recipe(name).gpus)
+    return config
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_a_recipe_builds_the_published_model(name: str) -> None:
+    config = derived(name)
+    if name == VANILLA:
+        assert count_parameters(config.model) is None
+        return
+    published = PUBLISHED[name]
+    values: dict[str, Any] = dict(published.config)
+    hf = AutoConfig.for_model(values.pop("model_type"), **values)
+    with torch.device("meta"):
+        theirs = AutoModelForCausalLM.from_config(hf, dtype=torch.bfloat16)
+    assert sum(p.numel() for p in theirs.parameters()) == published.parameters
+    assert count_parameters(config.model) == published.parameters
+    if name in AWAITED:
+        with pytest.raises(ConfigError, match=AWAITED[name]):
+            resolve(get_recipe(name), find_recipe(name).gpus)
+        return
+    ours = GPTModel(
+        resolve(get_recipe(name), find_recipe(name).gpus).model, dtype=torch.bfloat16, device=torch.device("meta")
+    )
+    assert sum(p.numel() for p in ours.parameters()) == published.parameters
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_what_is_no_parameter_is_as_published(name: str) -> None:
+    m, hf = derived(name).model, PUBLISHED[name].config
+    rope = hf["rope_parameters"]
+    assert (m.rotary_base, m.layernorm_epsilon) == (rope["rope_theta"], hf["rms_norm_eps"])
+    assert m.rope_scaling == (rope["rope_type"] == "llama3")
+    if m.rope_scaling:
+        assert m.rope_scaling_factor == rope["factor"]
+    if not m.multi_latent_attention:
+        sizes = (hf["num_attention_heads"], hf["num_key_value_heads"], hf["head_dim"])
+        assert (m.num_attention_heads, m.num_query_groups, m.kv_channels) == sizes
+        assert m.qk_layernorm == (hf["model_type"] == "qwen3")
+    else:
+        scaling = (rope["factor"], rope["mscale"], rope["mscale_all_dim"])
+        assert (m.rotary_scaling_factor, m.mscale, m.mscale_all_dim, m.rope_type) == (*scaling, "yarn")
+        assert (m.moe_router_topk, m.moe_router_pre_softmax) == (hf["num_experts_per_tok"], not hf["norm_topk_prob"])
+
+
+EVERYWHERE = {
+    # Bridge's start_weight_decay and end_weight_decay, 0.033, are in force: here that is optimizer.weight_decay.
+    "optimizer.weight_decay",
+    # A tokenizer of as many ids as the model has rows.
+    "tokenizer.vocab_size",
+    # Needs a checkpoint to load, which a recipe does not name.
+    "scheduler.override_opt_param_scheduler",
+}
+DIFFERENCES = {
+    "llama32_1b_pretrain_config": set(),
+    "llama3_8b_pretrain_config": {"model.rope_scaling_factor"},  # rope_scaling is off
+    "qwen3_8b_pretrain_config": {
+        "model.rope_scaling_factor",
+        "model.bias_activation_fusion",  # concerns gelu alone
+        "tokenizer.tokenizer_type",  # its tokenizer has to be fetched
+        "tokenizer.tokenizer_model",
+    },
+    "deepseek_v2_lite_pretrain_config": {
+        "model.rope_scaling_factor",
+        "model.make_vocab_size_divisible_by",  # the vocabulary is given
+        "model.kv_channels",  # multi-latent attention has heads of its own widths
+        "model.moe_router_num_groups",  # one group, and a factor of 1
+        "model.moe_router_group_topk",
+        "model.moe_router_topk_scaling_factor",
+        "model.moe_layer_freq",  # another spelling of the same layers
+    },
+}
+
+
+@pytest.mark.parametrize("name", sorted(DIFFERENCES))
+def test_training_differs_from_bridges_recipe_in_what_is_written_down(name: str) -> None:
+    theirs = ConfigContainer()
+    for path, value in bridge.recipe_values(name).items():
+        section, _, field = path.partition(".")
+        setattr(theirs.section(section), field, value)
+    ours = derived(name)
+    derive(theirs, find_recipe(name).gpus)
+    differing = {
+        path
+        for path, info in all_fields().items()
+        if info.spec.help and info.spec.effect == "run" and ours.get(path) != theirs.get(path)
+    }
+    assert differing == DIFFERENCES[name] | EVERYWHERE
+
+
+def test_long_names_are_the_same_recipes() -> None:
+    assert find_recipe("llama3_8b_pretrain_2gpu_h100_bf16_config") is RECIPES["llama3_8b_pretrain_config"]
+    for name, found in RECIPES.items():
+        assert found.name == name
+        assert found.long_name is not None
+        assert found.long_name.startswith(name.removesuffix("_config"))
+        assert f"_{found.gpus}gpu_" in found.long_name
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--recipe", "qwen3_8b_sft_config"], "recipe qwen3_8b_sft_config: fine-tuning is not supported yet"),
+        (["--model", "qwen3_8b", "--mode", "lora"], "--mode lora: fine-tuning is not supported yet"),
+        (["--model", "qwen3_8b", "--mode", "evaluate"], "--mode evaluate: no such mode"),
+        (["--model", "qwen3_8b", "--dataset", "gsm8k"], "--dataset gsm8k: this is data for fine-tuning"),
+        (["--model", "qwen3_8b", "--dataset", "medpix"], "--dataset medpix: this is data for models that see"),
+        (["--model", "qwen3_8b", "--dataset", "mine"], "--dataset mine: there is no data set of this name"),
+        (["--model", "qwen3_8"], "Did you mean qwen3_8b_pretrain_config"),
+    ],
+)
+def test_what_is_not_there_is_refused_with_the_reason(words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_recipe_args(words)
+    assert message in str(caught.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(set(RECIPES) - set(AWAITED)))
+def test_three_steps_on_a_cpu(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, script, *words = shlex.split(block("docs/recipes.md", "shrunk").replace("\\\n", " "))
+    words[words.index("--recipe") + 1] = name
+    words += ["run.device=cpu", f'run.dir="{tmp_path / "run"}"']
+    words += ["tokenizer.vocab_size=512"] if name == VANILLA else []  # it gives no vocabulary to its model
+    monkeypatch.setattr(sys, "argv", [script, *words])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert not ended.value.code
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["lm_loss"] for line in lines if line["kind"] == "train"]
+    assert len(losses) == 3
+    assert all(abs(loss - math.log(512)) < 0.2 for loss in losses)
