@@ -72,13 +72,13 @@ class AutoBridge:
         parameters = dict(model.named_parameters())
         if set(parameters) != set(mapping):
             raise UserError("a part of a model cannot be written; save a checkpoint and give its folder")
-        kind = dtype or model.dtype
+        chosen = dtype or model.dtype
         sizes = {
-            name: kind.itemsize * torch.Size(shape).numel()
+            name: chosen.itemsize * torch.Size(shape).numel()
             for entry in mapping.values()
             for name, shape in entry.theirs.items()
         }
-        tensors = split_all(mapping, lambda name: parameters[name].detach().cpu(), kind)
+        tensors = split_all(mapping, lambda name: parameters[name].detach().cpu(), chosen)
         key = "dtype" if "dtype" in wanted.config else "torch_dtype"
-        config = wanted.config | {key: str(kind).removeprefix("torch.")}
+        config = wanted.config | {key: str(chosen).removeprefix("torch.")}
         return write_folder(Path(target), config, sizes, tensors, shard_bytes, wanted.carried)

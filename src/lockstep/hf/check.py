@@ -108,7 +108,9 @@ def _logits(folder: Folder, weights: Weights, checkpoint: Checkpoint, tokens: in
         ours = build(model, checkpoint.whole)(ids, torch.arange(length).expand(2, length))[..., :size]
     relative = ((ours - theirs).norm() / theirs.norm()).item()
     advice = "" if relative <= TOLERANCE else ": the weights are the same, so the models compute something else"
-    yield Finding("logits in float32", f"relative difference {relative:.1e} (limit {TOLERANCE}){advice}", relative <= TOLERANCE)
+    yield Finding(
+        "logits in float32", f"relative difference {relative:.1e} (limit {TOLERANCE}){advice}", relative <= TOLERANCE
+    )
     same = int((ours.argmax(-1) == theirs.argmax(-1)).sum())
     yield Finding("next token", f"the same for {same} of {ids.numel()} positions", same == ids.numel())
 

@@ -94,7 +94,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class _Later(Placed):
-    """A whole tensor that is read when it is written; until then a stand-in on the meta device tells shape and dtype."""
+    """A whole tensor that is read when it is written; a stand-in on the meta device tells shape and dtype."""
 
     read: Callable[[], Tensor]
 
@@ -162,6 +162,7 @@ def model_problems(config: ConfigContainer) -> None:
         "train.train_iters": 1,
         "validation.skip_train": True,
         "tokenizer.tokenizer_type": "NullTokenizer",
+        "tokenizer.vocab_size": 1,
     }.items():
         trial.set(path, value, Origin("derived", "trial"))
     try:

@@ -82,7 +82,9 @@ def _register_check(commands: Any) -> None:
     parser.add_argument("model", type=Path, metavar="HF_FOLDER", help="folder with config.json and safetensors files")
     parser.add_argument("checkpoints", type=Path, metavar="DIR", help="folder of checkpoints, or one checkpoint")
     parser.add_argument("--ckpt-step", type=int, metavar="N", help="iteration instead of the newest")
-    parser.add_argument("--tokens", type=_positive, default=64, metavar="N", help="of each of two samples (default: 64)")
+    parser.add_argument(
+        "--tokens", type=_positive, default=64, metavar="N", help="of each of two samples (default: 64)"
+    )
     parser.add_argument(
         "--no-logits", action="store_true", help="compare weights alone, for a model larger than memory"
     )

@@ -173,7 +173,9 @@ class Weights:
         if surplus:
             problems.append(f"without a place in {family.architecture}: {listed(surplus)}")
         shapes = {name: folder.shape(there) for name, there in spelled.items()}
-        wrong = [f"{name} is {list(s)} instead of {list(wanted[name])}" for name, s in shapes.items() if s != wanted[name]]
+        wrong = [
+            f"{name} is {list(s)} instead of {list(wanted[name])}" for name, s in shapes.items() if s != wanted[name]
+        ]
         if wrong:
             problems.append(f"of another shape than config.json tells: {listed(wrong)}")
         if problems:

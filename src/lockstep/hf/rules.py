@@ -141,7 +141,9 @@ class Rule:
 
     def names(self, parameter: str) -> tuple[str, ...] | None:
         """Return their names of a parameter, None where the rule is of others."""
-        pattern = re.escape(self.ours).replace(r"\{layer\}", r"(?P<layer>\d+)").replace(r"\{expert\}", r"(?P<expert>\d+)")
+        pattern = (
+            re.escape(self.ours).replace(r"\{layer\}", r"(?P<layer>\d+)").replace(r"\{expert\}", r"(?P<expert>\d+)")
+        )
         match = re.fullmatch(pattern, parameter)
         return None if match is None else tuple(name.format(**match.groupdict()) for name in self.theirs)
 

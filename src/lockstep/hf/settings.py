@@ -46,9 +46,9 @@ def to_config(hf: dict[str, Any], divisor: int = 1) -> ConfigContainer:
         UserError: config.json lacks a key, or asks for something that is not supported; names key and value.
     """
     family, config = family_of(hf), ConfigContainer()
-    for key, accepted in family.only.items():
-        if hf.get(key, accepted[0]) not in accepted:
-            raise UserError(f"config.json: {key} = {hf[key]} is not supported (supported: {accepted[0]})")
+    for name, accepted in family.only.items():
+        if hf.get(name, accepted[0]) not in accepted:
+            raise UserError(f"config.json: {name} = {hf[name]} is not supported (supported: {accepted[0]})")
 
     def take(ours: str, value: Any, detail: str) -> None:
         try:
@@ -188,7 +188,7 @@ def _spelled_activation(model: ModelConfig) -> str:
 
 
 def computed(model: ModelConfig) -> dict[str, Any]:
-    """Return what the settings of a resolved model make of its weights, without what training or rounding alone need."""
+    """Return the settings that say what a resolved model computes, without those of training and rounding alone."""
     result = {
         info.name: value for info, value, _ in model.items() if names_weights(info) and info.name not in _TRAINING
     }
