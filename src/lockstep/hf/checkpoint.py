@@ -12,6 +12,7 @@ from lockstep.config import ConfigContainer, Origin
 from lockstep.config.model import ModelConfig
 from lockstep.errors import ConfigError, UserError
 from lockstep.hf.rules import Mapped, listed
+from lockstep.hf.settings import stated
 from lockstep.parallel.placement import Placed, place
 from lockstep.record.schema import decode_number
 from lockstep.training import checkpoint_files as files
@@ -139,7 +140,7 @@ def write_weights(
         write_checkpoint(
             root,
             Snapshot(0, placed, {}, facts, attached),
-            {"config": config.as_dict(), "origins": origins},
+            {"config": stated(config), "origins": origins},
             origin,
             Peers(),
         )

@@ -12,10 +12,11 @@ from lockstep.config.model import ModelConfig
 from lockstep.errors import UserError
 from lockstep.hf.checkpoint import CARRIED, Checkpoint, model_problems, write_weights
 from lockstep.hf.families import Family, family_of
-from lockstep.hf.folder import CONFIG, Folder, Weights, carried_files, is_hf_folder, read_json, split_all, write_folder
+from lockstep.hf.folder import CONFIG, Folder, Weights, carried_files, read_json, split_all, write_folder
 from lockstep.hf.rules import mapped
 from lockstep.hf.settings import differences, family_for, to_config, to_hf, vocabulary
 from lockstep.training import checkpoint_files as files
+from lockstep.training.checkpoint_args import is_hf_folder
 
 SHARD_BYTES = 5 * 1000**3
 
@@ -43,7 +44,7 @@ def import_model(source: Path, target: Path, *, divisor: int = 1) -> Path:
     model_problems(config)
     weights = open_weights(folder, config.model)
     carried = carried_files(source)
-    _set_tokenizer(config, files.iteration_dir(target, 0) / CARRIED, carried)
+    set_tokenizer(config, files.iteration_dir(target, 0) / CARRIED, carried)
     tensors = (
         (name, entry.shape, weights.dtype(name), partial(weights.whole, name))
         for name, entry in weights.mapping.items()
@@ -51,7 +52,7 @@ def import_model(source: Path, target: Path, *, divisor: int = 1) -> Path:
     return write_weights(target, config, tensors, carried, {"imported_from": str(source.absolute())})
 
 
-def _set_tokenizer(config: ConfigContainer, folder: Path, carried: list[Path]) -> None:
+def set_tokenizer(config: ConfigContainer, folder: Path, carried: list[Path]) -> None:
     """Name the tokenizer that goes with the weights, if there is one."""
     if any(path.name.startswith("tokenizer") for path in carried):
         config.set("tokenizer.tokenizer_type", "HuggingFaceTokenizer", Origin("hf", "tokenizer"))

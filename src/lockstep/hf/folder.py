@@ -52,12 +52,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def is_hf_folder(folder: Path) -> bool:
-    """Tell whether a folder is a Hugging Face model rather than checkpoints of Lockstep."""
-    path = folder / CONFIG
-    return path.is_file() and "model_type" in read_json(path)
-
-
 def carried_files(folder: Path) -> list[Path]:
     """Return the files of a model that go with it as they are: configuration, tokenizer, generation; never code."""
     found = {path for pattern in _CARRIED for path in folder.glob(pattern)}

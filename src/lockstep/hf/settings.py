@@ -72,6 +72,20 @@ def to_config(hf: dict[str, Any], divisor: int = 1) -> ConfigContainer:
     return config
 
 
+def stated(config: ConfigContainer) -> dict[str, dict[str, Any]]:
+    """Return what the tree of a config.json says of model and tokenizer, by section, fit for JSON.
+
+    Left out are settings that only training chooses, the sample length first of all, and a tokenizer that is not there.
+    """
+    model = {
+        info.name: value
+        for info, value, origin in config.model.items()
+        if info.name != "seq_length" and (origin.kind != "default" or info.name not in _TRAINING)
+    }
+    tokenizer = config.tokenizer.as_dict() if config.tokenizer.tokenizer_type is not None else {}
+    return {"model": model, "tokenizer": tokenizer}
+
+
 def vocabulary(hf: dict[str, Any]) -> int:
     """Return the rows that the embedding has in a Hugging Face model."""
     size = hf.get("vocab_size")
