@@ -68,8 +68,17 @@ def to_config(hf: dict[str, Any], divisor: int = 1) -> ConfigContainer:
     take("vocab_size", -(-vocabulary(hf) // divisor) * divisor, "vocab_size")
     take("make_vocab_size_divisible_by", divisor, "vocab_size")
     take("seq_length", config.model.max_position_embeddings, _of("max_position_embeddings", family))
-    derive(config)
+    _derive_model(config)
     return config
+
+
+def _derive_model(config: ConfigContainer) -> None:
+    """Fill in what of the model follows from the rest, and leave the other sections to the run."""
+    derived = config.copy()
+    derive(derived)
+    for info, value, origin in derived.model.items():
+        if origin.kind == "derived":
+            config.set(info.path, value, origin)
 
 
 def stated(config: ConfigContainer) -> dict[str, dict[str, Any]]:
