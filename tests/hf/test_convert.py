@@ -127,6 +127,10 @@ def without_shard(source: Path) -> None:
     (source / "model-00002-of-00003.safetensors").unlink()
 
 
+def with_foreign_index(source: Path) -> None:
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {LAST: "../model.safetensors"}}))
+
+
 def pickled(source: Path) -> None:
     (source / "model.safetensors").rename(source / "pytorch_model.bin")
 
@@ -150,6 +154,7 @@ def with_config(**changes: Any) -> Any:
         (renamed, f"missing: {LAST}; without a place in LlamaForCausalLM: {LAST.replace('down', 'dwon')}"),
         (reshaped, f"{LAST} is [32, 47] instead of [32, 48]"),
         (without_shard, "lacks the shard model-00002-of-00003.safetensors with "),
+        (with_foreign_index, "names '../model.safetensors', which is no file of this folder"),
         (pickled, "pickled weights, which can run code"),
         (cut_off, "model.safetensors is damaged"),
         (with_config(model_type="deepseek_v2"), "models of type deepseek_v2 cannot be converted yet"),
@@ -221,6 +226,20 @@ def test_export_refuses_what_no_family_computes(tmp_path, capsys) -> None:
     assert main(["convert", "export", str(tmp_path / "ours"), str(tmp_path / "back")]) == USER_ERROR
     assert "cannot say all of this model: rotary_interleaved is True" in capsys.readouterr().err
     assert not (tmp_path / "back").exists()
+
+
+def test_settings_that_changed_since_lead(tmp_path) -> None:
+    """A run that went on with other rotary positions exports those, with the rest of the config.json it came from."""
+    source = saved(tmp_path / "hf", "llama32")
+    with_config(rope_parameters={"rope_type": "default", "rope_theta": 2e6})(source)
+    assert main(["convert", "import", str(source), str(tmp_path / "ours")]) == 0
+    reference = saved(tmp_path / "reference", "llama32")
+    with_config(bos_token_id=7)(reference)
+    words = ["convert", "export", str(tmp_path / "ours"), str(tmp_path / "back"), "--hf-model", str(reference)]
+    assert main(words) == 0
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert (config["rope_theta"], config["rope_scaling"], config["bos_token_id"]) == (2e6, None, 7)
+    assert main(["convert", "check", str(tmp_path / "back"), str(tmp_path / "ours")]) == 0
 
 
 def test_nothing_is_written_over(tmp_path, capsys) -> None:

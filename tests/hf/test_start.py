@@ -60,6 +60,9 @@ def test_another_model_is_refused(tmp_path, capsys) -> None:
     assert main(["pretrain-gpt", *words, *sizes, "--pretrained-checkpoint", str(source)]) == USER_ERROR
     message = capsys.readouterr().err
     assert "normalization is LayerNorm, in config.json RMSNorm" in message
+    small = ["--padded-vocab-size", "69", "--pretrained-checkpoint", str(source)]
+    assert main(["pretrain-gpt", *FLAGS, *small]) == USER_ERROR
+    assert "model.vocab_size = 69 is below the vocabulary of 70" in capsys.readouterr().err
     assert main(["pretrain-gpt", *words, *sizes, "--pretrained-checkpoint", str(tmp_path / "none")]) == USER_ERROR
     assert "there is no such folder" in capsys.readouterr().err
 

@@ -14,7 +14,7 @@ from lockstep.hf.checkpoint import CARRIED, Checkpoint, model_problems, write_we
 from lockstep.hf.families import Family, family_of
 from lockstep.hf.folder import CONFIG, Folder, Weights, carried_files, read_json, split_all, write_folder
 from lockstep.hf.rules import mapped
-from lockstep.hf.settings import differences, family_for, to_config, to_hf, vocabulary
+from lockstep.hf.settings import check_same, differences, family_for, to_config, to_hf, vocabulary
 from lockstep.training import checkpoint_files as files
 from lockstep.training.checkpoint_args import is_hf_folder
 
@@ -27,8 +27,13 @@ def open_weights(folder: Folder, model: ModelConfig) -> Weights:
     Raises:
         UserError: they are not the parameters of that model.
     """
-    family = family_of(folder.config)
-    return Weights.match(folder, mapped(family.rules, model, vocabulary(folder.config)), family)
+    family, theirs = family_of(folder.config), vocabulary(folder.config)
+    if model.vocab_size is not None and model.vocab_size < theirs:
+        raise UserError(
+            f"model.vocab_size = {model.vocab_size} is below the vocabulary of {theirs} of {folder.path}; raise it to "
+            "at least that"
+        )
+    return Weights.match(folder, mapped(family.rules, model, theirs), family)
 
 
 def import_model(source: Path, target: Path, *, divisor: int = 1) -> Path:
@@ -94,6 +99,7 @@ def target_of(model: ModelConfig, reference: Path | None, size: int | None = Non
         changed = to_hf(model, family, vocabulary(theirs))
         kept = {key: value for key, value in theirs.items() if key not in ("rope_parameters", "rope_scaling")}
         theirs = kept | changed
+        check_same(model, theirs, f"{reference / CONFIG} says more than this model can take")
     return Target(family, theirs, [path for path in carried_files(reference) if path.name != CONFIG])
 
 

@@ -78,8 +78,10 @@ class Folder:
         index = read_json(self.path / INDEX).get("weight_map")
         if not isinstance(index, dict):
             raise UserError(f"{self.path / INDEX} has no weight_map; fetch it again")
-        for file in sorted(set(index.values())):
+        for file in sorted(set(index.values()), key=str):
             named = {name for name, where in index.items() if where == file}
+            if not isinstance(file, str) or Path(file).name != file:
+                raise UserError(f"{self.path / INDEX} names {file!r}, which is no file of this folder; fetch it again")
             if not (self.path / file).is_file():
                 raise UserError(f"{self.path} lacks the shard {file} with {listed(sorted(named), 3)}; fetch it")
             there = set(self._handle(file).keys())

@@ -1,6 +1,6 @@
 """A Hugging Face folder as what a run starts from, without a conversion on disk before it."""
 
-from functools import cached_property
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,16 @@ from lockstep.training.checkpoint_state import MODEL
 from lockstep.training.checkpoint_storage import Stored
 
 
+@dataclass(frozen=True)
 class HFSource(Source):
-    """The weights of a Hugging Face folder, cut for each process as it reads them."""
+    """The weights of a Hugging Face folder, cut for each process as it reads them; matched once, with one model."""
 
-    @cached_property
-    def _opened(self) -> Folder:
-        return Folder(self.folder)
+    matched: list[Weights] = field(default_factory=list)
 
     def _weights(self, config: ConfigContainer) -> Weights:
-        return open_weights(self._opened, config.model)
+        if not self.matched:
+            self.matched.append(open_weights(Folder(self.folder), config.model))
+        return self.matched[0]
 
     def index(self, config: ConfigContainer) -> dict[str, Stored]:
         """Return its tensors by name, as a run of the resolved ``config`` finds them."""
