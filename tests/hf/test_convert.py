@@ -73,6 +73,9 @@ def test_dtype_and_padding(tmp_path) -> None:
     assert main(["convert", "check", str(source), str(tmp_path / "ours")]) == 0
     assert main(["convert", "export", str(tmp_path / "ours"), str(tmp_path / "back"), "--dtype", "float32"]) == 0
     assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "float32"
+    model = json.loads((tmp_path / "ours" / "iter_0000000" / "config.json").read_text())["config"]["model"]
+    assert model["max_position_embeddings"] == 16384
+    assert "seq_length" not in model
     before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "back"))
     assert all(torch.equal(after[name], value.float()) for name, value in before.items())
 
@@ -131,6 +134,12 @@ def with_foreign_index(source: Path) -> None:
     (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {LAST: "../model.safetensors"}}))
 
 
+def with_wrong_index(source: Path) -> None:
+    names = [name for name in load_file(source / "model.safetensors") if name != LAST]
+    index = {"weight_map": dict.fromkeys(names, "model.safetensors")}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 def pickled(source: Path) -> None:
     (source / "model.safetensors").rename(source / "pytorch_model.bin")
 
@@ -155,6 +164,7 @@ def with_config(**changes: Any) -> Any:
         (reshaped, f"{LAST} is [32, 47] instead of [32, 48]"),
         (without_shard, "lacks the shard model-00002-of-00003.safetensors with "),
         (with_foreign_index, "names '../model.safetensors', which is no file of this folder"),
+        (with_wrong_index, f"model.safetensors.index.json disagree on {LAST}"),
         (pickled, "pickled weights, which can run code"),
         (cut_off, "model.safetensors is damaged"),
         (with_config(model_type="deepseek_v2"), "models of type deepseek_v2 cannot be converted yet"),

@@ -85,7 +85,7 @@ def test_any_layout_in_and_out(family, tmp_path, capsys) -> None:
         "mixed_precision.bf16": False,
         "validation.eval_iters": 0,
     }
-    layouts = {
+    layouts: dict[str, dict[str, Any]] = {
         "tp": {"model.tensor_model_parallel_size": 2},
         "pp": {"model.pipeline_model_parallel_size": 2},
         "fsdp": {"dist.use_torch_fsdp2": True},
