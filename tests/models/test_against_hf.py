@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from lockstep.hf.families import GPT2, LLAMA, Family
+from lockstep.hf.rules import mapped
 from lockstep.models import GPTModel, build_model
 from lockstep.models.layers import required
 
@@ -25,61 +27,10 @@ def randomised(model: GPTModel) -> GPTModel:
     return model.eval()
 
 
-def grouped_qkv(model: GPTModel, prefix: str, kind: str) -> Tensor:
-    """Return the rows of query, key and value one after another."""
-    config: Any = model.config
-    per_group = config.num_attention_heads // config.num_query_groups
-    rows = model.get_parameter(f"{prefix}.linear_qkv.{kind}")
-    groups = rows.unflatten(0, (config.num_query_groups, per_group + 2, config.kv_channels))
-    return torch.cat([groups[:, :per_group].flatten(0, 2), groups[:, -2].flatten(0, 1), groups[:, -1].flatten(0, 1)])
-
-
-def gpt2_weights(model: GPTModel) -> dict[str, Tensor]:
-    get = model.get_parameter
-    weights: dict[str, Tensor] = {
-        "transformer.wte.weight": get("embedding.word_embeddings.weight"),
-        "lm_head.weight": get("embedding.word_embeddings.weight"),
-        "transformer.wpe.weight": get("embedding.position_embeddings.weight"),
-    }
-    norms = {"transformer.ln_f": "decoder.final_layernorm"}
-    for i in range(required(model.config.num_layers)):
-        ours, theirs = f"decoder.layers.{i}", f"transformer.h.{i}"
-        norms |= {f"{theirs}.ln_1": f"{ours}.input_layernorm", f"{theirs}.ln_2": f"{ours}.pre_mlp_layernorm"}
-        weights[f"{theirs}.attn.c_attn.weight"] = grouped_qkv(model, f"{ours}.self_attention", "weight").t()
-        weights[f"{theirs}.attn.c_attn.bias"] = grouped_qkv(model, f"{ours}.self_attention", "bias")
-        linears = {"attn.c_proj": "self_attention.linear_proj", "mlp.c_fc": "mlp.linear_fc1"}
-        for name, our_name in {**linears, "mlp.c_proj": "mlp.linear_fc2"}.items():
-            weights[f"{theirs}.{name}.weight"] = get(f"{ours}.{our_name}.weight").t()
-            weights[f"{theirs}.{name}.bias"] = get(f"{ours}.{our_name}.bias")
-    for name, our_name in norms.items():
-        weights |= {f"{name}.{kind}": get(f"{our_name}.{kind}") for kind in ("weight", "bias")}
-    return weights
-
-
-def llama_weights(model: GPTModel) -> dict[str, Tensor]:
-    get = model.get_parameter
-    config: Any = model.config
-    query_rows = config.num_attention_heads * config.kv_channels
-    key_rows = config.num_query_groups * config.kv_channels
-    weights: dict[str, Tensor] = {
-        "model.embed_tokens.weight": get("embedding.word_embeddings.weight"),
-        "lm_head.weight": get("output_layer.weight"),
-        "model.norm.weight": get("decoder.final_layernorm.weight"),
-    }
-    for i in range(config.num_layers):
-        ours, theirs = f"decoder.layers.{i}", f"model.layers.{i}"
-        qkv = grouped_qkv(model, f"{ours}.self_attention", "weight").split([query_rows, key_rows, key_rows])
-        weights |= {f"{theirs}.self_attn.{n}_proj.weight": rows for n, rows in zip("qkv", qkv, strict=True)}
-        gate, up = get(f"{ours}.mlp.linear_fc1.weight").chunk(2)
-        weights |= {
-            f"{theirs}.mlp.gate_proj.weight": gate,
-            f"{theirs}.mlp.up_proj.weight": up,
-            f"{theirs}.mlp.down_proj.weight": get(f"{ours}.mlp.linear_fc2.weight"),
-            f"{theirs}.self_attn.o_proj.weight": get(f"{ours}.self_attention.linear_proj.weight"),
-            f"{theirs}.input_layernorm.weight": get(f"{ours}.input_layernorm.weight"),
-            f"{theirs}.post_attention_layernorm.weight": get(f"{ours}.pre_mlp_layernorm.weight"),
-        }
-    return weights
+def hf_weights(model: GPTModel, family: Family) -> dict[str, Tensor]:
+    """Return the weights as files of the family have them."""
+    entries = mapped(family.rules, model.config, required(model.config.vocab_size)).values()
+    return {name: part for entry in entries for name, part in entry.split(model.get_parameter(entry.name)).items()}
 
 
 def assert_same_logits(ours: Tensor, theirs: Tensor) -> None:
@@ -91,7 +42,8 @@ def hf_gpt2(model: GPTModel) -> Any:
         vocab_size=512, n_positions=64, n_embd=32, n_layer=2, n_head=4, n_inner=112, bos_token_id=0, eos_token_id=0
     )
     hf: Any = GPT2LMHeadModel(config).eval()
-    hf.load_state_dict(gpt2_weights(model))
+    weights = hf_weights(model, GPT2)
+    hf.load_state_dict(weights | {"lm_head.weight": weights["transformer.wte.weight"]})
     return hf
 
 
@@ -155,7 +107,7 @@ def test_llama(llama_like, scaled):
         tie_word_embeddings=False,
     )
     hf = LlamaForCausalLM(config).eval()
-    hf.load_state_dict(llama_weights(model))
+    hf.load_state_dict(hf_weights(model, LLAMA))
     tokens, positions = tokens_and_positions(512, length=64)
     with torch.no_grad():
         assert_same_logits(model(tokens, positions), hf(tokens).logits)

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from lockstep.hf.families import QWEN3_MOE
 from lockstep.models import GPTModel, build_model
-from tests.models.test_against_hf import CPU, assert_same_logits, llama_weights, randomised, tokens_and_positions
+from tests.models.test_against_hf import CPU, assert_same_logits, hf_weights, randomised, tokens_and_positions
 
 SIZES: dict[str, Any] = {
     "vocab_size": 512,
@@ -25,34 +26,15 @@ SIZES: dict[str, Any] = {
 
 
 def weights_of(model: GPTModel) -> dict[str, Tensor]:
-    """Return the weights under Hugging Face's names; experts of a layer are one tensor there."""
+    """Return the weights under transformers' own names; experts of a layer are one tensor there."""
     get = model.get_parameter
-    weights = llama_weights_without_mlp(model)
+    in_files = hf_weights(model, QWEN3_MOE)
+    weights = {name: value for name, value in in_files.items() if ".mlp.experts." not in name}
     for i in range(2):
         ours, theirs = f"decoder.layers.{i}.mlp", f"model.layers.{i}.mlp"
-        weights[f"{theirs}.gate.weight"] = get(f"{ours}.router.weight")
         for name, hf in (("linear_fc1", "gate_up_proj"), ("linear_fc2", "down_proj")):
             parts: list[Tensor] = [get(f"{ours}.experts.local_experts.{e}.{name}.weight") for e in range(8)]
             weights[f"{theirs}.experts.{hf}"] = torch.stack(parts)
-    return weights
-
-
-def llama_weights_without_mlp(model: GPTModel) -> dict[str, Tensor]:
-    """Return all other weights: those of a Llama whose MLPs are left out."""
-
-    class Stub:
-        config = model.config
-
-        def get_parameter(self, name: str) -> Tensor:
-            return torch.zeros(2, 1) if ".mlp.linear" in name else model.get_parameter(name)
-
-    stub: Any = Stub()
-    weights = {name: value for name, value in llama_weights(stub).items() if ".mlp." not in name}
-    if model.config.qk_layernorm:
-        for i in range(2):
-            for kind in "qk":
-                norm = model.get_parameter(f"decoder.layers.{i}.self_attention.{kind}_layernorm.weight")
-                weights[f"model.layers.{i}.self_attn.{kind}_norm.weight"] = norm
     return weights
 
 

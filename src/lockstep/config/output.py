@@ -82,7 +82,10 @@ class CheckpointConfig(TensorDumps, Section):
     )
     finetune: bool = opt(False, "--finetune", help="Load the weights alone and start at iteration 0.")
     pretrained_checkpoint: str | None = opt(
-        None, "--pretrained-checkpoint", refused="not supported yet; use load with finetune", effect="path"
+        None,
+        "--pretrained-checkpoint",
+        help="Checkpoint or Hugging Face folder whose weights a run starts from, unless load holds checkpoints.",
+        effect="path",
     )
     ckpt_step: int | None = opt(None, "--ckpt-step", help="Iteration to load instead of the newest.", effect="path")
     use_checkpoint_args: bool = opt(

@@ -525,10 +525,10 @@ def _checkpoint(c: ConfigContainer) -> Iterator[str]:
     }
     loading = {
         "checkpoint.ckpt_step": k.ckpt_step is not None,
-        "checkpoint.finetune": k.finetune,
+        "checkpoint.finetune": k.finetune and k.pretrained_checkpoint is None,
         "checkpoint.load_optim": not k.load_optim,
         "checkpoint.load_rng": not k.load_rng,
-        "checkpoint.use_checkpoint_args": k.use_checkpoint_args,
+        "checkpoint.use_checkpoint_args": k.use_checkpoint_args and k.pretrained_checkpoint is None,
         "scheduler.override_opt_param_scheduler": s.override_opt_param_scheduler,
         "scheduler.use_checkpoint_opt_param_scheduler": s.use_checkpoint_opt_param_scheduler,
     }

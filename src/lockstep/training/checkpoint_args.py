@@ -60,12 +60,10 @@ def take_settings(config: ConfigContainer) -> None:
         ConfigError: there is no such checkpoint, or its settings are not known here.
     """
     settings = config.checkpoint
-    if not settings.use_checkpoint_args or settings.load is None:
+    if not settings.use_checkpoint_args or (settings.load is None and settings.pretrained_checkpoint is None):
         return
     try:
-        folder = files.find(Path(settings.load), settings.ckpt_step)
-        files.read_manifest(folder)
-        saved = files.read_config(folder)
+        folder, saved = _saved_settings(settings)
     except UserError as error:
         raise ConfigError(str(error)) from None
     for info, ours, origin in list(config.items()):
@@ -77,6 +75,36 @@ def take_settings(config: ConfigContainer) -> None:
             continue
         detail = f"{folder.name}, {_REPLACES} {spelled(info, origin)} = {ours}" if given else folder.name
         config.set(info.path, decode_number(theirs), Origin("checkpoint", detail))
+
+
+def named_source(settings: CheckpointConfig) -> tuple[Path, bool]:
+    """Return the folder whose state or weights a run begins with, and whether it takes its weights as pretrained ones.
+
+    As in Megatron-LM, that is the pretrained checkpoint until the run has saved one of its own.
+    """
+    load, pretrained = settings.load, settings.pretrained_checkpoint
+    if pretrained is not None and (load is None or not files.holds_checkpoints(Path(load))):
+        return Path(pretrained), True
+    assert load is not None, "a checkpoint is named"
+    return Path(load), False
+
+
+def is_hf_folder(folder: Path) -> bool:
+    """Tell whether a folder is a Hugging Face model rather than checkpoints of Lockstep."""
+    path = folder / files.CONFIG
+    return path.is_file() and "model_type" in files.read_json(path)
+
+
+def _saved_settings(settings: CheckpointConfig) -> tuple[Path, dict[str, dict[str, Any]]]:
+    root, pretrained = named_source(settings)
+    if pretrained and is_hf_folder(root):
+        # Imported here only: few runs need the conversion.
+        from lockstep.hf.source import hf_settings
+
+        return root, hf_settings(root)
+    folder = files.find(root, None if pretrained else settings.ckpt_step)
+    files.read_manifest(folder)
+    return folder, files.read_config(folder)
 
 
 def _is_taken(info: FieldInfo, settings: CheckpointConfig) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from lockstep.config import ConfigContainer
 from lockstep.errors import UserError
@@ -16,7 +17,7 @@ from lockstep.parallel.dropout import stream_layout, stream_number
 from lockstep.parallel.placement import Placed, Placement
 from lockstep.record.schema import encode
 from lockstep.training import checkpoint_files as files
-from lockstep.training.checkpoint_args import names_weights, taken_lines
+from lockstep.training.checkpoint_args import is_hf_folder, named_source, names_weights, taken_lines
 from lockstep.training.checkpoint_peers import Peers
 from lockstep.training.checkpoint_state import (
     MODEL,
@@ -40,13 +41,27 @@ from lockstep.training.setup import Parts
 class Source:
     """A checkpoint that a run continues from, its head read and its files verified.
 
-    ``root`` is the folder that was named, ``folder`` the checkpoint in it.
+    ``root`` is the folder that was named, ``folder`` the checkpoint in it; ``weights_only`` where a run starts anew
+    with its weights.
     """
 
     root: Path
     folder: Path
     manifest: dict[str, Any]
     config: dict[str, dict[str, Any]]
+    weights_only: bool = False
+
+    def index(self, config: ConfigContainer) -> dict[str, Stored]:
+        """Return its tensors by name, as a run of the resolved ``config`` finds them."""
+        return read_index(self.folder)
+
+    def read(self, tensors: dict[str, Placed], config: ConfigContainer) -> None:
+        """Fill tensors of this process in place."""
+        read_tensors(self.folder, tensors)
+
+    def whole(self, name: str, stored: Stored, config: ConfigContainer) -> Tensor:
+        """Return a whole tensor."""
+        return read_whole(self.folder, stored)
 
     @property
     def iteration(self) -> int:
@@ -70,7 +85,8 @@ def open_source(config: ConfigContainer, peers: Peers) -> Source | None:
     Raises:
         UserError: there is none, it is damaged, or its model is another one.
     """
-    if config.checkpoint.load is None:
+    settings = config.checkpoint
+    if settings.load is None and settings.pretrained_checkpoint is None:
         return None
     source = peers.by_leader(lambda: _head(config))
     peers.everywhere(lambda: files.verify(source.folder, source.manifest, peers.rank, peers.size))
@@ -78,11 +94,19 @@ def open_source(config: ConfigContainer, peers: Peers) -> Source | None:
 
 
 def _head(config: ConfigContainer) -> Source:
-    assert config.checkpoint.load is not None, "a checkpoint is named"
-    root = Path(config.checkpoint.load)
-    folder = files.find(root, config.checkpoint.ckpt_step)
-    source = Source(root, folder, files.read_manifest(folder), files.read_config(folder))
-    if not config.checkpoint.finetune:
+    settings = config.checkpoint
+    root, pretrained = named_source(settings)
+    if pretrained and not root.is_dir():
+        raise UserError(f"--pretrained-checkpoint {root}: there is no such folder")
+    if pretrained and is_hf_folder(root):
+        # Imported here only: few runs need the conversion.
+        from lockstep.hf.source import open_hf_source
+
+        return open_hf_source(root, config)
+    folder = files.find(root, None if pretrained else settings.ckpt_step)
+    weights_only = pretrained or settings.finetune
+    source = Source(root, folder, files.read_manifest(folder), files.read_config(folder), weights_only)
+    if not weights_only:
         check_model(config, source)
     return source
 
@@ -127,7 +151,7 @@ def check_model(config: ConfigContainer, source: Source) -> None:
 
 def announce(source: Source, config: ConfigContainer) -> None:
     """Say what is continued from."""
-    if config.checkpoint.finetune:
+    if source.weights_only:
         say(f"fine-tuning from iteration 0 with the weights of {source.root}, iteration {source.iteration}")
     else:
         say(f"resuming from {source.root} at iteration {source.iteration}")
@@ -170,7 +194,7 @@ def restore(
         UserError: on all processes, where the checkpoint does not fit the run.
     """
     placement = Placement(config.model, mesh)
-    if not config.checkpoint.finetune:
+    if not source.weights_only:
         note_changes(source, config)
         note_layout(source, mesh)
     restored: list[Trainer | None] = []
@@ -190,24 +214,24 @@ def _fingerprint(
     """Return the fingerprint of the whole model, in the dtype of this run."""
     prints = Fingerprint()
     for name in placement.shapes:
-        prints.add(name, read_whole(source.folder, index[MODEL + name]).to(params_dtype(config)))
+        prints.add(name, source.whole(MODEL + name, index[MODEL + name], config).to(params_dtype(config)))
     return prints.result()
 
 
 def _restore_tensors(source: Source, config: ConfigContainer, placement: Placement, parts: Parts) -> dict[str, Stored]:
     """Fill weights and optimizer state of this process; return the index of the checkpoint."""
-    settings, trainer = config.checkpoint, parts.trainer
-    if not settings.finetune:
+    trainer = parts.trainer
+    if not source.weights_only:
         check_model(config, source)
-    index = read_index(source.folder)
+    index = source.index(config)
     wanted = model_tensors(parts.model, placement)
-    with_optimizer = _takes_optimizer(config, trainer)
+    with_optimizer = _takes_optimizer(source, config, trainer)
     if with_optimizer:
         assert trainer is not None
         wanted |= _optimizer_state(source, trainer, placement, index)
     hint = "add --no-load-optim to continue without the optimizer's state, or --finetune to take the weights alone"
     check_tensors(wanted, index, hint, convert=not with_optimizer)
-    read_tensors(source.folder, wanted)
+    source.read(wanted, config)
     if trainer is None or not (with_optimizer and trainer.step.optimizer.weights.copies):
         take_model_tensors(parts.model, wanted)
         if trainer is not None:
@@ -215,8 +239,8 @@ def _restore_tensors(source: Source, config: ConfigContainer, placement: Placeme
     return index
 
 
-def _takes_optimizer(config: ConfigContainer, trainer: Trainer | None) -> bool:
-    return config.checkpoint.load_optim and not config.checkpoint.finetune and trainer is not None
+def _takes_optimizer(source: Source, config: ConfigContainer, trainer: Trainer | None) -> bool:
+    return config.checkpoint.load_optim and not source.weights_only and trainer is not None
 
 
 def _restore_rest(
@@ -224,14 +248,14 @@ def _restore_rest(
 ) -> Trainer | None:
     """Move ``progress``, data, random streams, loss scale and schedules; return the trainer to go on with."""
     settings, trainer = config.checkpoint, parts.trainer
-    if settings.finetune:
+    if source.weights_only:
         return trainer
     _restore_progress(source, trainer, parts.evaluator, progress)
     if trainer is None:
         return None
     if settings.load_rng:
         _restore_streams(source, config, trainer, mesh)
-    if not _takes_optimizer(config, trainer):
+    if not _takes_optimizer(source, config, trainer):
         # As in Megatron-LM: the position in the schedules belongs to the optimizer's state.
         progress.stepped_samples = 0
         return trainer

@@ -37,13 +37,14 @@ class Snapshot:
     """What this process saves of a run between two iterations.
 
     Tensors go by canonical name, with their place; dropout streams by the name of their file. ``facts`` are plain
-    values, equal on all processes.
+    values, equal on all processes. ``attached`` are files to copy beside the tensors, under their new names.
     """
 
     iteration: int
     tensors: dict[str, Placed]
     streams: dict[str, dict[str, torch.Tensor]]
     facts: dict[str, Any]
+    attached: dict[str, Path] = field(default_factory=dict)
 
     def on_host(self) -> "Snapshot":
         """Return a copy in host memory that training does not touch."""
@@ -111,6 +112,7 @@ def write_checkpoint(
         names = write_tensors(scratch, snapshot.tensors, peers.group)
         parts = peers.everywhere(lambda: _write_streams(scratch, snapshot, names))
         facts = {name: fact for part in parts for name, fact in part.items()}
+        facts |= peers.by_leader(lambda: _attach(scratch, snapshot.attached))
         peers.by_leader(lambda: _complete(root, scratch, snapshot, config, origin, facts))
     except BaseException:
         if peers.leads:
@@ -123,6 +125,13 @@ def _write_streams(folder: Path, snapshot: Snapshot, written: list[str]) -> dict
     for name, streams in snapshot.streams.items():
         save_file(streams, folder / name)
     return {name: files.settle(folder / name) for name in [*written, *snapshot.streams]}
+
+
+def _attach(folder: Path, attached: dict[str, Path]) -> dict[str, dict[str, Any]]:
+    for name, path in attached.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, folder / name)
+    return {name: files.settle(folder / name) for name in attached}
 
 
 def _complete(

@@ -57,7 +57,7 @@ def run(config: ConfigContainer, *, door: str, command: Command, name: str) -> R
         if signal is not None:
             stack.enter_context(signal.watched())
         mesh = stack.enter_context(start_processes(config, device, on_loss=partial(_fail, hooks)))
-        checkpoints = config.checkpoint.save is not None or config.checkpoint.load is not None
+        checkpoints = _checkpointed(config)
         timeout = timedelta(minutes=config.dist.distributed_timeout_minutes)
         peers = Peers.of(mesh, timeout) if checkpoints else Peers()
         peers.by_leader(lambda: check_save_folder(config))
@@ -91,6 +91,11 @@ def run(config: ConfigContainer, *, door: str, command: Command, name: str) -> R
         return _go(info, parts, hooks, exit_rule, progress)
 
 
+def _checkpointed(config: ConfigContainer) -> bool:
+    settings = config.checkpoint
+    return any((settings.save, settings.load, settings.pretrained_checkpoint))
+
+
 def _anywhere(mesh: Mesh, device: torch.device, flag: bool) -> bool:
     """Tell whether the flag is up on any process."""
     return bool(mesh.world.highest_(torch.tensor(int(flag), device=device)).item())
@@ -104,7 +109,7 @@ def _start_record(
     if source is None:
         say(f"fresh run from initial weights, seed {config.rng.seed}")
     else:
-        facts["resumed_from"] = source.as_fact() | {"finetune": config.checkpoint.finetune}
+        facts["resumed_from"] = source.as_fact() | {"finetune": source.weights_only}
     say(f"device: {device} ({machine['name']})")
     split = config.origin("model.sequence_parallel")
     if split.kind == "derived":

@@ -1,0 +1,262 @@
+"""Settings of a model and the config.json of Hugging Face, both ways; what either cannot say is an error."""
+
+from typing import Any
+
+from lockstep.config import ConfigContainer, Origin
+from lockstep.config.derive import derive
+from lockstep.config.experts import expert_layers
+from lockstep.config.model import ModelConfig
+from lockstep.errors import ConfigError, UserError
+from lockstep.hf.families import FAMILIES, Family, Key, family_of
+from lockstep.models.mlp import uses_fused_activation
+from lockstep.training.checkpoint_args import names_weights
+
+# Lockstep knows Llama 3.1's scaling with these numbers alone.
+_LLAMA3_ROPE = {"original_max_position_embeddings": 8192, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_ACTIVATIONS = {"gelu_new": True, "gelu_pytorch_tanh": True, "gelu": False}
+
+_TRAINING = {
+    "activation_func",
+    "add_position_embedding",
+    "attention_backend",
+    "attention_softmax_in_fp32",
+    "bias_activation_fusion",
+    "calculate_per_token_loss",
+    "disable_bf16_reduced_precision_matmul",
+    "moe_aux_loss_coeff",
+    "moe_expert_capacity_factor",
+    "moe_layer_freq",
+    "moe_router_bias_update_rate",
+    "moe_router_dtype",
+    "moe_router_load_balancing_type",
+    "moe_token_drop_policy",
+    "moe_z_loss_coeff",
+    "seq_length",
+    "vocab_size",
+}
+"""Settings that belong to training and rounding, or that `computed` spells in another way."""
+
+
+def to_config(hf: dict[str, Any], divisor: int = 1) -> ConfigContainer:
+    """Return the tree with the model that a config.json describes, its vocabulary padded to a multiple of ``divisor``.
+
+    Each value says which key it comes from. The sample length is that of the longest positions.
+
+    Raises:
+        UserError: config.json lacks a key, or asks for something that is not supported; names key and value.
+    """
+    family, config = family_of(hf), ConfigContainer()
+    for name, accepted in family.only.items():
+        if hf.get(name, accepted[0]) not in accepted:
+            raise UserError(f"config.json: {name} = {hf[name]} is not supported (supported: {accepted[0]})")
+
+    def take(ours: str, value: Any, detail: str) -> None:
+        try:
+            config.set(f"model.{ours}", value, Origin("hf", detail))
+        except ConfigError as error:
+            raise UserError(f"config.json: {detail}: {error}") from None
+
+    for ours, value in family.fixed.items():
+        take(ours, value, family.name)
+    for key in family.keys:
+        value = _stated(hf, key)
+        if value is not None:
+            take(key.ours, value, key.theirs)
+    take("share_embeddings_and_output_weights", hf.get("tie_word_embeddings", family.tied), "tie_word_embeddings")
+    for ours, value, detail in [*_rotary(hf, family), *_experts(hf, family), *_activation(hf, family)]:
+        take(ours, value, detail)
+    take("vocab_size", -(-vocabulary(hf) // divisor) * divisor, "vocab_size")
+    take("make_vocab_size_divisible_by", divisor, "vocab_size")
+    take("seq_length", config.model.max_position_embeddings, _of("max_position_embeddings", family))
+    _derive_model(config)
+    return config
+
+
+def _derive_model(config: ConfigContainer) -> None:
+    """Fill in what of the model follows from the rest, and leave the other sections to the run."""
+    derived = config.copy()
+    derive(derived)
+    for info, value, origin in derived.model.items():
+        if origin.kind == "derived":
+            config.set(info.path, value, origin)
+
+
+def stated(config: ConfigContainer) -> dict[str, dict[str, Any]]:
+    """Return what the tree of a config.json says of model and tokenizer, by section, fit for JSON.
+
+    Left out are settings that only training chooses, the sample length first of all, and a tokenizer that is not there.
+    """
+    model = {
+        info.name: value
+        for info, value, origin in config.model.items()
+        if info.name != "seq_length" and (origin.kind != "default" or info.name not in _TRAINING)
+    }
+    tokenizer = config.tokenizer.as_dict() if config.tokenizer.tokenizer_type is not None else {}
+    return {"model": model, "tokenizer": tokenizer}
+
+
+def vocabulary(hf: dict[str, Any]) -> int:
+    """Return the rows that the embedding has in a Hugging Face model."""
+    size = hf.get("vocab_size")
+    if not isinstance(size, int) or size < 1:
+        raise UserError(f"config.json: vocab_size = {size}: a number above 0 has to be there")
+    return size
+
+
+def _of(ours: str, family: Family) -> str:
+    return next(key.theirs for key in family.keys if key.ours == ours)
+
+
+def _stated(hf: dict[str, Any], key: Key) -> Any:
+    value = hf.get(key.theirs)
+    if value is None and key.like is not None:
+        value = hf.get(key.like)
+    if value is None:
+        value = key.default
+    # GPT-2's inner width and the width of a head follow from others where they are not stated.
+    if value is None and key.ours not in ("ffn_hidden_size", "kv_channels"):
+        raise UserError(f"config.json does not state {key.theirs}; take the config.json that the model came with")
+    return value
+
+
+def _rotary(hf: dict[str, Any], family: Family) -> list[tuple[str, Any, str]]:
+    """Read rotary positions in the spelling of either version of transformers."""
+    if not family.rotary:
+        return []
+    name = "rope_parameters" if hf.get("rope_parameters") else "rope_scaling"
+    rope: dict[str, Any] = hf.get(name) or {}
+    base = rope.get("rope_theta", hf.get("rope_theta", family.rotary_base))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    partial = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0))
+    result = [("rotary_base", base, "rope_theta"), ("rotary_percent", partial, "partial_rotary_factor")]
+    if kind == "default":
+        return [*result, ("rope_scaling", False, name)]
+    if kind != "llama3":
+        raise UserError(f"config.json: {name} of type {kind} is not supported (supported: default, llama3)")
+    for key, value in _LLAMA3_ROPE.items():
+        if rope.get(key) != value:
+            raise UserError(f"config.json: {name}.{key} = {rope.get(key)} is not supported (supported: {value})")
+    if "factor" not in rope:
+        raise UserError(f"config.json does not state {name}.factor")
+    return [*result, ("rope_scaling", True, name), ("rope_scaling_factor", rope["factor"], f"{name}.factor")]
+
+
+def _experts(hf: dict[str, Any], family: Family) -> list[tuple[str, Any, str]]:
+    if "moe_router_score_function" not in family.fixed:
+        return []
+    coefficient = [("moe_aux_loss_coeff", [hf.get("router_aux_loss_coef", 0.001)], "router_aux_loss_coef")]
+    if family.name == "mixtral":
+        return [*coefficient, ("ffn_hidden_size", hf["intermediate_size"], "intermediate_size")]
+    step, dense = hf.get("decoder_sparse_step", 1), hf.get("mlp_only_layers") or []
+    pattern = [int(i not in dense and (i + 1) % step == 0) for i in range(hf["num_hidden_layers"])]
+    frequency = 1 if all(pattern) else pattern
+    return [
+        *coefficient,
+        ("moe_layer_freq", frequency, "mlp_only_layers, decoder_sparse_step"),
+        ("moe_router_pre_softmax", not hf.get("norm_topk_prob", False), "norm_topk_prob"),
+    ]
+
+
+def _activation(hf: dict[str, Any], family: Family) -> list[tuple[str, Any, str]]:
+    if "activation_func" in family.fixed:
+        return []
+    name = hf.get("activation_function", "gelu_new")
+    if name not in _ACTIVATIONS:
+        raise UserError(f"config.json: activation_function = {name} is not supported ({', '.join(_ACTIVATIONS)})")
+    return [
+        ("activation_func", "gelu", "activation_function"),
+        ("bias_activation_fusion", _ACTIVATIONS[name], "activation_function"),
+    ]
+
+
+def to_hf(model: ModelConfig, family: Family, size: int) -> dict[str, Any]:
+    """Return the config.json of a resolved model with a vocabulary of ``size``.
+
+    Raises:
+        UserError: the family computes something else; names the settings.
+    """
+    hf: dict[str, Any] = {
+        "architectures": [family.architecture],
+        "model_type": family.name,
+        "vocab_size": size,
+        "tie_word_embeddings": model.share_embeddings_and_output_weights,
+        **{key.theirs: getattr(model, key.ours) for key in family.keys},
+        **{key: accepted[0] for key, accepted in family.only.items() if accepted[0] is not None},
+    }
+    if family.rotary:
+        hf["rope_theta"] = float(model.rotary_base)
+        scaling = {"rope_type": "llama3", "factor": model.rope_scaling_factor, **_LLAMA3_ROPE}
+        hf["rope_scaling"] = scaling if model.rope_scaling else None
+        if model.rotary_percent != 1.0:
+            hf["partial_rotary_factor"] = model.rotary_percent
+    else:
+        hf["activation_function"] = _spelled_activation(model)
+        hf["embd_pdrop"] = model.hidden_dropout
+    if model.num_moe_experts is not None:
+        hf["router_aux_loss_coef"] = model.moe_aux_loss_coeff[0]
+    if family.name == "qwen3_moe":
+        hf["norm_topk_prob"] = not model.moe_router_pre_softmax
+        hf["decoder_sparse_step"] = 1
+        hf["mlp_only_layers"] = [i for i, sparse in enumerate(expert_layers(model)) if not sparse]
+    check_same(model, hf, f"{family.architecture} cannot say all of this model")
+    return hf
+
+
+def _spelled_activation(model: ModelConfig) -> str:
+    """Return the activation as Hugging Face calls it; one it does not have keeps Lockstep's name."""
+    name = model.activation_func
+    if name == "gelu":
+        return "gelu_new" if uses_fused_activation(model) else "gelu"
+    return "gelu_new" if name == "openai_gelu" else name
+
+
+def computed(model: ModelConfig) -> dict[str, Any]:
+    """Return the settings that say what a resolved model computes, without those of training and rounding alone."""
+    result = {
+        info.name: value for info, value, _ in model.items() if names_weights(info) and info.name not in _TRAINING
+    }
+    result["activation"] = _spelled_activation(model)
+    sparse = list(expert_layers(model))
+    result["layers with experts"] = [i for i, has in enumerate(sparse) if has]
+    unused = set()
+    if model.position_embedding_type != "rope":
+        unused |= {name for name in result if name.startswith(("rotary_", "rope_"))}
+    else:
+        unused.add("max_position_embeddings")
+    if not model.rope_scaling:
+        unused.add("rope_scaling_factor")
+    if not any(sparse):
+        unused |= {name for name in result if name.startswith("moe_")}
+    elif all(sparse):
+        unused.add("ffn_hidden_size")
+    return {name: value for name, value in result.items() if name not in unused}
+
+
+def check_same(model: ModelConfig, hf: dict[str, Any], problem: str) -> None:
+    """Check that a config.json describes the same computation as the settings of a model.
+
+    Raises:
+        UserError: it does not; begins with ``problem`` and names every setting that differs.
+    """
+    found = differences(model, hf)
+    if found:
+        raise UserError(f"{problem}: {'; '.join(found)}")
+
+
+def differences(model: ModelConfig, hf: dict[str, Any]) -> list[str]:
+    """Return in what the computation of a model and of a config.json differ, one sentence a setting."""
+    ours, theirs = computed(model), computed(to_config(hf).model)
+    return [
+        f"{name} is {ours.get(name)}, in config.json {theirs.get(name)}"
+        for name in sorted({*ours, *theirs})
+        if ours.get(name) != theirs.get(name)
+    ]
+
+
+def family_for(model: ModelConfig) -> Family:
+    """Return the family that a model without a config.json belongs to."""
+    if model.normalization == "LayerNorm":
+        return FAMILIES["gpt2"]
+    if model.num_moe_experts is not None:
+        return FAMILIES["qwen3_moe" if model.qk_layernorm else "mixtral"]
+    return FAMILIES["qwen3" if model.qk_layernorm else "llama"]

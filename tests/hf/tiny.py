@@ -1,0 +1,95 @@
+"""Tiny random models of transformers, saved as their users would find them."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": 70,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 16384,
+}
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def gpt2() -> Any:
+    """GPT-2, tied."""
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=70, n_positions=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0)
+    )
+
+
+def llama() -> Any:
+    """Llama 3, with an output layer of its own."""
+    rope = {"rope_type": "default", "rope_theta": 500000.0}
+    sizes = _SIZES | {"num_key_value_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(intermediate_size=48, rms_norm_eps=1e-5, rope_parameters=rope, **sizes))
+
+
+def llama32() -> Any:
+    """Llama 3.2: tied, with rope scaling by 32."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            intermediate_size=48, rms_norm_eps=1e-5, rope_parameters=_LLAMA3_ROPE, tie_word_embeddings=True, **_SIZES
+        )
+    )
+
+
+def qwen3() -> Any:
+    """Qwen3, whose heads are wider than the residual stream divided by their number."""
+    return Qwen3ForCausalLM(Qwen3Config(intermediate_size=48, head_dim=16, **_SIZES))
+
+
+def mixtral() -> Any:
+    """Mixtral."""
+    return MixtralForCausalLM(MixtralConfig(intermediate_size=48, num_local_experts=4, num_experts_per_tok=2, **_SIZES))
+
+
+def qwen3_moe() -> Any:
+    """Qwen3-MoE with a dense first layer and weights of experts that do not add up to one."""
+    experts: dict[str, Any] = {
+        "moe_intermediate_size": 24,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "mlp_only_layers": [0],
+        "norm_topk_prob": False,
+        "head_dim": 16,
+    }
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(intermediate_size=48, **experts, **_SIZES))
+
+
+MAKERS = {maker.__name__: maker for maker in (gpt2, llama, llama32, qwen3, mixtral, qwen3_moe)}
+
+
+def saved(folder: Path, family: str, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
+    """Save a model whose every weight, norms and biases too, is random enough to show a mistake; return the folder."""
+    torch.manual_seed(5)
+    model = MAKERS[family]()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.to(dtype).save_pretrained(folder, **options)
+    return folder
