@@ -200,6 +200,6 @@ def test_the_plan_names_what_is_split() -> None:
     assert shard_of(layer + "self_attention.linear_proj.weight", config) == Shard(1)
     assert shard_of(layer + "self_attention.linear_proj.bias", config) is None
     assert shard_of("embedding.position_embeddings.weight", config) is None
-    assert has_partial_gradient(layer + "self_attention.q_layernorm.weight", sequence_parallel=False)
-    assert not has_partial_gradient(layer + "input_layernorm.weight", sequence_parallel=False)
-    assert has_partial_gradient(layer + "input_layernorm.weight", sequence_parallel=True)
+    assert has_partial_gradient(layer + "self_attention.q_layernorm.weight", config, sequence_parallel=False)
+    assert not has_partial_gradient(layer + "input_layernorm.weight", config, sequence_parallel=False)
+    assert has_partial_gradient(layer + "input_layernorm.weight", config, sequence_parallel=True)

@@ -208,7 +208,7 @@ class Architecture(Section):
         effect="speed",
     )
     rope_type: Literal["rope", "yarn"] | None = opt(
-        None, "--rope-type", only=(None, "rope"), refused="YaRN is not supported yet"
+        None, "--rope-type", help="Rotary positions of multi-latent attention; yarn when unset."
     )
     persist_layer_norm: bool = opt(
         True,
