@@ -1,7 +1,7 @@
 """Self-attention with explicit scores.
 
-Shape legend: b batch, s sequence (keys), q queries, h hidden, n query heads, g key/value groups, d head dim, v width of a
-value where it is not d, m = b * n.
+Shape legend: b batch, s sequence (keys), q queries, h hidden, n query heads, g key/value groups, d head dim, v channels
+of a value where these are not d, m = b * n.
 There are as many queries as keys unless a layout splits the sequence.
 """
 
@@ -145,7 +145,8 @@ def core_attention(
 ) -> Tensor:
     """Return softmax(scale query key^T) value, [m, q, v], for query [m, q, d], key [m, s, d] and value [m, s, v].
 
-    The scale is 1 / sqrt(d) unless it is given. Scores, probabilities, probabilities after dropout and the result are each rounded to the dtype of the query.
+    The scale is 1 / sqrt(d) unless it is given.
+    Scores, probabilities, probabilities after dropout and the result are each rounded to the dtype of the query.
     hidden_positions [1 or b, q, s] and dropped [m, q, s] are boolean.
     """
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
