@@ -219,3 +219,13 @@ def test_operations_of_a_sequence(latent_like):
     assert flops_per_sequence(config) == 6 * (weights + 64 * 64 * (80 + 40) / 2)
     config.q_lora_rank = None
     assert flops_per_sequence(config) == 6 * (weights + 64 * (32 * 80 - 24 * 113) + 64 * 64 * 60)
+
+
+def test_deepseek_v2_lite_has_its_15_7_billion_parameters(latent_like):
+    sizes = {"num_layers": 27, "hidden_size": 2048, "num_attention_heads": 16, "num_query_groups": 16}
+    sizes |= {"ffn_hidden_size": 10944, "kv_channels": 64, "vocab_size": 102400, "kv_lora_rank": 512}
+    sizes |= {"qk_head_dim": 128, "qk_pos_emb_head_dim": 64, "v_head_dim": 128}
+    sizes |= {"num_moe_experts": 64, "moe_ffn_hidden_size": 1408, "moe_shared_expert_intermediate_size": 2816}
+    config = latent_like(**sizes, moe_layer_freq="[0]+[1]*26")
+    model = GPTModel(config, dtype=torch.bfloat16, device=torch.device("meta"))
+    assert sum(parameter.numel() for parameter in model.parameters()) == 15_706_484_224
