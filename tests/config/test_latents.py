@@ -47,6 +47,12 @@ def test_what_is_wrong_is_said(flags: str, part: str) -> None:
     assert part in problem(*flags.split())
 
 
+def test_modules_of_latents_are_not_offered_to_others() -> None:
+    sentence = problem(*"--recompute-granularity selective --recompute-modules nothing".split())
+    assert "core_attn" in sentence
+    assert "mla_up_proj" not in sentence
+
+
 def test_what_deepseek_asks_for_is_accepted() -> None:
     flags = f"{LATENT} --qk-layernorm --rotary-scaling-factor 40 --mscale 0.707 --mscale-all-dim 0.707 --q-lora-rank 8"
     config = resolved(f"{flags} --recompute-granularity selective --recompute-modules mla_up_proj core_attn")

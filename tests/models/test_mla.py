@@ -13,6 +13,7 @@ from lockstep.config.model import ModelConfig
 from lockstep.models import DropoutStreams, GPTModel, build_model
 from lockstep.models.attention import core_attention
 from lockstep.models.flops import flops_per_sequence
+from lockstep.models.positions import latent_cos_sin
 from tests.models.test_against_hf import CPU, assert_same_logits, randomised, tokens_and_positions
 from tests.models.test_recompute import peak_bytes, selective, two_steps
 
@@ -65,7 +66,7 @@ def hf_of(config: ModelConfig) -> Any:
         "kv_lora_rank": 16,
         "q_lora_rank": config.q_lora_rank,
         "qk_nope_head_dim": 12,
-        "qk_rope_head_dim": 8,
+        "qk_rope_head_dim": config.qk_pos_emb_head_dim,
         "v_head_dim": 10,
         "n_routed_experts": 8,
         "n_shared_experts": 2,
@@ -143,6 +144,17 @@ def test_logits_and_gradients_are_those_of_hf(overrides, latent_like):
     for name, grad in grads.items():
         difference = (grad - theirs[name].grad).norm() / theirs[name].grad.norm()
         assert difference < 1e-5, f"{name}: {difference}"
+
+
+@pytest.mark.parametrize("rope_type", ["yarn", "rope"])
+def test_rotations_at_the_real_width_are_those_of_hf(rope_type, latent_like):
+    config = latent_like(rope_type=rope_type, qk_pos_emb_head_dim=64)
+    positions = torch.arange(0, 160_000, 997)
+    cos, sin = latent_cos_sin(config, positions, torch.float32)
+    turned = hf_of(config).model.rotary_emb(torch.zeros(1), positions[None])[0]
+    torch.testing.assert_close(cos[:, 0, :32], turned.real, rtol=0, atol=1e-6)
+    torch.testing.assert_close(sin[:, 0, :32], turned.imag, rtol=0, atol=1e-6)
+    assert torch.equal(cos[..., :32], cos[..., 32:])
 
 
 def test_values_narrower_than_queries_in_rounded_products(use_mode):
