@@ -70,6 +70,29 @@ _EXPERTS: dict[str, Any] = {
     "model.moe_router_score_function": "sigmoid",
     "model.moe_router_enable_expert_bias": True,
 }
+_LATENTS: dict[str, Any] = {
+    **_LLAMA,
+    "model.num_query_groups": 8,
+    "model.multi_latent_attention": True,
+    "model.kv_lora_rank": 12,
+    "model.qk_head_dim": 6,
+    "model.qk_pos_emb_head_dim": 4,
+    "model.v_head_dim": 5,
+    "model.rotary_scaling_factor": 40.0,
+    "model.mscale_all_dim": 0.707,
+}
+_WITH_QUERY_LATENT: dict[str, Any] = {**_LATENTS, "model.q_lora_rank": 10}
+_DEEPSEEK: dict[str, Any] = {
+    **_LATENTS,
+    "model.calculate_per_token_loss": False,
+    "model.num_moe_experts": 4,
+    "model.moe_ffn_hidden_size": 16,
+    "model.moe_layer_freq": "[0]+[1]*3",
+    "model.moe_shared_expert_intermediate_size": 16,
+    "model.moe_router_load_balancing_type": ["seq_aux_loss"],
+    "model.moe_aux_loss_coeff": [0.1],
+    "model.moe_router_pre_softmax": True,
+}
 
 
 @dataclass(frozen=True)
@@ -177,8 +200,14 @@ CASES: tuple[Case, ...] = (
     Case("EP2 x DP2", 4, _expert(2)),
     Case("EP2 x sharded DP2, overlap", 4, {**_expert(2), **_OVERLAP_BOTH}),
 )
-KINDS: dict[str, dict[str, Any]] = {"GPT": {}, "Llama-like": _LLAMA, "experts": _EXPERTS}
-# The other layouts do to a model with experts what they do to one without.
+KINDS: dict[str, dict[str, Any]] = {
+    "GPT": {},
+    "Llama-like": _LLAMA,
+    "experts": _EXPERTS,
+    "latents": _WITH_QUERY_LATENT,
+    "DeepSeek-like": _DEEPSEEK,
+}
+# The other layouts do to these models what they do to the ones above.
 _OF_EXPERTS = (
     "DP2",
     "TP2",
@@ -195,11 +224,16 @@ _OF_EXPERTS = (
     "FSDP4",
     "PP2 interleaved x TP2+SP",
 )
+_OF_LATENTS = ("TP2", "TP2+SP", "TP2+SP, recomputation", "CP2 x TP2+SP, dropout", "TP2+SP x sharded DP2")
+_OF_DEEPSEEK = ("TP2", "PP2", "TP2+SP x DP2", "FSDP4")
+_ONLY = {"experts": _OF_EXPERTS, "latents": _OF_LATENTS, "DeepSeek-like": _OF_DEEPSEEK}
 
 
 def takes_part(kind: str, case: Case) -> bool:
     """Tell whether a kind of model is run in a layout."""
-    return _of_experts(case) or case.name in _OF_EXPERTS if kind == "experts" else not _of_experts(case)
+    if _of_experts(case):
+        return kind == "experts"
+    return kind not in _ONLY or case.name in _ONLY[kind]
 
 
 def _of_experts(case: Case) -> bool:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from lockstep.config.model import ModelConfig
-from lockstep.parallel.exchange import joined
+from lockstep.parallel.exchange import joined, whole
 from lockstep.parallel.gradients import Gradients
 from lockstep.parallel.mesh import Axis, Mesh
 from lockstep.parallel.plan import Shard, has_partial_gradient, shard_of
@@ -109,6 +109,19 @@ def _routers_see_a_part(model: Any, step: Any, optimizer: Any) -> None:
             module.dispatcher.seen = lambda x, mesh=optimizer._gradients._mesh: joined(x, mesh.tp)
 
 
+def _shared_key_sees_a_part(model: Any, step: Any, optimizer: Any) -> None:
+    """Leave out the sum of the gradients that the heads of all processes have for the key they share."""
+    for module in model.modules():
+        if hasattr(module, "shared_key"):
+            module.shared_key.forward = lambda x, mesh=optimizer._gradients._mesh: whole(x, mesh.tp)
+
+
+def _own_gradients_of_down_projections(model: Any, step: Any, optimizer: Any) -> None:
+    gradients, names = optimizer._gradients, optimizer.weights.names
+    both = zip(gradients._partial, names, strict=True)
+    gradients._partial = [partial and "down_proj" not in name for partial, name in both]
+
+
 def _twice(batch: Batch, micro: int, dp: Axis) -> Batch:
     """Hand every process the micro-batches of the first."""
     return sweep.share(batch, micro, dataclasses.replace(dp, rank=0))
@@ -138,6 +151,10 @@ _EXPERT_FAULTS: dict[str, dict[str, Any]] = {
     "loads of experts not added up": {"sabotage": _loads_of_one_process},
     "gradient of routers counted twice": {"sabotage": _routers_see_a_part},
 }
+_LATENT_FAULTS: dict[str, dict[str, Any]] = {
+    "shared key sees a part": {"sabotage": _shared_key_sees_a_part},
+    "down projections not added up": {"sabotage": _own_gradients_of_down_projections},
+}
 
 
 def _everything() -> dict[str, Any]:
@@ -148,6 +165,7 @@ def _everything() -> dict[str, Any]:
         (_CONTEXT, "GPT", _CONTEXT_FAULTS),
         (_PIPELINE, "GPT", _PIPELINE_FAULTS),
         (_CASE, "experts", _EXPERT_FAULTS),
+        (_CASE, "latents", _LATENT_FAULTS),
     )
     for case, kind, faults in jobs:
         config, mesh = sweep.configure({**sweep.KINDS[kind], **case.changes}, 4), sweep.mesh_of(case)
@@ -173,7 +191,7 @@ def test_every_layout_equals_one_process(results) -> None:
     assert [row for row in rows if not row.passes] == []
 
 
-@pytest.mark.parametrize("fault", [*_FAULTS, *_CONTEXT_FAULTS, *_PIPELINE_FAULTS, *_EXPERT_FAULTS])
+@pytest.mark.parametrize("fault", [*_FAULTS, *_CONTEXT_FAULTS, *_PIPELINE_FAULTS, *_EXPERT_FAULTS, *_LATENT_FAULTS])
 def test_a_planted_fault_is_seen(results, fault: str) -> None:
     assert any(not found["faults"][fault].passes for found in results)
 
@@ -200,6 +218,16 @@ def test_the_plan_names_what_is_split() -> None:
     assert shard_of(layer + "self_attention.linear_proj.weight", config) == Shard(1)
     assert shard_of(layer + "self_attention.linear_proj.bias", config) is None
     assert shard_of("embedding.position_embeddings.weight", config) is None
-    assert has_partial_gradient(layer + "self_attention.q_layernorm.weight", sequence_parallel=False)
-    assert not has_partial_gradient(layer + "input_layernorm.weight", sequence_parallel=False)
-    assert has_partial_gradient(layer + "input_layernorm.weight", sequence_parallel=True)
+    assert has_partial_gradient(layer + "self_attention.q_layernorm.weight", config, sequence_parallel=False)
+    assert not has_partial_gradient(layer + "input_layernorm.weight", config, sequence_parallel=False)
+    assert has_partial_gradient(layer + "input_layernorm.weight", config, sequence_parallel=True)
+
+
+def test_the_plan_of_latents_keeps_them_whole() -> None:
+    config, prefix = ModelConfig(multi_latent_attention=True), "decoder.layers.0.self_attention."
+    for name in ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj"):
+        assert shard_of(f"{prefix}{name}.weight", config) == Shard(0)
+    for name in ("linear_q_down_proj", "linear_kv_down_proj", "q_layernorm", "kv_layernorm"):
+        assert shard_of(f"{prefix}{name}.weight", config) is None
+        assert has_partial_gradient(f"{prefix}{name}.weight", config, sequence_parallel=True)
+        assert not has_partial_gradient(f"{prefix}{name}.weight", config, sequence_parallel=False)

@@ -122,6 +122,11 @@ _RULES: tuple[tuple[str, _Rule, str], ...] = (
         "model.ffn_hidden_size",
     ),
     ("model.kv_channels", _kv_channels, "model.hidden_size // model.num_attention_heads"),
+    (
+        "model.rope_type",
+        lambda c, _: "yarn" if c.model.multi_latent_attention else None,
+        "default of multi-latent attention",
+    ),
     ("model.max_position_embeddings", lambda c, _: c.model.seq_length, "model.seq_length"),
     (
         "model.recompute_modules",

@@ -67,7 +67,10 @@ class Architecture(Section):
         help="Inner width of the MLP; 4 * hidden_size when unset, with a gated MLP int(8/3 * hidden_size / 64) * 64.",
     )
     kv_channels: int | None = opt(
-        None, "--kv-channels", help="Width of one attention head; hidden_size // num_attention_heads when unset."
+        None,
+        "--kv-channels",
+        help="Width of one attention head, hidden_size // num_attention_heads when unset; those of multi-latent "
+        "attention have widths of their own.",
     )
     hidden_dropout: float = opt(
         0.1,
@@ -208,7 +211,7 @@ class Architecture(Section):
         effect="speed",
     )
     rope_type: Literal["rope", "yarn"] | None = opt(
-        None, "--rope-type", only=(None, "rope"), refused="YaRN is not supported yet"
+        None, "--rope-type", help="Rotary positions of multi-latent attention; yarn when unset."
     )
     persist_layer_norm: bool = opt(
         True,

@@ -143,20 +143,32 @@ class MultiLatentAttention(Section):
     """Multi-latent attention."""
 
     multi_latent_attention: bool = opt(
-        False, "--multi-latent-attention", refused="multi-latent attention is not supported yet"
+        False,
+        "--multi-latent-attention",
+        help="Attention whose keys and values, and perhaps queries, come through narrow latents.",
     )
-    q_lora_rank: int | None = opt(None, "--q-lora-rank", refused="multi-latent attention is not supported yet")
-    kv_lora_rank: int = opt(32, "--kv-lora-rank", refused="multi-latent attention is not supported yet")
-    qk_head_dim: int = opt(128, "--qk-head-dim", refused="multi-latent attention is not supported yet")
-    qk_pos_emb_head_dim: int = opt(64, "--qk-pos-emb-head-dim", refused="multi-latent attention is not supported yet")
-    v_head_dim: int = opt(128, "--v-head-dim", refused="multi-latent attention is not supported yet")
+    q_lora_rank: int | None = opt(
+        None, "--q-lora-rank", help="Width of the latent of queries; without it they come from the residual stream."
+    )
+    kv_lora_rank: int = opt(32, "--kv-lora-rank", help="Width of the latent of keys and values.")
+    qk_head_dim: int = opt(128, "--qk-head-dim", help="Channels of a query and key head without a position.")
+    qk_pos_emb_head_dim: int = opt(
+        64,
+        "--qk-pos-emb-head-dim",
+        help="Channels of a query and key head that are rotated; all heads share the key's.",
+    )
+    v_head_dim: int = opt(128, "--v-head-dim", help="Channels of a value head.")
     rotary_scaling_factor: float = opt(
-        1.0, "--rotary-scaling-factor", refused="multi-latent attention is not supported yet"
+        1.0, "--rotary-scaling-factor", help="How many times the original context of 4096 tokens YaRN stretches to."
     )
-    mscale: float = opt(1.0, "--mscale", refused="multi-latent attention is not supported yet")
-    mscale_all_dim: float = opt(0.0, "--mscale-all-dim", refused="multi-latent attention is not supported yet")
+    mscale: float = opt(1.0, "--mscale", help="How much YaRN's factor enlarges the rotated channels.")
+    mscale_all_dim: float = opt(
+        0.0, "--mscale-all-dim", help="How much YaRN's factor enlarges the scores, in place of the rotated channels."
+    )
     mla_down_proj_fusion: bool = opt(
-        False, "--mla-down-proj-fusion", refused="multi-latent attention is not supported yet"
+        False,
+        "--mla-down-proj-fusion",
+        refused="one weight in place of two down projections would be drawn otherwise; it is not supported",
     )
 
 

@@ -9,6 +9,7 @@ from lockstep.config.container import ConfigContainer
 from lockstep.config.derive import has_data, model_processes
 from lockstep.config.experts import expert_problems, sharing_problems
 from lockstep.config.fields import FieldInfo
+from lockstep.config.latents import latent_problems
 from lockstep.config.section import Origin
 from lockstep.config.sharding import sharding_problems
 from lockstep.config.stages import stage_layers
@@ -23,6 +24,7 @@ def problems(config: ConfigContainer, world_size: int = 1) -> list[str]:
         _ranges,
         _model,
         _experts,
+        _latents,
         _recomputation,
         _batches,
         _length,
@@ -270,6 +272,9 @@ def _ranges(c: ConfigContainer) -> Iterator[str]:
         yield f"{_name(c, 'model.rotary_percent')} = {c.model.rotary_percent}: give a value above 0 and at most 1"
 
 
+_YARN_OF_LATENTS = ", with which multi-latent attention has the positions of model.rope_type (--rope-type)"
+
+
 def _model(c: ConfigContainer) -> Iterator[str]:
     m = c.model
     if m.hidden_size and m.num_attention_heads and m.kv_channels is None and m.hidden_size % m.num_attention_heads:
@@ -291,13 +296,14 @@ def _model(c: ConfigContainer) -> Iterator[str]:
     if m.position_embedding_type not in ("learned_absolute", "rope", "none"):
         yield (
             f"{_name(c, 'model.position_embedding_type')} = {m.position_embedding_type} is not supported yet; "
-            "use learned_absolute, rope or none"
+            f"use learned_absolute, rope or none{_YARN_OF_LATENTS if m.multi_latent_attention else ''}"
         )
     if not m.add_position_embedding and m.position_embedding_type == "learned_absolute":
         yield "--no-position-embedding needs --position-embedding-type rope or none"
     if m.rope_scaling and m.position_embedding_type != "rope":
         yield f"{_name(c, 'model.rope_scaling')} needs model.position_embedding_type=rope"
-    if m.position_embedding_type == "rope" and m.kv_channels and int(m.kv_channels * m.rotary_percent) % 2:
+    plain_rope = m.position_embedding_type == "rope" and not m.multi_latent_attention
+    if plain_rope and m.kv_channels and int(m.kv_channels * m.rotary_percent) % 2:
         yield (
             f"model.kv_channels * model.rotary_percent = {m.kv_channels * m.rotary_percent:g} is not even, so its "
             "channels cannot be rotated in pairs; change one of them"
@@ -312,19 +318,18 @@ def _model(c: ConfigContainer) -> Iterator[str]:
 
 
 def _experts(c: ConfigContainer) -> Iterator[str]:
-    yield from expert_problems(c, lambda path: _name(c, path))
+    yield from expert_problems(c, partial(_name, c))
+
+
+def _latents(c: ConfigContainer) -> Iterator[str]:
+    yield from latent_problems(c, partial(_name, c))
 
 
 _RECOMPUTED_MODULES = ("core_attn", "mlp", "layernorm")
 _OF_EXPERTS = ("moe", "moe_act", "shared_experts")
+_OF_LATENTS = ("mla_up_proj",)
 # Megatron-LM has these too, for kinds of layers that Lockstep does not have.
-_FOREIGN_MODULES = (
-    "mla_up_proj",
-    "gdn_norm_out",
-    "gdp_in_proj",
-    "gdp_qkv",
-    "mhc",
-)
+_FOREIGN_MODULES = ("gdn_norm_out", "gdp_in_proj", "gdp_qkv", "mhc")
 
 
 def _recomputation(c: ConfigContainer) -> Iterator[str]:
@@ -350,7 +355,8 @@ def _recomputation(c: ConfigContainer) -> Iterator[str]:
 
 def _recomputed_modules(c: ConfigContainer, given: list[str], name: str) -> Iterator[str]:
     experts = c.model.num_moe_experts is not None
-    modules = _RECOMPUTED_MODULES + (_OF_EXPERTS if experts else ())
+    latents = c.model.multi_latent_attention
+    modules = _RECOMPUTED_MODULES + (_OF_EXPERTS if experts else ()) + (_OF_LATENTS if latents else ())
     known = ", ".join(modules)
     if "shared_experts" in given and experts and c.model.moe_shared_expert_intermediate_size is None:
         yield f"{name}: the model has no shared_experts; use some of {known}"
@@ -361,6 +367,8 @@ def _recomputed_modules(c: ConfigContainer, given: list[str], name: str) -> Iter
             yield f"{name}: {module} is part of a kind of model that is not supported yet; use some of {known}"
         elif module in _OF_EXPERTS and not experts:
             yield f"{name}: {module} is part of models with experts; use some of {known}"
+        elif module in _OF_LATENTS and not latents:
+            yield f"{name}: {module} is part of multi-latent attention; use some of {known}"
         elif module not in modules:
             yield f"{name}: there is no module {module}; use some of {known}"
 

@@ -1,6 +1,7 @@
 """Self-attention with explicit scores.
 
-Shape legend: b batch, s sequence (keys), q queries, h hidden, n query heads, g key/value groups, d head dim, m = b * n.
+Shape legend: b batch, s sequence (keys), q queries, h hidden, n query heads, g key/value groups, d head dim, v channels
+of a value where these are not d, m = b * n.
 There are as many queries as keys unless a layout splits the sequence.
 """
 
@@ -42,17 +43,59 @@ class AttentionContext:
     router_losses: RouterLosses | None = None
 
 
-class SelfAttention(nn.Module):
-    """Projections, rotary positions, scores, and the output projection without its bias."""
+class Attention(nn.Module):
+    """What all kinds of attention share: how heads attend, and what is recomputed of it."""
 
-    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device):
+    scale: float | None = None  # on the scores, in place of that of the width of a head
+
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        hidden, self.heads = required(config.hidden_size), required(config.num_attention_heads)
-        self.groups, self.head_dim = required(config.num_query_groups), required(config.kv_channels)
-        self.interleaved = config.rotary_interleaved
+        self.heads = required(config.num_attention_heads)
         self.dropout_probability = config.attention_dropout
         self.softmax_in_fp32 = config.attention_softmax_in_fp32
         self.recompute_core = recomputes(config, "core_attn")
+
+    def attended(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
+        """Return what the heads attend to, [b, q, n * v], for query [b, q, n, d], key and value [b, s, n, d or v]."""
+        batch, length = query.shape[:2]
+        query, key, value = self._as_matrices(query), self._as_matrices(key), self._as_matrices(value)
+        if self.recompute_core and self.training:
+            result = recomputed(self._core, query, key, value, context, streams=context.streams)
+        else:
+            result = self._core(query, key, value, context)
+        merged: Tensor = result.view(batch, self.heads, length, -1).transpose(1, 2).flatten(2)
+        return merged
+
+    def _core(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
+        """Return what the heads attend to, [m, q, v]; draws the dropout mask."""
+        dropped = None
+        if self.training and context.streams is not None and self.dropout_probability > 0:
+            shape = (query.shape[0], query.shape[1], key.shape[1])
+            dropped = context.streams.dropped("attention", shape, self.dropout_probability)
+        return core_attention(
+            query,
+            key,
+            value,
+            context.hidden_positions,
+            scale=self.scale,
+            dropped=dropped,
+            dropout_probability=self.dropout_probability,
+            softmax_in_fp32=self.softmax_in_fp32,
+        )
+
+    @staticmethod
+    def _as_matrices(x: Tensor) -> Tensor:
+        return x.transpose(1, 2).flatten(0, 1)
+
+
+class SelfAttention(Attention):
+    """Projections, rotary positions, scores, and the output projection without its bias."""
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device):
+        super().__init__(config)
+        hidden = required(config.hidden_size)
+        self.groups, self.head_dim = required(config.num_query_groups), required(config.kv_channels)
+        self.interleaved = config.rotary_interleaved
         width = self.heads * self.head_dim
         qkv_width = width + 2 * self.groups * self.head_dim
         qkv_bias = config.add_bias_linear or config.add_qkv_bias
@@ -66,30 +109,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor | None]:
         """Return the output [b, q, h] for x [b, q, h], and its bias [h], not yet added."""
-        query, key, value = (self._as_matrices(part) for part in self._query_key_value(x, context))
-        batch, length = x.shape[0], query.shape[1]
-        if self.recompute_core and self.training:
-            result = recomputed(self._core, query, key, value, context, streams=context.streams)
-        else:
-            result = self._core(query, key, value, context)
-        result = result.view(batch, self.heads, length, self.head_dim).transpose(1, 2).flatten(2)
+        result = self.attended(*self._query_key_value(x, context), context)
         return self.linear_proj.product(result), self.linear_proj.bias
-
-    def _core(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
-        """Return what the heads attend to, [m, q, d] as the query; draws the dropout mask."""
-        dropped = None
-        if self.training and context.streams is not None and self.dropout_probability > 0:
-            shape = (query.shape[0], query.shape[1], key.shape[1])
-            dropped = context.streams.dropped("attention", shape, self.dropout_probability)
-        return core_attention(
-            query,
-            key,
-            value,
-            context.hidden_positions,
-            dropped=dropped,
-            dropout_probability=self.dropout_probability,
-            softmax_in_fp32=self.softmax_in_fp32,
-        )
 
     def _query_key_value(self, x: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor, Tensor]:
         """Return query [b, q, n, d], key and value [b, s, n, d].
@@ -110,10 +131,6 @@ class SelfAttention(nn.Module):
             key, value = key.repeat_interleave(per_group, dim=2), value.repeat_interleave(per_group, dim=2)
         return query, key, value
 
-    @staticmethod
-    def _as_matrices(x: Tensor) -> Tensor:
-        return x.transpose(1, 2).flatten(0, 1)
-
 
 def core_attention(
     query: Tensor,
@@ -121,16 +138,18 @@ def core_attention(
     value: Tensor,
     hidden_positions: Tensor,
     *,
+    scale: float | None = None,
     dropped: Tensor | None,
     dropout_probability: float,
     softmax_in_fp32: bool,
 ) -> Tensor:
-    """Return softmax(query key^T / sqrt(d)) value, [m, q, d], for query [m, q, d], key and value [m, s, d].
+    """Return softmax(scale query key^T) value, [m, q, v], for query [m, q, d], key [m, s, d] and value [m, s, v].
 
+    The scale is 1 / sqrt(d) unless it is given.
     Scores, probabilities, probabilities after dropout and the result are each rounded to the dtype of the query.
     hidden_positions [1 or b, q, s] and dropped [m, q, s] are boolean.
     """
-    scale = 1.0 / math.sqrt(query.shape[-1])
+    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
     hidden_positions = _per_matrix(hidden_positions, query.shape[0])
     low_precision = query.dtype in (torch.bfloat16, torch.float16)
     if low_precision and matmul_mode(query.device, query.dtype) != "native":
@@ -165,7 +184,7 @@ class _RoundedAttention(torch.autograd.Function):
         kept: float,
         softmax_in_fp32: bool,
     ) -> Tensor:
-        result = torch.empty_like(query)
+        result = query.new_empty(*query.shape[:2], value.shape[2])
         probability_dtype = torch.float32 if softmax_in_fp32 else query.dtype
         probabilities = torch.empty(*query.shape[:2], key.shape[1], dtype=probability_dtype, device=query.device)
         for part in _chunks(probabilities):

@@ -18,11 +18,12 @@ from lockstep.models.attention import AttentionContext, SelfAttention
 from lockstep.models.cross_entropy import linear_cross_entropy
 from lockstep.models.dropout import DropoutStreams, bias_dropout_add, dropout
 from lockstep.models.layers import Linear, Table, required
+from lockstep.models.mla import MultiLatentAttention
 from lockstep.models.mlp import MLP
 from lockstep.models.moe import MixtureOfExperts
 from lockstep.models.norms import Norm
 from lockstep.models.ops import linear
-from lockstep.models.positions import rotary_cos_sin
+from lockstep.models.positions import latent_cos_sin, rotary_cos_sin
 from lockstep.models.recompute import rebuilt_for_backward, recomputed, recomputed_chunks, recomputes
 from lockstep.models.router import RouterLosses
 from lockstep.models.sequence import WholeSequence
@@ -136,6 +137,8 @@ class GPTModel(nn.Module):
         return self.embedding.word_embeddings.weight
 
     def _cos_sin(self, positions: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
+        if self.config.multi_latent_attention:
+            return latent_cos_sin(self.config, positions, hidden.dtype)
         if self.config.position_embedding_type != "rope":
             return None
         return rotary_cos_sin(self.config, positions, hidden.dtype)
@@ -223,7 +226,8 @@ class Layer(nn.Module):
         self.dropout_probability = config.hidden_dropout
         self.residual_is_norm_output = config.apply_residual_connection_post_layernorm
         self.input_layernorm = Norm(config, hidden, dtype=dtype, device=device)
-        self.self_attention = SelfAttention(config, dtype=dtype, device=device)
+        attention = MultiLatentAttention if config.multi_latent_attention else SelfAttention
+        self.self_attention: nn.Module = attention(config, dtype=dtype, device=device)
         self.pre_mlp_layernorm = Norm(config, hidden, dtype=dtype, device=device)
         self.mlp: MLP | MixtureOfExperts
         if experts_of is None:

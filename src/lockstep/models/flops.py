@@ -15,17 +15,32 @@ def flops_per_sequence(config: ModelConfig) -> float:
     the experts it goes to, none of them dropped, and not its router.
     """
     length, hidden = required(config.seq_length), required(config.hidden_size)
-    query = required(config.num_attention_heads) * required(config.kv_channels)
-    key_value = 2 * required(config.num_query_groups) * required(config.kv_channels)
+    per_token, score_width = (_latent_attention if config.multi_latent_attention else _attention)(config)
     mlp_products = 3 if config.gated_linear_unit else 2
-    per_token = hidden * (query + key_value) + query * hidden
     layers = required(config.num_layers)
     inner = sum(
         _inner_width(config) if experts else required(config.ffn_hidden_size) for experts in expert_layers(config)
     )
     weights = length * (layers * per_token + mlp_products * hidden * inner + hidden * required(config.vocab_size))
-    scores = layers * query * length * length
+    scores = layers * score_width * length * length
     return float(_OPERATIONS_PER_WEIGHT * (weights + scores))
+
+
+def _attention(config: ModelConfig) -> tuple[int, float]:
+    """Return the weights of an attention layer, and half the channels of its queries and its values together."""
+    hidden, channels = required(config.hidden_size), required(config.kv_channels)
+    query = required(config.num_attention_heads) * channels
+    return hidden * (query + 2 * required(config.num_query_groups) * channels) + query * hidden, query
+
+
+def _latent_attention(config: ModelConfig) -> tuple[int, float]:
+    """Return the same of multi-latent attention, with its norms; Megatron-LM counts these, used or not."""
+    hidden, heads = required(config.hidden_size), required(config.num_attention_heads)
+    rank, latent, rotated = config.q_lora_rank, config.kv_lora_rank, config.qk_pos_emb_head_dim
+    query, value = heads * (config.qk_head_dim + rotated), heads * config.v_head_dim
+    to_query = hidden * query if rank is None else rank * (hidden + query + 1)
+    to_key_value = latent * (hidden + heads * config.qk_head_dim + value + 1) + hidden * rotated
+    return to_query + to_key_value + value * hidden, (query + value) / 2
 
 
 def _inner_width(config: ModelConfig) -> int:

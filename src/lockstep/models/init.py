@@ -9,7 +9,8 @@ generator seeded with the seed. Without a CUDA device `lockstep.models.philox` p
 
 The order of draws is the order of the parameters of the whole model, whatever part of it is filled. Where a table of
 learned positions is drawn it is drawn twice, and the first draw thrown away: Megatron-LM's constructor initialises the
-table before its initialisation does.
+table before its initialisation does. So is the output projection of multi-latent attention: Megatron-core makes that of
+plain attention, with heads of kv_channels, before it.
 """
 
 import hashlib
@@ -31,6 +32,7 @@ _GPU_EXPERT_SEED_OFFSET = 1024
 _WORDS = "embedding.word_embeddings.weight"
 _POSITIONS = "embedding.position_embeddings.weight"
 _GATE = ".shared_experts.gate_weight"
+_ATTENTION_OUTPUT = ".self_attention.linear_proj.weight"
 _ROUTER = (".router.weight", ".router.bias")
 
 # Returns a tensor of the given shape from N(0, std).
@@ -106,6 +108,9 @@ def initial_weights(
             value = on_cpu(parameter.shape, initial_std(config, name))
         else:
             drawn = expert_draw if ".local_experts." in name else draw
+            if config.multi_latent_attention and name.endswith(_ATTENTION_OUTPUT):
+                plain = required(config.num_attention_heads) * required(config.kv_channels)
+                drawn(torch.Size((parameter.shape[0], plain)), 1.0)
             value = drawn(parameter.shape, initial_std(config, name))
         yield name, value.to(device=device, dtype=dtype)
 

@@ -16,6 +16,12 @@ _ORIGINAL_CONTEXT = 8192
 _LOW_FREQUENCY_FACTOR = 1.0
 _HIGH_FREQUENCY_FACTOR = 4.0
 
+# YaRN as Megatron-core has it in multi-latent attention: channels that turn more than 32 times within the original
+# context keep their frequency, those that turn less than once have it divided by the factor.
+_YARN_ORIGINAL_CONTEXT = 4096
+_YARN_MOST_TURNS = 32.0
+_YARN_FEWEST_TURNS = 1.0
+
 
 def inverse_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
     """Return the rotation per position in radians, float32 [r / 2]."""
@@ -46,6 +52,42 @@ def rotary_cos_sin(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -
     angles = torch.outer(positions, inverse_frequencies(config, device))
     angles = angles.repeat_interleave(2, dim=-1) if config.rotary_interleaved else torch.cat((angles, angles), dim=-1)
     return angles.cos().to(dtype)[:, None], angles.sin().to(dtype)[:, None]
+
+
+def latent_cos_sin(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return cosine and sine [s, 1, r] of multi-latent attention, computed in float32 and rounded to `dtype`."""
+    channels, yarn = config.qk_pos_emb_head_dim, config.rope_type == "yarn"
+    exponents = torch.arange(0, channels, 2, dtype=torch.float32, device=positions.device) / channels
+    turns = config.rotary_base**exponents
+    frequencies = _yarn_frequencies(turns, config.rotary_base, config.rotary_scaling_factor) if yarn else 1.0 / turns
+    angles = torch.outer(positions.float(), frequencies)
+    angles = torch.cat((angles, angles), dim=-1)
+    size = _yarn_mscale(config, config.mscale) / _yarn_mscale(config, config.mscale_all_dim) if yarn else 1.0
+    return (angles.cos() * size).to(dtype)[:, None], (angles.sin() * size).to(dtype)[:, None]
+
+
+def latent_score_scale(config: ModelConfig) -> float:
+    """Return the factor on the scores of multi-latent attention."""
+    mscale = _yarn_mscale(config, config.mscale_all_dim)
+    return mscale * mscale / math.sqrt(config.qk_head_dim + config.qk_pos_emb_head_dim)
+
+
+def _yarn_mscale(config: ModelConfig, mscale: float) -> float:
+    """Return how much a longer context sharpens attention."""
+    factor = config.rotary_scaling_factor
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _yarn_frequencies(turns: Tensor, base: int, factor: float) -> Tensor:
+    """Return frequencies [r / 2]; between the channels that stay and those that are stretched a ramp mixes the two."""
+    first, last = (
+        2 * len(turns) * math.log(_YARN_ORIGINAL_CONTEXT / (number * 2 * math.pi)) / (2 * math.log(base))
+        for number in (_YARN_MOST_TURNS, _YARN_FEWEST_TURNS)
+    )
+    low, high = max(math.floor(first), 0), min(math.ceil(last), 2 * len(turns) - 1)
+    steps = torch.arange(len(turns), dtype=torch.float32, device=turns.device)
+    kept = 1.0 - ((steps - low) / (high - low or 0.001)).clamp(0, 1)
+    return 1.0 / (factor * turns) * (1 - kept) + 1.0 / turns * kept
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:

@@ -8,6 +8,7 @@ from lockstep.config.stages import stage_layers
 from lockstep.models import GPTModel
 from lockstep.models.attention import SelfAttention
 from lockstep.models.decoder import Span
+from lockstep.models.mla import MultiLatentAttention
 from lockstep.models.mlp import MLP
 from lockstep.models.moe import MixtureOfExperts
 from lockstep.models.router import Router
@@ -19,6 +20,7 @@ from lockstep.parallel.modules import (
     ColumnParallelLinear,
     RowParallelLinear,
     SequenceParallelTable,
+    SharedByParts,
     SplitExpertsDispatcher,
     VocabParallelHead,
     VocabParallelTable,
@@ -47,6 +49,8 @@ def parallelize(model: GPTModel, mesh: Mesh, sharding: WeightSharding | None = N
         for module in list(model.modules()):
             if isinstance(module, SelfAttention):
                 _split_attention(module, mesh)
+            elif isinstance(module, MultiLatentAttention):
+                _split_latent_attention(module, mesh)
             elif isinstance(module, MLP):
                 module.linear_fc1 = ColumnParallelLinear(module.linear_fc1, mesh)
                 module.linear_fc2 = RowParallelLinear(module.linear_fc2, mesh)
@@ -102,6 +106,17 @@ def _split_attention(attention: SelfAttention, mesh: Mesh) -> None:
     attention.heads //= mesh.tp.size
     attention.groups //= mesh.tp.size
     attention.linear_qkv = ColumnParallelLinear(attention.linear_qkv, mesh)
+    attention.linear_proj = RowParallelLinear(attention.linear_proj, mesh)
+
+
+def _split_latent_attention(attention: MultiLatentAttention, mesh: Mesh) -> None:
+    attention.heads //= mesh.tp.size
+    if attention.linear_q_down_proj is None:
+        attention.linear_q_proj = ColumnParallelLinear(attention.linear_q_proj, mesh)
+    else:
+        attention.linear_q_up_proj = ColumnParallelLinear(attention.linear_q_up_proj, mesh)
+    attention.linear_kv_up_proj = ColumnParallelLinear(attention.linear_kv_up_proj, mesh)
+    attention.shared_key = SharedByParts(mesh)
     attention.linear_proj = RowParallelLinear(attention.linear_proj, mesh)
 
 

@@ -30,7 +30,7 @@ class Gradients:
         owned = names if pieces is None else pieces
         self._split = [mesh.tp.size > 1 and shard_of(name, config) is not None for name in owned]
         self._expert = [mesh.ep.size > 1 and is_expert(name) for name in owned]
-        self._partial = [_is_partial(name, mesh) for name in names]
+        self._partial = [_is_partial(name, config, mesh) for name in names]
         self._tied = [_is_tied(name, config, mesh) for name in names]
         # The first stage counts what both ends of a pipeline have.
         self._elsewhere = [_is_tied(name, config, mesh) and mesh.ends.rank > 0 for name in owned]
@@ -88,11 +88,11 @@ class Gradients:
 
 def is_shared(name: str, config: ModelConfig, mesh: Mesh) -> bool:
     """Tell whether ``Gradients.add_shared`` changes the gradient of a parameter."""
-    return _is_partial(name, mesh) or _is_tied(name, config, mesh)
+    return _is_partial(name, config, mesh) or _is_tied(name, config, mesh)
 
 
-def _is_partial(name: str, mesh: Mesh) -> bool:
-    return mesh.tp.size > 1 and has_partial_gradient(name, mesh.sequence_parallel)
+def _is_partial(name: str, config: ModelConfig, mesh: Mesh) -> bool:
+    return mesh.tp.size > 1 and has_partial_gradient(name, config, mesh.sequence_parallel)
 
 
 def _is_tied(name: str, config: ModelConfig, mesh: Mesh) -> bool:

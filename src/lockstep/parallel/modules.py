@@ -52,6 +52,18 @@ class RowParallelLinear(Linear):
         return product if self.bias is None else product + self.bias
 
 
+class SharedByParts(nn.Module):
+    """Takes what all processes have, or the parts of its sequence, to the parts of a layer; gradients add up."""
+
+    def __init__(self, mesh: Mesh):
+        super().__init__()
+        self.mesh = mesh
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the whole x [b, s, ...]."""
+        return _whole(x, self.mesh)
+
+
 class VocabParallelTable(Table):
     """Has the rows of some tokens; the others are zero here and come from another process."""
 

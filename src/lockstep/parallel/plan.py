@@ -36,6 +36,10 @@ _SPLIT: tuple[tuple[str, Shard], ...] = (
     ("output_layer.weight", Shard(0)),
     # Rows of the projection lie group by group, so that a split into runs of rows is one into query groups.
     ("*.linear_qkv.*", Shard(0)),
+    # Those of multi-latent attention lie head by head; its latents are whole on every process.
+    ("*.linear_q_proj.*", Shard(0)),
+    ("*.linear_q_up_proj.*", Shard(0)),
+    ("*.linear_kv_up_proj.*", Shard(0)),
     ("*.linear_proj.weight", Shard(1)),
     ("*.linear_fc1.*", Shard(0)),
     ("*.linear_fc2.weight", Shard(1)),
@@ -44,6 +48,8 @@ _SPLIT: tuple[tuple[str, Shard], ...] = (
 _EXPERTS = "*.mlp.experts.local_experts.*"
 # Norms of single heads: every process has some of the heads.
 _OF_HEADS = ("*.q_layernorm.*", "*.k_layernorm.*")
+# What multi-latent attention does to the residual stream before its heads part.
+_OF_LATENTS = ("*.linear_q_down_proj.*", "*.linear_kv_down_proj.*", "*.q_layernorm.*", "*.kv_layernorm.*")
 # Parameters used where the residual stream is split along the sequence.
 _OF_SEQUENCE = (
     "embedding.position_embeddings.weight",
@@ -70,7 +76,9 @@ def is_expert(name: str) -> bool:
     return fnmatchcase(name, _EXPERTS)
 
 
-def has_partial_gradient(name: str, sequence_parallel: bool) -> bool:
+def has_partial_gradient(name: str, config: ModelConfig, sequence_parallel: bool) -> bool:
     """Tell whether each tensor-parallel process finds only its part of the gradient of a whole parameter."""
-    patterns = _OF_HEADS + (_OF_SEQUENCE if sequence_parallel else ())
+    latent = config.multi_latent_attention
+    of_sequence = _OF_SEQUENCE + (_OF_LATENTS if latent else ())
+    patterns = (() if latent else _OF_HEADS) + (of_sequence if sequence_parallel else ())
     return any(fnmatchcase(name, pattern) for pattern in patterns)
