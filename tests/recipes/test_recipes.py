@@ -30,6 +30,15 @@ AWAITED = {"deepseek_v2_lite_pretrain_config": "model.multi_latent_attention = t
 """Recipes that wait for something, with what validation says of it."""
 
 
+ALSO_SHRUNK = {
+    VANILLA: ["tokenizer.vocab_size=512"],  # it gives no vocabulary to its model
+    "deepseek_v2_lite_pretrain_config": (
+        "model.num_query_groups=4 model.moe_layer_freq=[0,1] model.num_moe_experts=8 model.moe_ffn_hidden_size=32 "
+        "model.moe_shared_expert_intermediate_size=64"
+    ).split(),
+}
+
+
 def derived(name: str) -> ConfigContainer:
     config = get_recipe(name)
     interpolate(config)
@@ -156,7 +165,7 @@ def test_three_steps_on_a_cpu(name: str, tmp_path: Path, monkeypatch: pytest.Mon
     _, script, *words = shlex.split(block("docs/recipes.md", "shrunk").replace("\\\n", " "))
     words[words.index("--recipe") + 1] = name
     words += ["run.device=cpu", f'run.dir="{tmp_path / "run"}"']
-    words += ["tokenizer.vocab_size=512"] if name == VANILLA else []  # it gives no vocabulary to its model
+    words += ALSO_SHRUNK.get(name, [])
     monkeypatch.setattr(sys, "argv", [script, *words])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(ROOT / script), run_name="__main__")
