@@ -26,10 +26,6 @@ from tests.test_guides import block
 
 ROOT = Path(__file__).resolve().parents[2]
 VANILLA = "vanilla_gpt_pretrain_config"
-AWAITED = {"deepseek_v2_lite_pretrain_config": "model.multi_latent_attention = true: multi-latent attention is not"}
-"""Recipes that wait for something, with what validation says of it."""
-
-
 ALSO_SHRUNK = {
     VANILLA: ["tokenizer.vocab_size=512"],  # it gives no vocabulary to its model
     "deepseek_v2_lite_pretrain_config": (
@@ -59,10 +55,6 @@ def test_a_recipe_builds_the_published_model(name: str) -> None:
         theirs = AutoModelForCausalLM.from_config(hf, dtype=torch.bfloat16)
     assert sum(p.numel() for p in theirs.parameters()) == published.parameters
     assert count_parameters(config.model) == published.parameters
-    if name in AWAITED:
-        with pytest.raises(ConfigError, match=AWAITED[name]):
-            resolve(get_recipe(name), find_recipe(name).gpus)
-        return
     ours = GPTModel(
         resolve(get_recipe(name), find_recipe(name).gpus).model, dtype=torch.bfloat16, device=torch.device("meta")
     )
@@ -160,7 +152,7 @@ def test_what_is_not_there_is_refused_with_the_reason(words: list[str], message:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(set(RECIPES) - set(AWAITED)))
+@pytest.mark.parametrize("name", sorted(RECIPES))
 def test_three_steps_on_a_cpu(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, script, *words = shlex.split(block("docs/recipes.md", "shrunk").replace("\\\n", " "))
     words[words.index("--recipe") + 1] = name

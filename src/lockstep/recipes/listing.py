@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lockstep.arguments import StrictParser
-from lockstep.config import ConfigContainer
 from lockstep.config.derive import derive, interpolate
 from lockstep.errors import UserError
 from lockstep.plan.gpus import GIB, Gpu, gpu_type, known_gpus
@@ -41,12 +40,7 @@ def entry_of(recipe: Recipe) -> Entry:
     derive(config, recipe.gpus)
     batch, length = config.train.global_batch_size, config.model.seq_length
     tokens = batch * length if batch and length else None
-    return Entry(count_parameters(config.model), tokens, recipe.gpus, _layout(config, recipe.gpus))
-
-
-def _layout(config: ConfigContainer, gpus: int) -> str:
-    experts = config.model.expert_model_parallel_size
-    return str(layout_of(config, gpus)) + (f", EP{experts}" if experts > 1 else "")
+    return Entry(count_parameters(config.model), tokens, recipe.gpus, str(layout_of(config, recipe.gpus)))
 
 
 def main(argv: Sequence[str]) -> int:
