@@ -101,7 +101,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         rows = verdicts([case for case in CASES if case.processes in options.processes], Path(folder), options.kinds)
     for row in rows:
-        print(f"{row.kind:<12}{row.layout:<32}{row.verdict:<12}{row.cause}")
+        print(f"{row.kind:<14}{row.layout:<32}{row.verdict:<12}{row.cause}")
     return 0 if all(row.passes for row in rows) else 1
 
 
