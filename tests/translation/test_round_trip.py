@@ -4,7 +4,7 @@ import typing
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lockstep.config import FieldInfo, all_fields
@@ -86,6 +86,7 @@ def test_both_doors_and_the_reader_come_to_one_tree(options: list[tuple[str, ...
         assert effective(parse_flags(words)) == expected
 
 
+@example([("--fp8-quantizer-factory", "$X'")], "0.2")
 @settings(max_examples=60, deadline=None)
 @given(_OPTIONS, st.sampled_from(bridge.VERSIONS))
 def test_bridges_overrides_say_the_same(options: list[tuple[str, ...]], version: str) -> None:

@@ -86,8 +86,7 @@ class MixtureOfExperts(Section):
         "allgather",
         "--moe-token-dispatcher-type",
         only=("allgather", "alltoall"),
-        refused="needs kernels that Lockstep does not use",
-        help="How tokens reach the experts of other processes: each to those that have its experts, or all to all.",
+        refused="the flex dispatcher needs kernels that Lockstep does not use",
         effect="speed",
     )
     moe_flex_dispatcher_backend: Literal["deepep", "hybridep", "ncclep"] = opt(

@@ -39,14 +39,16 @@ def split_override(word: str) -> tuple[str, Any]:
         ConfigError: it is not in Hydra's grammar.
     """
     key, equals, text = word.partition("=")
+    bare = text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
     if (
         equals
         and has_reference(text)
         and not text.startswith("[")
-        and text.strip("'\"")
+        and bare
+        and not set(bare) & set("'\"\\")
         and "." not in text.partition("}")[0]
     ):
-        return key.lstrip("+"), text.strip("'\"")
+        return key.lstrip("+"), bare
     return parse_override(word)[0]
 
 
