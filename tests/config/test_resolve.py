@@ -228,8 +228,12 @@ def test_the_batch_follows_the_data_parallel_size() -> None:
     assert resolve(config, world_size=4).train.global_batch_size == 2 * config.train.micro_batch_size  # type: ignore[operator]
 
 
-def test_sequence_parallel_is_off_without_tensor_parallel() -> None:
-    config = resolve(tiny("--sequence-parallel"), world_size=2)
+def test_sequence_parallel_needs_tensor_parallel_where_it_is_asked_for() -> None:
+    with pytest.raises(ConfigError, match="--sequence-parallel splits the sequence between tensor-parallel"):
+        resolve(tiny("--sequence-parallel"), world_size=2)
+    config = tiny()
+    config.set("model.sequence_parallel", True, Origin("recipe"))
+    config = resolve(config, world_size=2)
     assert not config.model.sequence_parallel
     assert config.origin("model.sequence_parallel").kind == "derived"
 

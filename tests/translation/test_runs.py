@@ -56,6 +56,7 @@ _DROPPED = (
     "--save-interval",
     "--save-retain-interval",
     "--use-checkpoint-opt_param-scheduler",
+    "--sequence-parallel",
     "--num-layers-per-virtual-pipeline-stage",
     "--num-virtual-stages-per-pipeline-rank",
     "--decoder-first-pipeline-num-layers",

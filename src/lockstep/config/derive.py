@@ -40,7 +40,9 @@ def derive(config: ConfigContainer, world_size: int = 1) -> None:
         config.set("model.add_qkv_bias", True, Origin("derived", "model.add_bias_linear"))
     if config.dataset.mock and config.dataset.split != MOCK_SPLIT:
         config.set("dataset.split", MOCK_SPLIT, Origin("derived", "mock data is always split so"))
-    if config.model.sequence_parallel and config.model.tensor_model_parallel_size == 1:
+    # A recipe's layout may be overridden in part; what the user asks for is not turned off in silence.
+    inherited = config.origin("model.sequence_parallel").kind in ("recipe", "checkpoint")
+    if inherited and config.model.sequence_parallel and config.model.tensor_model_parallel_size == 1:
         config.set("model.sequence_parallel", False, Origin("derived", "one tensor-parallel process"))
     if config.dist.use_megatron_fsdp and not config.ddp.use_distributed_optimizer:
         config.set("ddp.use_distributed_optimizer", True, Origin("derived", "dist.use_megatron_fsdp"))

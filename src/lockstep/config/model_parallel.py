@@ -36,7 +36,7 @@ class ModelParallel(Section):
     sequence_parallel: bool = opt(
         False,
         "--sequence-parallel",
-        help="Split the residual stream along the sequence between tensor-parallel layers; off without them.",
+        help="Split the residual stream along the sequence between tensor-parallel layers.",
         effect="speed",
     )
     context_parallel_size: int = opt(

@@ -74,6 +74,11 @@ def _tensor_parallel(c: ConfigContainer) -> Iterator[str]:
             yield f"{_name(c, f'model.{path}')} = {value} is not divisible by {name} = {size}; change one of them"
     if m.vocab_size and m.vocab_size < size:
         yield f"{_name(c, 'model.vocab_size')} = {m.vocab_size} is below {name} = {size}; lower that"
+    if m.sequence_parallel and size == 1:
+        yield (
+            f"{_name(c, 'model.sequence_parallel')} splits the sequence between tensor-parallel processes, and "
+            f"{name} = 1; raise that or drop it"
+        )
     length, share = m.seq_length, size * m.context_parallel_size
     if m.sequence_parallel and length and length % share:
         context = f" times {_name(c, 'model.context_parallel_size')} = {m.context_parallel_size}"
