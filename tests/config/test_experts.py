@@ -73,8 +73,8 @@ def problem(*flags: str, processes: int = 1) -> str:
         ("--num-experts 4 --expert-model-parallel-size 0", "= 0: give 1 or more"),
         ("--num-experts 4 --expert-tensor-parallel-size 2", "experts are split as the other layers are"),
         (
-            "--num-experts 4 --context-parallel-size 2 --moe-expert-capacity-factor 1",
-            "--moe-expert-capacity-factor with --context-parallel-size = 2 is not supported",
+            "--num-experts 4 --tensor-model-parallel-size 2 --expert-tensor-parallel-size 1",
+            "--expert-tensor-parallel-size = 1 beside --tensor-model-parallel-size = 2 needs --sequence-parallel",
         ),
         ("--expert-tensor-parallel-size 2", "has no effect without model.num_moe_experts (--num-experts)"),
         ("--num-experts 4 --moe-token-dispatcher-type flex", "needs kernels that Lockstep does not use"),
@@ -97,6 +97,11 @@ def test_each_problem_names_what_and_remedy(flags: str, part: str) -> None:
         ("--num-experts 6 --expert-model-parallel-size 4", ["= 4 does not divide the 6 experts; use a divisor"]),
         ("--num-experts 4 --expert-model-parallel-size 4 --tensor-model-parallel-size 2", ["the 2 data-parallel"]),
         ("--num-experts 4 --expert-model-parallel-size 2 --use-torch-fsdp2", ["= 2 with sharded weights"]),
+        (
+            "--num-experts 8 --expert-model-parallel-size 8 --tensor-model-parallel-size 2 --sequence-parallel "
+            "--expert-tensor-parallel-size 1",
+            ["= 8 beside --expert-tensor-parallel-size = 1 does not divide the 4 tensor- and data-parallel processes"],
+        ),
         (
             "--num-experts 4 --expert-model-parallel-size 2 --use-distributed-optimizer "
             "--num-distributed-optimizer-instances 2",

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from lockstep.config import ConfigContainer, Origin, resolve
 from lockstep.models import GPTModel
 from lockstep.parallel.mesh import Axis, Mesh, build_mesh
-from lockstep.parallel.plan import shard_of
+from lockstep.parallel.plan import is_expert, shard_of
 from lockstep.training.feed import Batch
 from lockstep.training.optimizer import Optimizer
 from lockstep.training.setup import build_parallel_model, build_passes
@@ -120,6 +120,7 @@ def _expert(size: int, dispatcher: str = "alltoall") -> dict[str, Any]:
     return {"model.expert_model_parallel_size": size, "model.moe_token_dispatcher_type": dispatcher}
 
 
+_WHOLE = {"model.expert_tensor_parallel_size": 1}
 _UNEVEN = {"model.num_layers_in_first_pipeline_stage": 1}
 _SHARDED = {"ddp.use_distributed_optimizer": True}
 _OVERLAP = {"ddp.overlap_grad_reduce": True, "ddp.bucket_size": 5000}
@@ -199,6 +200,10 @@ CASES: tuple[Case, ...] = (
     Case("EP2 x PP2 interleaved", 4, {**_expert(2), **_pipeline(2, 2)}),
     Case("EP2 x DP2", 4, _expert(2)),
     Case("EP2 x sharded DP2, overlap", 4, {**_expert(2), **_OVERLAP_BOTH}),
+    Case("ETP1 x TP2+SP", 2, {**_tensor(2, True), **_WHOLE}),
+    Case("EP2 x ETP1 x TP2+SP", 2, {**_expert(2), **_tensor(2, True), **_WHOLE}),
+    Case("EP2 x ETP1 x TP2+SP x sharded DP2", 4, {**_expert(2), **_tensor(2, True), **_WHOLE, **_SHARDED}),
+    Case("EP4 x ETP1 x TP2+SP x CP2", 4, {**_expert(4, "allgather"), **_tensor(2, True), **_WHOLE, **_context(2)}),
 )
 KINDS: dict[str, dict[str, Any]] = {
     "GPT": {},
@@ -237,7 +242,7 @@ def takes_part(kind: str, case: Case) -> bool:
 
 
 def _of_experts(case: Case) -> bool:
-    return "model.expert_model_parallel_size" in case.changes
+    return any(path.startswith("model.expert_") for path in case.changes)
 
 
 @dataclass(frozen=True)
@@ -340,12 +345,14 @@ def _grads(optimizer: Optimizer, mesh: Mesh) -> dict[str, torch.Tensor]:
     found = {
         name: torch.zeros(p.numel(), dtype=p.dtype) for name, p in zip(weights.names, weights.model_params, strict=True)
     }
-    pieces: list[Any] = [None] * mesh.replicas.size
     own = list(zip(weights.main_names, weights.main_spans, grads, strict=True))
-    dist.all_gather_object(pieces, own, group=mesh.replicas.group)
-    for name, span, grad in (piece for part in pieces for piece in part):
-        if name in found:  # not an expert of another process
-            found[name][slice(*span)] = grad.flatten()
+    for axis in (mesh.replicas, mesh.expert_replicas):
+        pieces: list[Any] = [own] * axis.size
+        if axis.group is not None:
+            dist.all_gather_object(pieces, own, group=axis.group)
+        for name, span, grad in (piece for part in pieces for piece in part):
+            if is_expert(name) == (axis is mesh.expert_replicas) or not mesh.experts_apart:
+                found[name][slice(*span)] = grad.flatten()
     return {name: found[name].view_as(p) for name, p in zip(weights.names, weights.model_params, strict=True)}
 
 

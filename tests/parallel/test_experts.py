@@ -1,13 +1,14 @@
 """Expert parallelism against one process: faults that the comparison must see, dropped tokens, BF16."""
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
 from lockstep.config.model import ModelConfig
-from lockstep.models.moe import Experts
+from lockstep.models.moe import Experts, MixtureOfExperts
 from lockstep.models.router import Router
 from lockstep.models.sequence import WholeSequence
 from lockstep.parallel.experts import keep_experts
@@ -18,7 +19,9 @@ from tests.parallel.spawn import on_processes
 _CASE = next(case for case in sweep.CASES if case.name == "EP2 x DP2")
 _ALL = next(case for case in sweep.CASES if case.name == "EP4")
 _CONTEXT = next(case for case in sweep.CASES if case.name == "CP2 x EP4 by all-gather")
+_WHOLE = next(case for case in sweep.CASES if case.name == "EP2 x ETP1 x TP2+SP x sharded DP2")
 _DROPS = {"model.moe_expert_capacity_factor": 0.75}
+_POLICIES = ("probs", "position")
 _DISPATCHERS = ("alltoall", "allgather")
 
 
@@ -67,6 +70,32 @@ def _tokens_of_a_part_of_the_sequence(model: Any, step: Any, optimizer: Any) -> 
             module.sequence = part
 
 
+def _of_one_tensor_parallel_process(model: Any, step: Any, optimizer: Any) -> None:
+    """Leave the experts of the other tensor-parallel processes out of the norm."""
+    optimizer._gradients._mesh = dataclasses.replace(optimizer._gradients._mesh, whole_experts=False)
+
+
+def _tokens_without_those_of_others(model: Any, step: Any, optimizer: Any) -> None:
+    """Give the router the gradient of this process's part of the sequence alone."""
+    for module in model.modules():
+        if isinstance(module, MixtureOfExperts):
+            module.dispatcher.dispatch = partial(_dispatch_part, module.dispatcher)  # type: ignore[method-assign]
+
+
+def _dispatch_part(dispatcher: Any, x: Any, assignment: Any) -> Any:
+    axis = dispatcher.mesh.tp
+
+    def own(values: Any) -> Any:
+        return values.unflatten(0, (x.shape[0], -1)).chunk(axis.size, dim=1)[axis.rank].flatten(0, 1)
+
+    parts = {name: own(getattr(assignment, name)) for name in ("experts", "weights")}
+    return dispatcher.inner.dispatch(x, dataclasses.replace(assignment, **parts))
+
+
+_WHOLE_FAULTS = {
+    "experts of one tensor-parallel process in the norm": _of_one_tensor_parallel_process,
+    "a router's gradient of a part of the sequence": _tokens_without_those_of_others,
+}
 _CONTEXT_FAULTS = {
     "loads of a part of the sequence": _loads_of_a_part_of_the_sequence,
     "tokens of a part of the sequence": _tokens_of_a_part_of_the_sequence,
@@ -91,6 +120,14 @@ def _everything() -> dict[str, Any]:
     config, mesh = sweep.configure({**kind, **_CONTEXT.changes}, 4), sweep.mesh_of(_CONTEXT)
     for name, fault in _CONTEXT_FAULTS.items():
         found[name] = sweep.compare("experts", name, sweep.play(config, mesh, sabotage=fault), expected)
+    config, mesh = sweep.configure({**kind, **_WHOLE.changes}, 4), sweep.mesh_of(_WHOLE)
+    for name, fault in _WHOLE_FAULTS.items():
+        found[name] = sweep.compare("experts", name, sweep.play(config, mesh, sabotage=fault), expected)
+    for policy in _POLICIES:
+        job = {**kind, **_DROPS, "model.moe_token_drop_policy": policy}
+        one = sweep.play(sweep.configure(job, 1), Mesh())
+        outcome = sweep.play(sweep.configure({**job, **_CONTEXT.changes}, 4), sweep.mesh_of(_CONTEXT))
+        found[f"drops by {policy}, context parallel"] = sweep.compare("experts", policy, outcome, one)
     mesh = sweep.mesh_of(_ALL)
     low = {**kind, "mixed_precision.bf16": True}
     for name, job, dtype in (("drops", {**kind, **_DROPS}, torch.float64), ("bf16", low, torch.bfloat16)):
@@ -113,12 +150,19 @@ def results() -> list[dict[str, Any]]:
     return on_processes(_everything, 4)
 
 
-@pytest.mark.parametrize("job", ["none", *(f"drops {dispatcher}" for dispatcher in _DISPATCHERS)])
+@pytest.mark.parametrize(
+    "job",
+    [
+        "none",
+        *(f"drops {dispatcher}" for dispatcher in _DISPATCHERS),
+        *(f"drops by {policy}, context parallel" for policy in _POLICIES),
+    ],
+)
 def test_several_processes_find_what_one_finds(results, job: str) -> None:
     assert [found[job] for found in results if not found[job].passes] == []
 
 
-@pytest.mark.parametrize("fault", [*_FAULTS, *_CONTEXT_FAULTS])
+@pytest.mark.parametrize("fault", [*_FAULTS, *_CONTEXT_FAULTS, *_WHOLE_FAULTS])
 def test_a_planted_fault_is_seen(results, fault: str) -> None:
     assert any(not found[fault].passes for found in results)
 

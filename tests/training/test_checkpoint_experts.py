@@ -10,7 +10,7 @@ import torch
 from lockstep.lab.compare import compare_paths
 from lockstep.training.checkpoint_storage import read_index, read_whole
 from tests.parallel.spawn import Turn, in_turn
-from tests.training.checkpoint_runs import SHARDED, echo, train
+from tests.training.checkpoint_runs import SEQUENCE, SHARDED, echo, train
 
 _CLOCKED = ("seconds", "tokens_per_second", "memory_bytes")
 _EXPERTS: dict[str, Any] = {
@@ -22,11 +22,18 @@ _EXPERTS: dict[str, Any] = {
     "train.check_weight_hash_across_dp_replicas_interval": 5,
 }
 _SHARED_OUT = {**_EXPERTS, "model.expert_model_parallel_size": 2, "model.moe_token_dispatcher_type": "alltoall"}
-_SOURCES: dict[str, tuple[int, dict[str, Any]]] = {"ep2": (2, _SHARED_OUT), "sharded": (4, {**_SHARED_OUT, **SHARDED})}
+_WHOLE = {**_SHARED_OUT, **SEQUENCE, "model.expert_tensor_parallel_size": 1}
+_SOURCES: dict[str, tuple[int, dict[str, Any]]] = {
+    "ep2": (2, _SHARED_OUT),
+    "sharded": (4, {**_SHARED_OUT, **SHARDED}),
+    "whole": (4, {**_WHOLE, **SHARDED}),
+}
 _MOVES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "ep2 to one": ("ep2", 1, _EXPERTS),
     "ep2 to ep2 x sharded dp2": ("ep2", 4, {**_SHARED_OUT, **SHARDED}),
     "ep2 x sharded dp2 to dp2": ("sharded", 2, _EXPERTS),
+    "ep2 x tp2 of whole experts x sharded dp2 to one": ("whole", 1, _EXPERTS),
+    "ep2 to ep2 x tp2 of whole experts": ("ep2", 2, _WHOLE),
 }
 
 

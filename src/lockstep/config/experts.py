@@ -33,6 +33,12 @@ def expert_layers(config: ModelConfig) -> list[bool]:
     return [entry == 1 for entry in given]
 
 
+def has_whole_experts(config: ModelConfig) -> bool:
+    """Tell whether tensor-parallel processes share out whole experts and tokens instead of splitting each expert."""
+    tensor_parallel = config.tensor_model_parallel_size > 1 and config.num_moe_experts is not None
+    return tensor_parallel and config.expert_tensor_parallel_size == 1
+
+
 def layer_pattern(text: str) -> int | list[int]:
     """Read a number, or a sum and product of lists of numbers such as `([1]*3+[0])*2`.
 
@@ -193,36 +199,48 @@ def _layout(c: ConfigContainer, name: Callable[[str], str]) -> Iterator[str]:
     tp, label = m.tensor_model_parallel_size, name("model.tensor_model_parallel_size")
     if tp > 1 and m.add_bias_linear:
         yield f"{label} = {tp} with experts needs --disable-bias-linear"
-    for path in ("moe_ffn_hidden_size", "moe_shared_expert_intermediate_size"):
+    whole = has_whole_experts(m)
+    split = (*(() if whole else ("moe_ffn_hidden_size",)), "moe_shared_expert_intermediate_size")
+    for path in split:
         width = getattr(m, path)
         if width and tp > 0 and width % tp:
             yield f"{name(f'model.{path}')} = {width} is not divisible by {label} = {tp}; change one of them"
     etp = m.expert_tensor_parallel_size
-    if etp not in (None, tp):
+    if etp not in (None, tp, 1):
         yield (
             f"{name('model.expert_tensor_parallel_size')} = {etp} is not supported beside {label} = {tp}: experts are "
-            f"split as the other layers are; use {tp} or drop it"
+            f"split as the other layers are, or not at all; use {tp} or 1"
         )
-    if m.context_parallel_size > 1 and (m.moe_expert_capacity_factor or 0) > 0:
+    if whole and not m.sequence_parallel:
         yield (
-            f"{name('model.moe_expert_capacity_factor')} with {name('model.context_parallel_size')} = "
-            f"{m.context_parallel_size} is not supported: each process sees a part of the tokens; drop one of them"
+            f"{name('model.expert_tensor_parallel_size')} = 1 beside {label} = {tp} needs --sequence-parallel: each "
+            "process hands its part of the sequence to the experts"
         )
 
 
 def sharing_problems(c: ConfigContainer, replicas: int, name: Callable[[str], str]) -> Iterator[str]:
-    """Yield what keeps ``replicas`` processes that have the same weights otherwise from sharing out the experts."""
+    """Yield what keeps ``replicas`` processes that have the same weights otherwise from sharing out the experts.
+
+    Where experts are whole on tensor-parallel processes these share them out too.
+    """
     m, label = c.model, name("model.expert_model_parallel_size")
-    size = m.expert_model_parallel_size
+    size, whole = m.expert_model_parallel_size, has_whole_experts(m)
     if size < 1:
         yield f"{label} = {size}: give 1 or more"
-    if size <= 1 or m.num_moe_experts is None:
         return
+    if m.num_moe_experts is None or (size == 1 and not whole):
+        return
+    label = f"{label} = {size}"
     if m.num_moe_experts % size:
-        yield f"{label} = {size} does not divide the {m.num_moe_experts} experts; use a divisor of them"
-    if replicas % size:
-        yield f"{label} = {size} does not divide the {replicas} data-parallel processes; use a divisor, or start more"
+        yield f"{label} does not divide the {m.num_moe_experts} experts; use a divisor of them"
+    if whole:
+        label += f" beside {name('model.expert_tensor_parallel_size')} = 1"
+        sharers = replicas * m.tensor_model_parallel_size
+        if sharers % size:
+            yield f"{label} does not divide the {sharers} tensor- and data-parallel processes; use a divisor"
+    elif replicas % size:
+        yield f"{label} does not divide the {replicas} data-parallel processes; use a divisor, or start more"
     if shards_weights(c):
-        yield f"{label} = {size} with sharded weights is not supported; use --use-distributed-optimizer instead of them"
+        yield f"{label} with sharded weights is not supported; use --use-distributed-optimizer instead of them"
     if c.ddp.num_distributed_optimizer_instances > 1:
-        yield f"{label} = {size} with {name('ddp.num_distributed_optimizer_instances')} is not supported; drop one"
+        yield f"{label} with {name('ddp.num_distributed_optimizer_instances')} is not supported; drop one"

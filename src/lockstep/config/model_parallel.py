@@ -62,7 +62,7 @@ class ModelParallel(Section):
     expert_tensor_parallel_size: int | None = opt(
         None,
         "--expert-tensor-parallel-size",
-        help="Processes that split each expert; only tensor_model_parallel_size, as when unset.",
+        help="Processes that split each expert: tensor_model_parallel_size, as when unset, or 1.",
         effect="speed",
     )
     tp_comm_bulk_wgrad: bool = opt(

@@ -156,16 +156,26 @@ class Router(nn.Module):
         return values, experts
 
     def _within_capacity(self, experts: Tensor, weights: Tensor, samples: int) -> Tensor | None:
-        """Return which assignments [t, k] the experts keep; None where they keep all."""
-        factor, tokens = self.config.moe_expert_capacity_factor, experts.shape[0]
+        """Return which assignments [t, k] the experts keep, of those of whole sequences; None where they keep all."""
+        factor, tokens = self.config.moe_expert_capacity_factor, experts.shape[0] * self.sequence.parts
         if factor is None or factor < 0:
             return None
         capacity = math.ceil(tokens * self.topk / self.experts * factor)
         if capacity >= tokens:
             return None
+        experts, weights = (
+            self.sequence.joined(values.unflatten(0, (samples, -1))).flatten(0, 1)
+            for values in (experts, weights.detach())
+        )
+        kept = self._first(experts, weights, samples, capacity).unflatten(0, (samples, -1))
+        return kept[:, self.sequence.positions(kept.shape[1], kept.device)].flatten(0, 1)
+
+    def _first(self, experts: Tensor, weights: Tensor, samples: int, capacity: int) -> Tensor:
+        """Return which assignments [t, k] of all tokens are among the first of their experts."""
+        tokens = experts.shape[0]
         if self.config.moe_token_drop_policy == "probs":
             by_expert = torch.zeros(tokens, self.experts, dtype=weights.dtype, device=weights.device)
-            by_expert.scatter_(1, experts, weights.detach())
+            by_expert.scatter_(1, experts, weights)
             first = by_expert.topk(capacity, dim=0).indices
             return torch.zeros_like(by_expert, dtype=torch.bool).scatter_(0, first, True).gather(1, experts)
         # Tokens count position by position, as Megatron-LM's sequence-first layout has them.

@@ -20,6 +20,7 @@ from lockstep.parallel.modules import (
     ColumnParallelLinear,
     RowParallelLinear,
     SequenceParallelTable,
+    SequencePartDispatcher,
     SharedByParts,
     SplitExpertsDispatcher,
     VocabParallelHead,
@@ -55,7 +56,8 @@ def parallelize(model: GPTModel, mesh: Mesh, sharding: WeightSharding | None = N
                 module.linear_fc1 = ColumnParallelLinear(module.linear_fc1, mesh)
                 module.linear_fc2 = RowParallelLinear(module.linear_fc2, mesh)
             elif isinstance(module, MixtureOfExperts):
-                module.dispatcher = SplitExpertsDispatcher(mesh, module.dispatcher)
+                kind = SequencePartDispatcher if mesh.whole_experts else SplitExpertsDispatcher
+                module.dispatcher = kind(mesh, module.dispatcher)
         _split_vocabulary(model, mesh)
     if sharding is not None:
         shard_weights(model, mesh, sharding)

@@ -35,6 +35,11 @@ def whole(x: Tensor, axis: Axis) -> Tensor:
     return _exchanged(x, partial(_join, axis), partial(_own_part, axis))
 
 
+def part(x: Tensor, axis: Axis) -> Tensor:
+    """Return this process's part of the sequence of x, which is equal on all processes; backward joins."""
+    return _exchanged(x, partial(_own_part, axis), partial(_join, axis))
+
+
 def added_and_split(x: Tensor, axis: Axis) -> Tensor:
     """Return this process's part of the sequence of the sum of x over the processes; backward joins."""
     return _exchanged(x, partial(_add_and_split, axis), partial(_join, axis))

@@ -29,7 +29,7 @@ class Gradients:
         self._sharded = pieces is not None
         owned = names if pieces is None else pieces
         self._split = [mesh.tp.size > 1 and shard_of(name, config) is not None for name in owned]
-        self._expert = [mesh.ep.size > 1 and is_expert(name) for name in owned]
+        self._expert = [mesh.experts_apart and is_expert(name) for name in owned]
         self._partial = [_is_partial(name, config, mesh) for name in names]
         self._tied = [_is_tied(name, config, mesh) for name in names]
         # The first stage counts what both ends of a pipeline have.
@@ -60,9 +60,9 @@ class Gradients:
     def _sorted(self, values: Sequence[T]) -> list[list[T]]:
         """Sort what there is for each parameter: of those whole on every process, and of those split.
 
-        With expert parallelism the same two groups of experts follow.
+        Where experts lie otherwise the same two groups of experts follow.
         """
-        groups: list[list[T]] = [[] for _ in range(2 if self._mesh.ep.size == 1 else 4)]
+        groups: list[list[T]] = [[] for _ in range(4 if self._mesh.experts_apart else 2)]
         for value, split, expert, elsewhere in zip(values, self._split, self._expert, self._elsewhere, strict=True):
             if not elsewhere:
                 groups[2 * expert + split].append(value)
@@ -73,7 +73,11 @@ class Gradients:
         if self._sharded:
             self._mesh.shards.sum_(sums)
         if len(sums) == 4:
-            experts = sums[2:] if self._sharded else self._mesh.ep.sum_(sums[2:].clone())
+            experts = sums[2:].clone()
+            if not self._sharded:
+                self._mesh.ep.sum_(experts)
+            elif self._mesh.whole_experts:
+                self._mesh.tp.sum_(experts)
             sums = sums[:2] + experts
         return self._mesh.pp.sum_(sums[0] + self._mesh.tp.sum_(sums[1].clone()))
 

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout as set_group_timeout
 
 from lockstep.config import ConfigContainer
+from lockstep.config.experts import has_whole_experts
 from lockstep.config.model import ModelConfig
 from lockstep.errors import UserError
 from lockstep.parallel.watch import join
@@ -102,11 +103,13 @@ class Mesh:
         replicas: dp and cp together: the processes that have the same weights.
         shards: neighbours in replicas over which weights or optimizer state are shared out, where they are.
         instances: the processes that have the same shard; shards and instances together are replicas.
-        ep: expert parallel; neighbours in replicas that share out the experts of every layer.
-        expert_replicas: the processes that have the same experts; ep and these together are replicas.
+        ep: expert parallel; neighbours in replicas, or in these and tp where tp does not split experts, that share out
+            the experts of every layer.
+        expert_replicas: the processes that have the same experts; ep and these together are replicas, or these and tp.
         ends: first and last process of a pipeline, which both have tied word embeddings; size 1 elsewhere.
         world: all processes.
         sequence_parallel: the residual stream is split over tp; on only where tp is more than one process.
+        whole_experts: processes of tp have whole experts, and hand out their parts of the sequence.
     """
 
     dp: Axis = field(default_factory=Axis)
@@ -121,6 +124,12 @@ class Mesh:
     ends: Axis = field(default_factory=Axis)
     world: Axis = field(default_factory=Axis)
     sequence_parallel: bool = False
+    whole_experts: bool = False
+
+    @property
+    def experts_apart(self) -> bool:
+        """Whether experts lie otherwise than the weights that all processes of replicas have."""
+        return self.ep.size > 1 or self.whole_experts
 
     @property
     def leads(self) -> bool:
@@ -162,6 +171,7 @@ class Mesh:
             "tensor_parallel": self.tp.size,
             "pipeline_parallel": self.pp.size,
             "expert_parallel": self.ep.size,
+            "expert_tensor_parallel": 1 if self.whole_experts else self.tp.size,
             "sequence_parallel": self.sequence_parallel,
         }
 
@@ -219,9 +229,12 @@ def build_mesh(model: ModelConfig, device_type: str, pipeline_first: bool = Fals
     replicas = axis("dp") if cp == 1 else axis("cp")
     if cp > 1 and sizes["dp"] > 1:
         replicas = _axis_of(devices["dp", "cp"]._flatten("replicas"))
-    shards, copies = (replicas, Axis()) if instances == 1 else _runs(devices, replicas.size // instances)
-    ep = model.expert_model_parallel_size
-    experts, expert_replicas = (Axis(), replicas) if ep == 1 else _runs(devices, ep)
+    same = ("dp", "cp")
+    shards, copies = (replicas, Axis()) if instances == 1 else _runs(devices, replicas.size // instances, same)
+    ep, whole = model.expert_model_parallel_size, has_whole_experts(model)
+    experts, expert_replicas = Axis(), replicas
+    if ep > 1 or whole:
+        experts, expert_replicas = _runs(devices, ep, (*same, "tp") if whole else same)
     return Mesh(
         dp=axis("dp"),
         cp=axis("cp"),
@@ -235,6 +248,7 @@ def build_mesh(model: ModelConfig, device_type: str, pipeline_first: bool = Fals
         ends=_ends(devices) if pp > 1 else Axis(),
         world=Axis(world, dist.get_rank(), dist.group.WORLD),
         sequence_parallel=model.sequence_parallel and tp > 1,
+        whole_experts=whole,
     )
 
 
@@ -247,11 +261,11 @@ def _ends(devices: DeviceMesh) -> Axis:
     return _axis_along(_in_order(devices, "pp")[[0, -1]].flatten(1).t())
 
 
-def _runs(devices: DeviceMesh, size: int) -> tuple[Axis, Axis]:
-    """Cut every set of processes with the same weights into runs of ``size``; return those along and across a run."""
-    replicas = _in_order(devices, "pp", "tp", "dp", "cp").flatten(2)
-    runs = replicas.unflatten(2, (-1, size))  # [pp, tp, runs, size]
-    return _axis_along(runs.flatten(0, 2)), _axis_along(runs.movedim(2, 3).flatten(0, 2))
+def _runs(devices: DeviceMesh, size: int, within: tuple[str, ...]) -> tuple[Axis, Axis]:
+    """Cut the processes that differ in the axes ``within`` only into runs of ``size``; return axes along and across."""
+    others = [name for name in ("pp", "tp") if name not in within]
+    runs = _in_order(devices, *others, *within).flatten(len(others)).unflatten(-1, (-1, size))
+    return _axis_along(runs.flatten(0, -2)), _axis_along(runs.transpose(-1, -2).flatten(0, -2))
 
 
 def _in_order(devices: DeviceMesh, *names: str) -> torch.Tensor:

@@ -13,7 +13,7 @@ from lockstep.models.layers import Linear, Table
 from lockstep.models.moe import Dispatcher, Rows
 from lockstep.models.ops import embedding, linear
 from lockstep.models.router import Assignment
-from lockstep.parallel.exchange import added, added_and_split, copied, joined, whole
+from lockstep.parallel.exchange import added, added_and_split, copied, joined, part, whole
 from lockstep.parallel.mesh import Mesh
 
 
@@ -144,6 +144,39 @@ class SplitExpertsDispatcher(Dispatcher):
     def combine(self, output: Tensor, rows: Rows) -> Tensor:
         """Return the sum over experts and processes [b, s, h], or this process's part of its sequence."""
         return _summed(self.inner.combine(output, rows), self.mesh)
+
+
+class SequencePartDispatcher(Dispatcher):
+    """Experts are whole: every process routes all tokens, and hands out those of its part of the sequence.
+
+    ``inner`` hands them out. The residual stream is split along the sequence.
+    """
+
+    def __init__(self, mesh: Mesh, inner: Dispatcher):
+        self.mesh = mesh
+        self.inner = inner
+
+    def seen(self, x: Tensor) -> Tensor:
+        """Return all tokens [b, s, h] of the sequence of which x is this process's part."""
+        return whole(x, self.mesh.tp)
+
+    def dispatch(self, x: Tensor, assignment: Assignment) -> Rows:
+        """Sort the tokens x [b, s / size, h] by expert, given the experts of all tokens."""
+
+        def own(values: Tensor) -> Tensor:
+            return part(values.unflatten(0, (x.shape[0], -1)), self.mesh.tp).flatten(0, 1)
+
+        mine = dataclasses.replace(
+            assignment,
+            experts=own(assignment.experts),
+            weights=own(assignment.weights),
+            kept=None if assignment.kept is None else own(assignment.kept),
+        )
+        return self.inner.dispatch(x, mine)
+
+    def combine(self, output: Tensor, rows: Rows) -> Tensor:
+        """Return the sum over experts [b, s / size, h] for the tokens of this process."""
+        return self.inner.combine(output, rows)
 
 
 def _whole(x: Tensor, mesh: Mesh) -> Tensor:

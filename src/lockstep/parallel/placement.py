@@ -190,7 +190,7 @@ class Placement:
         if not replicated:
             return once
         mesh = self._mesh
-        if mesh.ep.size == 1:
+        if not mesh.experts_apart:
             return _share(once, sizes, mesh.replicas)
         experts = [name for name in once if is_expert(parameter(name))]
         others = [name for name in once if not is_expert(parameter(name))]
@@ -198,7 +198,8 @@ class Placement:
 
     def _elsewhere(self, name: str) -> bool:
         """Tell whether another process writes what this one has: of tensor parallel, or the first of both ends."""
-        whole = self._mesh.tp.rank > 0 and self._shard(name) is None
+        apart = self._mesh.whole_experts and is_expert(name)
+        whole = self._mesh.tp.rank > 0 and self._shard(name) is None and not apart
         return whole or (self._mesh.ends.rank > 0 and name == WORD_EMBEDDINGS)
 
     def _shard(self, name: str) -> Shard | None:

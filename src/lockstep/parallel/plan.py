@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 
 import torch
 
+from lockstep.config.experts import has_whole_experts
 from lockstep.config.model import ModelConfig
 
 
@@ -64,6 +65,8 @@ _OF_SEQUENCE = (
 
 def shard_of(name: str, config: ModelConfig) -> Shard | None:
     """Return how tensor parallelism splits a parameter; None where it stays whole."""
+    if is_expert(name) and has_whole_experts(config):
+        return None
     for pattern, shard in _SPLIT:
         if fnmatchcase(name, pattern):
             gated = config.gated_linear_unit and ".linear_fc1." in name

@@ -39,7 +39,7 @@ class ReplicaCheck(Hook):
         """Return from which process this one differs, and where first; None where it does not."""
         state = self._model.state_dict()
         mesh, experts = self._mesh, [name for name in state if is_expert(name)]
-        if mesh.ep.size == 1 or not experts:
+        if not (mesh.experts_apart and experts):
             return self._difference_of(state, mesh.replicas)
         own = {name: state.pop(name) for name in experts}
         return self._difference_of(state, mesh.replicas) or self._difference_of(own, mesh.expert_replicas)

@@ -223,7 +223,7 @@ def build_main_weights(model: nn.Module, config: ConfigContainer, mesh: Mesh) ->
     reduction = Reduction(
         axis=axis,
         bucket_size=bucket_size(config, elements, mesh.replicas.size),
-        axis_of=partial(_axis_of, axis, mesh) if mesh.ep.size > 1 else None,
+        axis_of=partial(_axis_of, axis, mesh) if mesh.experts_apart else None,
         multiple=2**16 if config.ddp.pad_buckets_for_high_nccl_busbw else 1,
         overlap=config.ddp.overlap_grad_reduce,
         late=partial(is_shared, config=config.model, mesh=mesh),
