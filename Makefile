@@ -14,7 +14,7 @@ help: ## list the targets
 
 setup: $(STAMP) ## make .venv and install Lockstep with its pinned dependencies
 
-$(STAMP): pyproject.toml constraints.txt scripts/setup/bootstrap.py
+$(STAMP): pyproject.toml constraints.txt scripts/setup/bootstrap.py $(wildcard .core/current)
 	@$(PYTHON) scripts/setup/bootstrap.py --venv $(VENV)
 	@touch $(STAMP)
 

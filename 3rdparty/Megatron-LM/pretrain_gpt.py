@@ -5,8 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
-from lockstep.cli import pretrain_gpt
-from lockstep.guard import run
+from lockstep.cli import main
 
 if __name__ == "__main__":
-    sys.exit(run(lambda: pretrain_gpt(sys.argv[1:])))
+    sys.exit(main(["pretrain-gpt", *sys.argv[1:]]))

@@ -81,6 +81,18 @@ def pip_settings(python: str) -> dict[str, str]:
     return parse_pip_config(listing.stdout) if listing.returncode == 0 else {}
 
 
+def core_requirements(python: str) -> list[str]:
+    """Return what the core in use requires beside the tree's own requirements: nothing unless ``dev`` is switched on."""
+    if not (ROOT / ".core" / "current").is_file():
+        return []
+    command = [python, "-m", "lockstep.core.dependencies"]
+    environ = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        sys.exit(f"set-up failed: {done.stderr.strip()}")
+    return done.stdout.split("\n")[:-1] if done.stdout.strip() else []
+
+
 def run(command: list[str], environ: dict[str, str]) -> None:
     """Run a command in the repository root, showing it first; end with its status where it fails."""
     print("+ " + " ".join(command), flush=True)
@@ -94,6 +106,7 @@ def install(venv: Path, python: str, uv: str | None, extras: str) -> None:
     environ = dict(os.environ)
     inside = str(venv / "bin" / "python")
     target = ["--editable", f".[{extras}]" if extras else ".", "--constraint", "constraints.txt"]
+    target += core_requirements(python)
     fresh = not can_use(inside)
     if uv is not None:
         environ.update(uv_settings(pip_settings(python), environ))

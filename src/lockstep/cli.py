@@ -44,8 +44,13 @@ _DOORS: dict[str, Callable[[Sequence[str]], int]] = {
 }
 
 
+_OF_THE_CORE = ("pretrain-gpt", "train", "recipes")
+"""The commands that the core in use answers; all others are this tree's."""
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of everything but the doors, whose words are their own."""
+    from lockstep.core.cli import register as register_core
     from lockstep.data.cli import register as register_data
     from lockstep.hf.cli import register as register_convert
     from lockstep.jobfile.cli import register as register_jobfile
@@ -67,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     register_jobfile(subparsers)
     register_plan(subparsers)
     register_convert(subparsers)
+    register_core(subparsers)
     return parser
 
 
@@ -74,9 +80,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the ``lockstep`` command; return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0] in _DOORS:
-        return run(lambda: _DOORS[words[0]](words[1:]))
+        return run(lambda: _enter(words))
     options = build_parser().parse_args(words)
     return run(lambda: options.func(options))
+
+
+def _enter(words: list[str]) -> int:
+    """Run a door's command: by the core in use, which most often is this very code."""
+    if words[0] in _OF_THE_CORE:
+        from lockstep.core.enter import run_in_core
+
+        ended = run_in_core(words)
+        if ended is not None:
+            return ended
+    return _DOORS[words[0]](words[1:])
 
 
 if __name__ == "__main__":

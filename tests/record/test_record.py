@@ -178,7 +178,7 @@ def test_environment_is_described(monkeypatch: pytest.MonkeyPatch):
     assert "SECRET_TOKEN" not in environment_variables()
     assert package_versions()["numpy"]
     monkeypatch.setenv("PATH", "")
-    assert code_version() == {"commit": None, "dirty": None}
+    assert code_version() == {"commit": None, "dirty": None, "core": "main"}
 
 
 def test_device_is_described():

@@ -82,7 +82,10 @@ def test_run_writes_iterations_evaluations_and_facts(configure, tmp_path, capsys
     assert list((tmp_path / "run" / "tb_logs").iterdir())
 
     out = capsys.readouterr().out
-    assert out.startswith(f"run directory: {tmp_path / 'run'}\nfresh run from initial weights, seed 1234\ndevice: cpu")
+    first, rest = out.split("\n", 1)
+    assert first.startswith(f"core: main, commit {facts['code']['commit'][:12]}")
+    assert facts["code"]["core"] == "main"
+    assert rest.startswith(f"run directory: {tmp_path / 'run'}\nfresh run from initial weights, seed 1234\ndevice: cpu")
     assert "    train:      16\n    validation: 24\n    test:       8\n" in out
     assert out.count(" iteration        ") == 4
 

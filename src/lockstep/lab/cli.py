@@ -30,6 +30,10 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     correlate.add_argument(
         "--bridge", metavar='"RECIPE OVERRIDES"', help="recipe and key=value overrides of the other, as one argument"
     )
+    for option, label in (("--left", "A"), ("--right", "B")):
+        correlate.add_argument(
+            option, metavar="core=NAME", help=f"core of side {label}, main or dev: one job on two cores, through one door"
+        )
     correlate.add_argument(
         "--out", metavar="DIR", help="new or empty folder; a new one under nemo_experiments/correlate/ when unset"
     )
@@ -57,4 +61,9 @@ def _compare(arguments: argparse.Namespace) -> int:
 def _correlate(arguments: argparse.Namespace) -> int:
     from lockstep.lab.correlate import correlate
 
-    return correlate(arguments.mlm, arguments.bridge, Path(arguments.out) if arguments.out else None)
+    out = Path(arguments.out) if arguments.out else None
+    if arguments.left is not None or arguments.right is not None:
+        from lockstep.lab.cores import correlate_cores
+
+        return correlate_cores(arguments.left, arguments.right, arguments.mlm, arguments.bridge, out)
+    return correlate(arguments.mlm, arguments.bridge, out)

@@ -51,11 +51,11 @@ def correlate(mlm: str | None, bridge: str | None, out: Path | None) -> int:
     from lockstep.recipes.translate import spell
 
     pair = build_pair(mlm, bridge)
-    folder = _folder(out)
+    folder = new_folder(out)
     print(f"correlate: writing to {folder}", flush=True)
     flags_dir, recipe_dir = folder / "mlm", folder / "bridge"
-    _run_side("mlm", ["pretrain-gpt", *pair.flags, "--run-dir", str(flags_dir)], folder)
-    _run_side("bridge", ["train", *pair.recipe, f"run.dir={spell(str(recipe_dir))}"], folder)
+    run_side("mlm", ["pretrain-gpt", *pair.flags, "--run-dir", str(flags_dir)], folder)
+    run_side("bridge", ["train", *pair.recipe, f"run.dir={spell(str(recipe_dir))}"], folder)
     found = compare_paths(flags_dir, recipe_dir)
     show(found)
     print(f"report: {write_report(found, folder)[-1]}")
@@ -108,7 +108,8 @@ def _recipe_arguments(words: list[str]) -> list[str]:
     return ["--recipe", DEFAULT_RECIPE, *words]
 
 
-def _folder(out: Path | None) -> Path:
+def new_folder(out: Path | None) -> Path:
+    """Return the folder to write to: the one given, which has to be new or empty, or a fresh one."""
     if out is None:
         return fresh_dir(Path.cwd() / PARENT / "correlate")
     try:
@@ -121,10 +122,10 @@ def _folder(out: Path | None) -> Path:
     return out.resolve()
 
 
-def _run_side(name: str, arguments: list[str], folder: Path) -> None:
+def run_side(name: str, arguments: list[str], folder: Path, variables: dict[str, str] | None = None) -> None:
     """Run one side as its own process, show its output with a prefix and keep it in ``<name>.log``."""
     command = [sys.executable, "-m", "lockstep.cli", *arguments]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **(variables or {})}
     log = folder / f"{name}.log"
     print(f"[{name}] {shlex.join(['lockstep', *arguments])}", flush=True)
     with (

@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import lockstep
+from lockstep.core.state import VARIABLE, core_name, tree
 
 PACKAGES = (
     "lockstep-lm",
@@ -44,19 +44,19 @@ VARIABLES = (
     "NVTE_ALLOW_NONDETERMINISTIC_ALGO",
     "PYTHONHASHSEED",
     "PYTHONPATH",
+    VARIABLE,
 )
 _GIT_SECONDS = 10
 
 
 def code_version() -> dict[str, Any]:
-    """Return ``{"commit", "dirty"}`` of the checkout that Lockstep runs from; both None for an installed package."""
-    root = Path(lockstep.__file__).resolve().parents[2]
-    # An installed copy may lie inside somebody else's repository: only our own source layout counts.
-    if not (root / "src" / "lockstep").is_dir():
-        return {"commit": None, "dirty": None}
+    """Return ``{"commit", "dirty", "core"}`` of the checkout that Lockstep runs from; all None without one."""
+    root = tree()
+    if root is None:
+        return {"commit": None, "dirty": None, "core": None}
     commit = _git(root, "rev-parse", "HEAD")
     status = _git(root, "status", "--porcelain", "--untracked-files=no") if commit else None
-    return {"commit": commit, "dirty": None if status is None else bool(status)}
+    return {"commit": commit, "dirty": None if status is None else bool(status), "core": core_name(root)}
 
 
 def package_versions() -> dict[str, str]:

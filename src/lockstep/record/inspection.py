@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lockstep.config import all_fields
+from lockstep.core.state import recorded_core
 from lockstep.record.reader import Run
 from lockstep.record.schema import TrainLine, encode
 
@@ -55,6 +56,7 @@ def show(run: Run, console: Console | None = None) -> None:
 def _show_head(run: Run, console: Console) -> None:
     facts = run.facts
     code = facts["code"]
+    core = f"core {name}, " if (name := recorded_core(facts)) else ""
     commit = f"{code.get('commit') or 'unknown'}{' (with local changes)' if code.get('dirty') else ''}"
     ended = f", ended {facts['finished']}" if facts["finished"] else ""
     weights, source = facts["initial_weights"], facts.get("resumed_from")
@@ -64,7 +66,7 @@ def _show_head(run: Run, console: Console) -> None:
         "Door": {"megatron_lm": "Megatron-LM flags", "bridge": "Megatron Bridge recipe"}.get(facts["door"], "Python"),
         "As flags": facts["command"].get("flags"),
         "As a recipe": facts["command"].get("overrides"),
-        "Code": f"lockstep {facts['lockstep_version']}, commit {commit}",
+        "Code": f"lockstep {facts['lockstep_version']}, {core}commit {commit}",
         "Packages": ", ".join(f"{name} {version}" for name, version in facts["packages"].items()),
         "Resumed from": source and f"{source['checkpoint']}, iteration {source['iteration']}",
         "Initial weights": weights and f"{weights['fingerprint']} ({len(weights['parameters'])} parameters)",

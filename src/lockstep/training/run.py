@@ -13,6 +13,7 @@ import torch
 
 from lockstep.config import ConfigContainer
 from lockstep.config.sharding import sharding_strategy
+from lockstep.core.enter import describe
 from lockstep.errors import UserError
 from lockstep.models.ops import matmul_mode
 from lockstep.parallel import Mesh, start_processes
@@ -66,6 +67,9 @@ def run(config: ConfigContainer, *, door: str, command: Command, name: str) -> R
         exit_rule = ExitRule(
             started, *limits, signal, agree=mesh.from_leader, anywhere=partial(_anywhere, mesh, device)
         )
+        code = code_version() if mesh.leads else {}
+        if mesh.leads:
+            say(describe(code["core"], code["commit"], code["dirty"]))
         if source is not None:
             announce(source, config)
         writer = RunWriter(create_run_dir(config.run.dir, name)) if mesh.leads else None
@@ -74,7 +78,7 @@ def run(config: ConfigContainer, *, door: str, command: Command, name: str) -> R
         progress = Progress()
         try:
             if writer is not None:
-                _start_record(writer, config, device, source, door=door, command=vars(command), name=name)
+                _start_record(writer, config, device, source, code=code, door=door, command=vars(command), name=name)
             parts = build(config, device, mesh, exit_rule)
             if source is not None:
                 parts = restore(source, config, mesh, parts, progress, peers)
@@ -116,7 +120,6 @@ def _start_record(
         say(f"sequence parallelism is off: {split.detail}")
     writer.start(
         **facts,
-        code=code_version(),
         packages=package_versions(),
         device=machine,
         environment=environment_variables(),

@@ -1,0 +1,1 @@
+"""Core versions: which revision of this repository the two doors import."""
