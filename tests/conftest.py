@@ -8,6 +8,8 @@ import pytest
 # Set before torch is imported: with more threads than free cores, each of a tiny model's many small operations waits
 # for a thread that does not run, and a test takes fifty times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# The tests are of the tree, whichever core it is switched to.
+os.environ["LOCKSTEP_CORE"] = "main"
 
 
 @pytest.fixture(scope="session")

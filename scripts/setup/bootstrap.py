@@ -82,7 +82,7 @@ def pip_settings(python: str) -> dict[str, str]:
 
 
 def core_requirements(python: str) -> list[str]:
-    """Return what the core in use requires beside the tree's own requirements: nothing unless ``dev`` is switched on."""
+    """Return what the core in use requires beside the tree's requirements: nothing unless it is ``dev``."""
     if not (ROOT / ".core" / "current").is_file():
         return []
     command = [python, "-m", "lockstep.core.dependencies"]

@@ -32,7 +32,9 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     for option, label in (("--left", "A"), ("--right", "B")):
         correlate.add_argument(
-            option, metavar="core=NAME", help=f"core of side {label}, main or dev: one job on two cores, through one door"
+            option,
+            metavar="core=NAME",
+            help=f"core of side {label}, main or dev: one job on two cores, through one door",
         )
     correlate.add_argument(
         "--out", metavar="DIR", help="new or empty folder; a new one under nemo_experiments/correlate/ when unset"
