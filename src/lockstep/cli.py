@@ -54,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     from lockstep.data.cli import register as register_data
     from lockstep.hf.cli import register as register_convert
     from lockstep.jobfile.cli import register as register_jobfile
+    from lockstep.lab.bisect.cli import register as register_bisect
     from lockstep.lab.cli import register as register_lab
     from lockstep.plan.cli import register as register_plan
     from lockstep.record.cli import register as register_record
@@ -67,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name, door in _DOORS.items():
         subparsers.add_parser(name, help=(door.__doc__ or "").rstrip("."), add_help=False)
     register_lab(subparsers)
+    register_bisect(subparsers)
     register_record(subparsers)
     register_data(subparsers)
     register_jobfile(subparsers)

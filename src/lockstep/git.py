@@ -10,13 +10,13 @@ from pathlib import Path
 
 from lockstep.errors import UserError
 
-_ALIEN = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_PREFIX", "GIT_OBJECT_DIRECTORY")
+REDIRECTING = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_PREFIX", "GIT_OBJECT_DIRECTORY")
 """Variables with which a hook of git would send these commands to another repository."""
 
 
 def environment() -> dict[str, str]:
     """Return the variables git runs with: messages untranslated, no prompt, no index rewritten by a mere look."""
-    kept = {name: value for name, value in os.environ.items() if name not in _ALIEN}
+    kept = {name: value for name, value in os.environ.items() if name not in REDIRECTING}
     return kept | {"LC_ALL": "C", "GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0"}
 
 

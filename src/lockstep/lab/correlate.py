@@ -108,10 +108,10 @@ def _recipe_arguments(words: list[str]) -> list[str]:
     return ["--recipe", DEFAULT_RECIPE, *words]
 
 
-def new_folder(out: Path | None) -> Path:
+def new_folder(out: Path | None, job: str = "correlate") -> Path:
     """Return the folder to write to: the one given, which has to be new or empty, or a fresh one."""
     if out is None:
-        return fresh_dir(Path.cwd() / PARENT / "correlate")
+        return fresh_dir(Path.cwd() / PARENT / job)
     try:
         out.mkdir(parents=True, exist_ok=True)
         held = sorted(path.name for path in out.iterdir())

@@ -1,0 +1,1 @@
+"""Bisecting a history for the commit that moved a loss curve."""
