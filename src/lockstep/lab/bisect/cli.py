@@ -104,6 +104,8 @@ def _show(result: "Result", found: "Comparison") -> None:
     if result.ended != "no difference":
         print(f"  first differing stage  {first_stage(found)}")
         print(f"  verdict  {found.decision.verdict}: {found.decision.cause}")
+    if result.silent and found.exit_code == 0:
+        print("  small as that is, it is no noise: runs of good are equal in every digit")
     print(f"  compared  A = {result.before.commit.short}, B = {result.after.commit.short}; {result.runs} runs")
     sys.stdout.flush()
 

@@ -64,6 +64,7 @@ class Result:
         before, after: outcomes to compare: around the commit that was found, else the two ends.
         possible: where commits that cannot run hide it, those it may be.
         share: part of the way from good to bad that the found commit went, where that has a size.
+        silent: runs of good are equal in every digit, so that whatever differs is no noise.
     """
 
     ended: Ended
@@ -75,6 +76,7 @@ class Result:
     commit: Commit | None = None
     possible: list[Commit] = field(default_factory=list)
     share: float | None = None
+    silent: bool = False
 
 
 def search(request: Request, say: Say) -> Result:
@@ -89,7 +91,7 @@ def search(request: Request, say: Say) -> Result:
     check_command(repository, request.job.command)
     good, bad = _ends(request)
     _remove_left(repository)
-    with _interruptible(), _scratch() as scratch:
+    with _interruptible(), _scratch(repository) as scratch:
         runner = Runner(repository, request.job, request.cache, scratch)
         count = int(repository.do("rev-list", "--count", *_options(request), f"{good.hash}..{bad.hash}"))
         say(
@@ -101,6 +103,7 @@ def search(request: Request, say: Say) -> Result:
             found.runs = runner.runs
             return found
         result = _bisect(request, runner, found, say)
+        result.silent = found.rule.noise.repeats > 1 and found.rule.noise.none
         result.runs = runner.runs
         return result
 
@@ -250,23 +253,40 @@ def _found(request: Request, runner: Runner, ends: _Ends, commit: Commit, steps:
 
 
 @contextlib.contextmanager
-def _scratch() -> Iterator[Path]:
+def _scratch(repository: Repository) -> Iterator[Path]:
     """Make a folder for worktrees outside every repository, named after this process."""
     folder = Path(tempfile.mkdtemp(prefix=f"{SCRATCH}{os.getpid()}-")).resolve()
     try:
         yield folder
     finally:
+        _ignore_signals()
+        for place in _worktrees(repository):
+            if place.is_relative_to(folder):
+                repository.remove_worktree(place)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _worktrees(repository: Repository) -> list[Path]:
+    lines = (repository.ask("worktree", "list", "--porcelain") or "").splitlines()
+    return [Path(line.removeprefix("worktree ")) for line in lines if line.startswith("worktree ")]
 
 
 def _remove_left(repository: Repository) -> None:
     """Remove worktrees of bisections that were killed before they could."""
-    for line in (repository.ask("worktree", "list", "--porcelain") or "").splitlines():
-        found = re.fullmatch(rf"worktree (.*/{SCRATCH}(\d+)-[^/]*/.*)", line)
-        if found and not Path(f"/proc/{found[2]}").exists():
-            repository.remove_worktree(Path(found[1]))
-            with contextlib.suppress(OSError):
-                next(p for p in Path(found[1]).parents if p.name.startswith(SCRATCH)).rmdir()
+    for place in _worktrees(repository):
+        for parent in place.parents:
+            found = re.fullmatch(rf"{SCRATCH}(\d+)-.*", parent.name)
+            if found and not Path(f"/proc/{found[1]}").exists():
+                repository.remove_worktree(place)
+                shutil.rmtree(parent, ignore_errors=True)
+
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def _ignore_signals() -> None:
+    for sign in _SIGNALS:
+        signal.signal(sign, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
@@ -274,14 +294,10 @@ def _interruptible() -> Iterator[None]:
     """Let a request to end unwind as an interrupt does, so that everything is removed; a second one changes nothing."""
 
     def unwind(number: int, frame: FrameType | None) -> None:
-        for sign in signals:
-            signal.signal(sign, signal.SIG_IGN)
+        _ignore_signals()
         raise KeyboardInterrupt
 
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {sign: signal.getsignal(sign) for sign in signals}
-    for sign in signals:
-        signal.signal(sign, unwind)
+    before = {sign: signal.signal(sign, unwind) for sign in _SIGNALS}
     try:
         yield
     finally:
