@@ -14,6 +14,8 @@ from lockstep.config import resolve
 from lockstep.lab.correlate import REFERENCE_FLAGS
 from lockstep.megatron_lm.parser import parse_flags
 from lockstep.recipes.door import parse_recipe_args
+from lockstep.record import load_run
+from tests.lab.bisect.history import git
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -61,3 +63,60 @@ def test_real_data_as_the_first_hour_says(tmp_path: Path) -> None:
     losses = [line["lm_loss"] for line in map(json.loads, metrics) if line["kind"] == "train"]
     assert len(losses) == 10
     assert losses[-1] < losses[0] - 0.5
+
+
+def run_blocks(page: str, folder: Path, *names: str, path: str) -> str:
+    """Run blocks of a page, one after the other in one shell; return what they print."""
+    environ = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": path}
+    environ |= {"PYTHON": sys.executable, "XDG_CACHE_HOME": str(folder.parent / "cache")}
+    for role in ("AUTHOR", "COMMITTER"):
+        environ |= {f"GIT_{role}_NAME": "t", f"GIT_{role}_EMAIL": "t@example.org"}
+    environ.pop("LOCKSTEP_CORE", None)
+    script = "".join(block(page, name) for name in names)
+    ended = subprocess.run(
+        ["bash", "-ec", script], cwd=folder, env=environ, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
+    return ended.stdout + ended.stderr
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """Return a clone of this repository with history."""
+    folder = tmp_path / "clone"
+    subprocess.run(["git", "clone", "--quiet", "--shared", str(ROOT), str(folder)], check=True)
+    return folder
+
+
+@pytest.mark.slow
+def test_a_change_of_numerics_is_found_as_the_bisect_guide_says(clone: Path) -> None:
+    said = run_blocks("docs/bisect.md", clone, "history", "bisect", path=str(ROOT / "src"))
+    planted = git(clone / "my-data/history", "rev-parse", "HEAD~1")
+    told = json.loads((clone / "my-data/bisect/bisect.json").read_text())
+    assert (told["ended"], told["commit"]["hash"], told["runs"]) == ("found", planted, 5)
+    assert told["stage"].startswith("losses and gradient norms"), "config, data and weights are known to be equal"
+    stages = {stage["name"]: stage["state"] for stage in told["comparison"]["stages"]}
+    assert (stages["config"], stages["data"], stages["initial weights"]) == ("equal", "equal", "equal")
+    assert told["comparison"]["sides"]["A"]["kind"] == "Lockstep run record"
+    assert git(clone / "my-data/history", "status", "--porcelain") == ""
+    for line in ("every digit counts", f"the curve moved with {planted[:12]}", "share    100%", "it is no noise"):
+        assert line in said
+
+
+@pytest.mark.slow
+def test_both_records_name_their_core_as_the_guide_on_core_versions_says(clone: Path) -> None:
+    """The pinned dev core may be older than cores are: it runs all the same, and its record tells."""
+    page = "docs/core-versions.md"
+    said = run_blocks(page, clone, "switch", "correlate", path=str(clone / "src"))
+    assert re.findall(r"^core in use: (\w+)$", said, re.MULTILINE) == ["dev", "dev", "main"]
+    commits = {"dev": (ROOT / ".dev.commit").read_text().strip(), "main": git(clone, "rev-parse", "HEAD")}
+    for name, commit in commits.items():
+        code = load_run(clone / f"my-data/on-{name}").facts["code"]
+        assert (code["core"], code["commit"], code["dirty"]) == (name, commit, False)
+        assert f"core: {name}, commit {commit[:12]}" in said
+        assert f"core {name}, commit {commit}" in said
+    report = json.loads((clone / "my-data/cores/report.json").read_text())
+    assert f"commit {commits['main']} against {commits['dev']}, core main against dev" in " ".join(report["notes"])
+    assert len(report["rows"]) == 3
+    assert (clone / ".core/current").read_text() == "main\n"
+    assert git(clone, "status", "--porcelain") == ""

@@ -145,13 +145,14 @@ def test_a_checkpoint_holds_everything_under_canonical_names_and_no_pickle(confi
     assert config == json.loads((tmp_path / "run" / "run.json").read_text())["config"]
 
 
-def test_says_what_it_resumes_from_in_its_first_line_and_in_the_record(configure, saved, tmp_path, capsys) -> None:
+def test_says_what_it_resumes_from_in_its_first_lines_and_in_the_record(configure, saved, tmp_path, capsys) -> None:
     (saved / ".saving-iter_0000004.77").mkdir()
     capsys.readouterr()
     _run(configure({"checkpoint.load": str(saved)}), tmp_path / "run")
     out = capsys.readouterr().out.splitlines()
-    assert out[0] == f"resuming from {saved} at iteration 2"
-    assert out[1] == f"the unfinished save iter_0000004 in {saved} is not used"
+    assert out[0].startswith("core: main")
+    assert out[1] == f"resuming from {saved} at iteration 2"
+    assert out[2] == f"the unfinished save iter_0000004 in {saved} is not used"
     assert not any("fresh run" in line for line in out)
     facts = json.loads((tmp_path / "run" / "run.json").read_text())
     assert facts["resumed_from"] == {

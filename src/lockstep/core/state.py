@@ -55,15 +55,15 @@ def core_name(root: Path) -> str:
 
 
 def recorded_core(facts: dict[str, Any]) -> str | None:
-    """Return the core that a run record names.
+    """Return the core that a run record names, or None.
 
-    A core older than this package writes only its commit; the path it was imported from tells the name.
+    A core older than this package records only its commit; the path that it was imported from tells the name.
     """
     name = facts["code"].get("core")
-    if name is None:
-        place = Path(facts["environment"].get("PYTHONPATH", "").partition(os.pathsep)[0]).parent
-        return core_name(place) if place.parent.name == FOLDER else None
-    return name
+    if name is not None:
+        return name
+    place = Path(str(facts["environment"].get("PYTHONPATH", "")).partition(os.pathsep)[0]).parent
+    return core_name(place) if place.parent.name == FOLDER else None
 
 
 def dev_folder(root: Path, commit: str) -> Path:

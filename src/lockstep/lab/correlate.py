@@ -127,7 +127,8 @@ def run_side(name: str, arguments: list[str], folder: Path, variables: dict[str,
     command = [sys.executable, "-m", "lockstep.cli", *arguments]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", **(variables or {})}
     log = folder / f"{name}.log"
-    print(f"[{name}] {shlex.join(['lockstep', *arguments])}", flush=True)
+    given = [f"{key}={value}" for key, value in (variables or {}).items()]
+    print(f"[{name}] {shlex.join([*given, 'lockstep', *arguments])}", flush=True)
     with (
         log.open("w", encoding="utf-8") as file,
         subprocess.Popen(

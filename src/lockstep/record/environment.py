@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from lockstep.core.state import VARIABLE, core_name, tree
+from lockstep.core.state import core_name, tree
 
 PACKAGES = (
     "lockstep-lm",
@@ -44,7 +44,6 @@ VARIABLES = (
     "NVTE_ALLOW_NONDETERMINISTIC_ALGO",
     "PYTHONHASHSEED",
     "PYTHONPATH",
-    VARIABLE,
 )
 _GIT_SECONDS = 10
 

@@ -10,7 +10,6 @@ from rich.table import Table
 from rich.text import Text
 
 from lockstep.config import all_fields
-from lockstep.core.state import recorded_core
 from lockstep.record.reader import Run
 from lockstep.record.schema import TrainLine, encode
 
@@ -56,7 +55,7 @@ def show(run: Run, console: Console | None = None) -> None:
 def _show_head(run: Run, console: Console) -> None:
     facts = run.facts
     code = facts["code"]
-    core = f"core {name}, " if (name := recorded_core(facts)) else ""
+    core = f"core {code['core']}, " if code.get("core") else ""
     commit = f"{code.get('commit') or 'unknown'}{' (with local changes)' if code.get('dirty') else ''}"
     ended = f", ended {facts['finished']}" if facts["finished"] else ""
     weights, source = facts["initial_weights"], facts.get("resumed_from")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.config.fields import members
+from lockstep.core.state import recorded_core
 from lockstep.errors import UserError
 from lockstep.record.schema import (
     FACTS,
@@ -89,6 +90,9 @@ def _read_facts(file: Path) -> dict[str, Any]:
     problem = shape_problem(facts)
     if problem:
         raise UserError(f"{file} is damaged: {problem}")
+    core = recorded_core(facts)
+    if core is not None:
+        facts["code"]["core"] = core
     return facts
 
 

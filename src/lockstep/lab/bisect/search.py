@@ -212,8 +212,8 @@ def _bisect(request: Request, runner: Runner, ends: _Ends, say: Say) -> Result:
             state.run("bisect", step.answer, commit.hash)
     if found := _FIRST_BAD.search(log):
         return _found(request, runner, ends, repository.commit(found[1]), steps, say)
-    possible = [repository.commit(name) for name in _POSSIBLE.findall(log)]
-    first = min(possible, key=lambda commit: commit.date)
+    possible = [repository.commit(name) for name in reversed(_POSSIBLE.findall(log))]  # git tells the newest first
+    first = possible[0]
     said = (
         f"the first bad commit is one of {len(possible)}, from {first.short} on: those between could not be judged; "
         "see the reasons above"
