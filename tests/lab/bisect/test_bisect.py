@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from lockstep.cli import main
+from lockstep.lab.bisect.search import _interruptible
 from tests.lab.bisect.history import RUN, SETTINGS, TRAIN, commit, git, history
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -211,6 +212,17 @@ def alive(marker: str) -> bool:
         return any(marker.encode() in line for line in lines)
     except (FileNotFoundError, ProcessLookupError):
         return alive(marker)
+
+
+def test_a_request_to_end_that_is_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with _interruptible():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN, "as under nohup"
+            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])

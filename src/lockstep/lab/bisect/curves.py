@@ -1,14 +1,16 @@
 """Curves: how far two are apart, how far repeats of one are, and which of two ends a third is nearer to."""
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Literal
 
-from lockstep.lab.side import Side
+from lockstep.lab.side import EvaluationKey, Side
 
-Numbers = dict[Hashable, float | None]
+Key = EvaluationKey
+"""Where a number stands: an iteration, with the split of an evaluation or an empty one."""
+Numbers = dict[Key, float | None]
 Judgement = Literal["good", "bad", "neither"]
 
 QUANTITIES = ("lm loss", "grad norm", "evaluation loss")
@@ -27,7 +29,7 @@ class Curve:
     @classmethod
     def of(cls, side: Side) -> "Curve":
         """Take the curve of a run record or a console log."""
-        points = {at: point for at, point in side.points.items() if not point.skipped}
+        points = {(at, "", False): point for at, point in side.points.items() if not point.skipped}
         return cls(
             {
                 "lm loss": {at: point.lm_loss for at, point in points.items()},
@@ -50,36 +52,32 @@ class Largest:
     """The largest difference of two curves: where, and how much (infinite where only one has a finite number)."""
 
     quantity: str
-    at: Hashable
-    first: Hashable
+    at: int
+    first: int
     size: float
 
     def __str__(self) -> str:
-        where = f"iteration {self.at}" if isinstance(self.at, int) else f"iteration {self.at[0]}"  # type: ignore[index]
-        since = f"iteration {self.first}" if isinstance(self.first, int) else f"iteration {self.first[0]}"  # type: ignore[index]
         size = f"{self.size:.3g}" if math.isfinite(self.size) else "a number that only one of them has"
-        return f"{self.quantity} parts at {since}; the largest difference is {size}, at {where}"
+        return (
+            f"{self.quantity} parts at iteration {self.first}; the largest difference is {size}, at iteration {self.at}"
+        )
 
 
 def distance(a: Curve, b: Curve, quantity: str) -> Distance:
     """Return how far two curves are apart in one quantity."""
-    unlike, apart = 0, []
-    for x, y in _pairs(a, b, quantity).values():
-        if _finite(x) and _finite(y):
-            apart.append(abs(x - y))  # type: ignore[operator]
-        elif _finite(x) or _finite(y):
-            unlike += 1
-    return Distance(unlike, math.fsum(apart))
+    sizes = _sizes(a, b, quantity).values()
+    return Distance(sum(map(math.isinf, sizes)), math.fsum(size for size in sizes if math.isfinite(size)))
 
 
-def _pairs(a: Curve, b: Curve, quantity: str) -> dict[Hashable, tuple[float | None, float | None]]:
+def _sizes(a: Curve, b: Curve, quantity: str) -> dict[Key, float]:
+    """Return the differences in the order of the run: infinite where only one side has a finite number."""
     x, y = a.numbers[quantity], b.numbers[quantity]
-    keys = sorted({*x, *y}, key=lambda key: (key,) if isinstance(key, int) else tuple(map(str, key)))  # type: ignore[arg-type]
-    return {key: (x.get(key), y.get(key)) for key in keys}
+    return {key: _size(x.get(key), y.get(key)) for key in sorted({*x, *y})}
 
 
-def _finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
+def _size(x: float | None, y: float | None) -> float:
+    known = [value for value in (x, y) if value is not None and math.isfinite(value)]
+    return abs(known[0] - known[1]) if len(known) == 2 else math.inf if known else 0.0
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ class Noise:
     """What repeats of one run differ by. ``spread`` grows along a run: the widest so far, by iteration."""
 
     repeats: int
-    spread: dict[str, dict[Hashable, float]]
+    spread: dict[str, dict[Key, float]]
     worst: dict[str, Distance]
 
     @property
@@ -97,34 +95,27 @@ class Noise:
 
     def beyond(self, good: Curve, other: Curve, quantity: str) -> Largest | None:
         """Return the largest difference where any is beyond the noise, else None."""
-        outside: list[tuple[Hashable, float]] = []
-        for key, (x, y) in _pairs(good, other, quantity).items():
-            if _finite(x) and _finite(y):
-                size = abs(x - y)  # type: ignore[operator]
-                if size > BEYOND * self.spread[quantity].get(key, 0.0):
-                    outside.append((key, size))
-            elif _finite(x) or _finite(y):
-                outside.append((key, math.inf))
+        sizes = _sizes(good, other, quantity)
+        outside = [key for key, size in sizes.items() if size > BEYOND * self.spread[quantity].get(key, 0.0)]
         if not outside:
             return None
-        at, size = max(outside, key=lambda found: found[1])
-        return Largest(quantity, at, outside[0][0], size)
+        at = max(outside, key=lambda key: sizes[key])
+        return Largest(quantity, at[0], outside[0][0], sizes[at])
 
 
 def measure(repeats: Sequence[Curve]) -> Noise:
     """Return the noise of a run from its repeats; without a second one every digit counts."""
-    spread: dict[str, dict[Hashable, float]] = {}
+    spread: dict[str, dict[Key, float]] = {}
     worst: dict[str, Distance] = {}
     for quantity in QUANTITIES:
-        widest: dict[Hashable, float] = {}
+        widest: dict[Key, float] = {}
         pairs = list(combinations(repeats, 2))
         for a, b in pairs:
-            for key, (x, y) in _pairs(a, b, quantity).items():
-                size = abs(x - y) if _finite(x) and _finite(y) else 0.0  # type: ignore[operator]
+            for key, size in _sizes(a, b, quantity).items():
                 widest[key] = max(widest.get(key, 0.0), size)
         so_far = 0.0
         spread[quantity] = {}
-        for key, size in widest.items():
+        for key, size in sorted(widest.items()):
             so_far = max(so_far, size)
             spread[quantity][key] = so_far
         worst[quantity] = max((distance(a, b, quantity) for a, b in pairs), default=Distance(0, 0.0))

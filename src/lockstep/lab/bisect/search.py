@@ -140,11 +140,11 @@ def _ends(request: Request) -> tuple[Commit, Commit]:
 
 def _between_ends(request: Request, runner: Runner, good: Commit, bad: Commit, say: Say) -> "_Ends | Result":
     """Run both ends and measure good's noise; a result where there is nothing to look for."""
-    outcomes = [_end("good", runner.run(good), say)]
-    last = _end("bad", runner.run(bad), say)
+    outcomes = [_end("good", runner, good, say)]
+    last = _end("bad", runner, bad, say)
     wanted = request.repeats or REPEATS
     while len(outcomes) < wanted:
-        outcomes.append(_end("good again", runner.run(good, len(outcomes) + 1), say))
+        outcomes.append(_end("good again", runner, good, say, len(outcomes) + 1))
         noise = measure([_curve(outcome) for outcome in outcomes])
         if request.repeats is None and not noise.none:
             wanted = NOISY_REPEATS
@@ -177,14 +177,16 @@ def _no_ends(good: Outcome, bad: Outcome, silent: bool) -> Result:
     )
 
 
-def _end(name: str, outcome: Outcome, say: Say) -> Outcome:
+def _end(name: str, runner: Runner, commit: Commit, say: Say, repeat: int = 1) -> Outcome:
+    say(f"{name}: {commit.short} {commit.subject}")
+    outcome = runner.run(commit, repeat)
     if outcome.side is None:
         output = outcome.folder / "output.log"
         text = output.read_text(encoding="utf-8", errors="replace") if output.is_file() else ""
         tail = "".join(f"\n  | {line}" for line in text.splitlines()[-10:])
         raise UserError(f"{name} {outcome.commit.short} does not run: {outcome.problem}{tail}")
-    notes = f"; {', '.join(outcome.notes)}" if outcome.notes and name != "good again" else ""
-    say(f"{name} {outcome.commit.short}: {_took(outcome)}{notes}")
+    notes = f"; {', '.join(outcome.notes)}" if outcome.notes and repeat == 1 else ""
+    say(f"   {_took(outcome)}{notes}")
     return outcome
 
 
@@ -205,9 +207,10 @@ def _bisect(request: Request, runner: Runner, ends: _Ends, say: Say) -> Result:
         state.do("bisect", "start", "--no-checkout", *_options(request), *revisions)
         while not (log := _finished(state)):
             commit = repository.commit(state.do("rev-parse", "BISECT_HEAD"))
+            say(f"{len(steps) + 1}: {commit.short} {commit.subject}")
             step, told = _answer(runner, ends.rule, commit)
             steps.append(step)
-            say(f"{len(steps)}: {commit.short} {step.answer}, {told}: {commit.subject}")
+            say(f"   {step.answer}, {told}")
             # git ends with 2 where only skipped commits are left: its log says so.
             state.run("bisect", step.answer, commit.hash)
     if found := _FIRST_BAD.search(log):
@@ -297,7 +300,9 @@ def _interruptible() -> Iterator[None]:
         _ignore_signals()
         raise KeyboardInterrupt
 
-    before = {sign: signal.signal(sign, unwind) for sign in _SIGNALS}
+    # What is ignored stays so, as SIGHUP under nohup.
+    heard = [sign for sign in _SIGNALS if signal.getsignal(sign) is not signal.SIG_IGN]
+    before = {sign: signal.signal(sign, unwind) for sign in heard}
     try:
         yield
     finally:
