@@ -99,7 +99,13 @@ def test_a_change_of_numerics_is_found_as_the_bisect_guide_says(clone: Path) -> 
     assert (stages["config"], stages["data"], stages["initial weights"]) == ("equal", "equal", "equal")
     assert told["comparison"]["sides"]["A"]["kind"] == "Lockstep run record"
     assert git(clone / "my-data/history", "status", "--porcelain") == ""
-    for line in ("every digit counts", f"the curve moved with {planted[:12]}", "share    100%", "it is no noise"):
+    for line in (
+        "every digit counts",
+        f"the curve moved with {planted[:12]}",
+        "share    100%",
+        "verdict  bug",
+        "changed what is computed",
+    ):
         assert line in said
 
 

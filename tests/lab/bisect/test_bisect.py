@@ -42,6 +42,7 @@ def test_one_planted_change_among_thirty_commits(tmp_path: Path, capsys: Said) -
     assert code == 0
     assert told["commit"]["hash"] == hashes[16]
     assert told["share"] == pytest.approx(1)
+    assert told["comparison"]["verdict"] == "bug", "small, but above the noise that was measured: none"
     assert len(told["steps"]) <= 5
     assert told["runs"] == len(told["steps"]) + 3, "both ends, good once more, and log2 of the rest"
     assert told["compared"]["A"]["hash"] == hashes[15]
@@ -116,6 +117,7 @@ def test_a_change_above_the_noise_is_found(tmp_path: Path) -> None:
     noisy = history(tmp_path / "noisy", 10, {1: {"NOISE": "0.001"}, 7: {"EPSILON": "9e-5"}})
     code, told = bisect(tmp_path / "noisy", noisy[0], noisy[-1])
     assert (code, told["commit"]["hash"]) == (0, noisy[6])
+    assert told["comparison"]["verdict"] != "bug", "of runs that differ by themselves this is not known"
 
 
 @pytest.fixture

@@ -65,7 +65,7 @@ def _bisect(arguments: argparse.Namespace) -> int:
     )
     folder = new_folder(Path(arguments.out)) if arguments.out else None
     result = search(request, lambda text: print(text, flush=True))
-    found = compare(_labelled(result.before, "A"), _labelled(result.after, "B"))
+    found = _by_measured_noise(result, compare(_labelled(result.before, "A"), _labelled(result.after, "B")))
     _show(result, found)
     folder = folder or new_folder(None, "bisect")
     print(f"report: {_write(result, found, folder)}")
@@ -81,6 +81,19 @@ def _labelled(outcome: Any, label: str) -> Any:
     import dataclasses
 
     return dataclasses.replace(outcome.side, label=label)
+
+
+def _by_measured_noise(result: "Result", found: "Comparison") -> "Comparison":
+    """Return the comparison with its verdict by what was measured, where it had only the band that nobody measured."""
+    import dataclasses
+
+    from lockstep.lab.verdict import Decision
+
+    if not result.silent or found.decision.verdict != "rounding" or result.commit is None:
+        return found
+    step = str(found.decision.cause).split("; no band was measured")[0]
+    cause = f"{step}; but runs of good are equal in every digit, so {result.commit.short} changed what is computed."
+    return dataclasses.replace(found, decision=Decision("bug", cause, "Look at what the commit changes."))
 
 
 def first_stage(found: "Comparison") -> str:
@@ -104,8 +117,6 @@ def _show(result: "Result", found: "Comparison") -> None:
     if result.ended != "no difference":
         print(f"  first differing stage  {first_stage(found)}")
         print(f"  verdict  {found.decision.verdict}: {found.decision.cause}")
-    if result.silent and found.exit_code == 0:
-        print("  small as that is, it is no noise: runs of good are equal in every digit")
     print(f"  compared  A = {result.before.commit.short}, B = {result.after.commit.short}; {result.runs} runs")
     sys.stdout.flush()
 
