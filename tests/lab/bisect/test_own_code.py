@@ -6,7 +6,7 @@ import pytest
 
 from lockstep.cli import main
 from tests.lab.bisect.history import git, history
-from tests.lab.synthetic import write
+from tests.lab.synthetic import write, write_log
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +31,29 @@ def test_a_record_of_other_code_ends_the_search(own: bool, tmp_path: Path, capsy
     assert main([*words, "--", "echo", f"run directory: {run}"]) == (2 if own else 1)
     said = capsys.readouterr()
     if own:
+        assert main([*words, "--log", "-", "--", "echo", f"run directory: {run}"]) == 2
+        assert "imported Lockstep of commit 0000" in capsys.readouterr().err, "also where the record is not read"
         assert f"the run of {hashes[0][:12]} imported Lockstep of commit 000000000000, not the commit's own" in said.err
     else:
         assert "the record tells the commit of Lockstep, not of this repository" in said.out
+
+
+def test_records_are_not_mixed_with_printed_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Commits that write no record, or one that cannot be read, are told apart from those that do."""
+    folder, record, log = tmp_path / "repo", write(tmp_path / "run"), write_log(tmp_path / "log")
+    hashes = history(folder, 5, {2: {"LR": "1"}, 3: {"LR": "2"}, 5: {"LR": "3"}})
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged/run.json").write_text("{}")
+    script = f"cat {log}; case $(grep LR settings.py) in *2) ;; *3e-4) echo run directory: {record};; "
+    script += f"*1) echo run directory: {tmp_path}/damaged;; *3) echo run directory: {record};; esac"
+    words = ["bisect", "--runs-in", str(folder), "--good", hashes[0], "--repeats", "1"]
+    run = ["--", "sh", "-c", script]
+    for bad, message in (
+        (hashes[1], "run.json is not a Lockstep run record: it states no schema (--log - reads what every run prints"),
+        (hashes[2], "good tells every digit and bad printed digits; --log - reads what every run prints instead"),
+    ):
+        assert main([*words, "--bad", bad, *run]) == 2
+        assert message in capsys.readouterr().err
+    assert main([*words, "--bad", hashes[4], "--any-change", "--out", str(tmp_path / "a"), *run]) == 1
+    assert main([*words, "--bad", hashes[2], "--log", "-", "--out", str(tmp_path / "b"), *run]) == 1
+    assert "good and bad have the same curve" in capsys.readouterr().out

@@ -32,7 +32,11 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--good", required=True, metavar="REV", help="revision with the curve that was right")
     parser.add_argument("--bad", required=True, metavar="REV", help="later revision with the curve that moved")
     parser.add_argument("--runs-in", default=".", metavar="REPO", help="repository; the one of this folder when unset")
-    parser.add_argument("--log", metavar="PATH", help="log or run directory of a run, if not standard output's")
+    parser.add_argument(
+        "--log",
+        metavar="PATH",
+        help="log or run directory of a run; - reads what it prints, not the record that it names",
+    )
     parser.add_argument("--repeats", type=int, metavar="N", help="runs of good that measure noise; 2, or 4 with noise")
     parser.add_argument("--any-change", action="store_true", help="bad is what differs from good at all")
     parser.add_argument("--first-parent", action="store_true", help="keep to the first parents: name merges whole")

@@ -25,7 +25,10 @@ from lockstep.record.schema import METRICS_FILE, RUN_FILE
 
 PLACES = ("{tree}", "{repo}", "{out}", "{python}")
 OUTCOME, OUTPUT, RECORD, LOG = "outcome.json", "output.log", "record", "run.log"
+STANDARD_OUTPUT = "-"
 PATIENCE_SECONDS = 10
+
+READ_OUTPUT = f"--log {STANDARD_OUTPUT} reads what every run prints instead of its record"
 
 _RUN_DIRECTORY = re.compile(r"\brun directory: (.+?)\s*$")
 _ACTING = ("CUDA_", "CUBLAS_", "CUDNN_", "NCCL_", "NVTE_", "TORCH_", "PYTORCH_", "OMP_", "MKL_", "KMP_", "DNNL_")
@@ -37,7 +40,8 @@ _LOCATIONS = ("PYTHONPATH", VARIABLE)
 class Job:
     """What is run at each commit.
 
-    ``log`` is a path of the worktree, or one with a placeholder; without it standard output is read.
+    ``log`` is a path of the worktree, or one with a placeholder, or ``-`` for standard output. Without it that is
+    read, too, unless it names a run directory of Lockstep.
     """
 
     command: tuple[str, ...]
@@ -121,18 +125,20 @@ class Runner:
             seconds = time.monotonic() - began
             name, notes = None, []
             if not problem:
-                name = self._keep(commit, tree.root, out, kept)
+                name = self._keep(tree.root, out, kept)
         if name is not None:
             try:
+                notes = self._verify(commit, kept)
                 side = load_side(kept / name, "A")
-                notes = self._verify(commit, side)
                 told = {"commit": commit.hash, "command": words, "seconds": seconds, "side": name, "notes": notes}
                 (kept / OUTCOME).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
                 return Outcome(commit, kept, seconds, False, side)
             except _OtherCodeError:
                 raise
             except UserError as error:
-                problem = str(error).replace(str(kept / name), "its output")
+                problem = str(error).replace(f"{kept}{os.sep}", "")
+                if name == RECORD:
+                    problem += f" ({READ_OUTPUT})"
         elif not problem:
             problem = f"it wrote no {self.job.log}"
         return Outcome(commit, kept, seconds, False, problem=problem)
@@ -162,38 +168,40 @@ class Runner:
         values["PYTHONUNBUFFERED"] = "1"
         return values
 
-    def _keep(self, commit: Commit, tree: Path, out: Path, kept: Path) -> str | None:
+    def _keep(self, tree: Path, out: Path, kept: Path) -> str | None:
         """Copy what the run tells out of its worktree; return the name of the copy, or None where it told nothing."""
-        if self.job.log is not None:
-            told = tree / self._fill(self.job.log, tree, out)
-        else:
-            told = _run_directory(kept / OUTPUT, tree) or kept / OUTPUT
-        if told.is_dir():
+        record = _run_directory(kept / OUTPUT, tree)
+        if self.job.log not in (None, STANDARD_OUTPUT):
+            told = tree / self._fill(self.job.log or "", tree, out)
+            if told.is_file():
+                shutil.copyfile(told, kept / LOG)
+            record = told if told.is_dir() else record
+        if record is not None:
             (kept / RECORD).mkdir()
             for name in (RUN_FILE, METRICS_FILE):
-                if (told / name).is_file():
-                    shutil.copyfile(told / name, kept / RECORD / name)
-            return RECORD
-        if told == kept / OUTPUT:
+                if (record / name).is_file():
+                    shutil.copyfile(record / name, kept / RECORD / name)
+        if self.job.log == STANDARD_OUTPUT:
             return OUTPUT
-        if not told.is_file():
-            return None
-        shutil.copyfile(told, kept / LOG)
-        return LOG
+        if self.job.log is None:
+            return RECORD if record is not None else OUTPUT
+        return LOG if (kept / LOG).is_file() else RECORD if told.is_dir() else None
 
-    def _verify(self, commit: Commit, side: Side) -> list[str]:
-        """Tell from a record whether the commit's code ran; a log cannot tell."""
-        if side.run is None:
+    def _verify(self, commit: Commit, kept: Path) -> list[str]:
+        """Tell from a record, of whatever schema, whether the commit's code ran; a log cannot tell."""
+        try:
+            code = json.loads((kept / RECORD / RUN_FILE).read_text(encoding="utf-8"))["code"]
+            ran, dirty = code["commit"], code["dirty"]
+        except (OSError, ValueError, KeyError, TypeError):
             return ["a log does not say which code ran"]
         if self.repository.file(commit.hash, "src/lockstep/__init__.py") is None:
             return ["the record tells the commit of Lockstep, not of this repository"]
-        ran = side.fact("code").get("commit")
         if ran != commit.hash:
             raise _OtherCodeError(
-                f"the run of {commit.short} imported Lockstep of commit {(ran or 'unknown')[:12]}, not the commit's "
+                f"the run of {commit.short} imported Lockstep of commit {str(ran or 'unknown')[:12]}, not the commit's "
                 "own; start it by `lockstep ...`, `python script.py ...` or {tree}/script.py, without a path of its own"
             )
-        return ["tracked files were changed while it ran"] if side.fact("code").get("dirty") else []
+        return ["tracked files were changed while it ran"] if dirty else []
 
 
 class _OtherCodeError(UserError):

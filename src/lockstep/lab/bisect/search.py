@@ -19,7 +19,7 @@ from typing import Literal
 from lockstep.errors import UserError
 from lockstep.git import Commit, Repository
 from lockstep.lab.bisect.curves import QUANTITIES, Curve, Judgement, Yardstick, distance, measure, yardstick
-from lockstep.lab.bisect.running import Job, Outcome, Runner, check_command
+from lockstep.lab.bisect.running import READ_OUTPUT, Job, Outcome, Runner, check_command
 
 SCRATCH = "lockstep-bisect-"
 REPEATS, NOISY_REPEATS = 2, 4
@@ -142,6 +142,8 @@ def _between_ends(request: Request, runner: Runner, good: Commit, bad: Commit, s
     """Run both ends and measure good's noise; a result where there is nothing to look for."""
     outcomes = [_end("good", runner, good, say)]
     last = _end("bad", runner, bad, say)
+    if _digits(last) != _digits(outcomes[0]):
+        raise UserError(f"good tells {_digits(outcomes[0])} and bad {_digits(last)}; {READ_OUTPUT}")
     wanted = request.repeats or REPEATS
     while len(outcomes) < wanted:
         outcomes.append(_end("good again", runner, good, say, len(outcomes) + 1))
@@ -194,6 +196,11 @@ def _took(outcome: Outcome) -> str:
     return "from the cache" if outcome.cached else f"ran in {outcome.seconds:.1f} s"
 
 
+def _digits(outcome: Outcome) -> str:
+    """Return how a run tells its numbers: whole and cut ones differ although the run is the same."""
+    return "printed digits" if outcome.side is not None and outcome.side.printed else "every digit"
+
+
 def _curve(outcome: Outcome) -> Curve:
     assert outcome.side is not None
     return Curve.of(outcome.side)
@@ -208,7 +215,7 @@ def _bisect(request: Request, runner: Runner, ends: _Ends, say: Say) -> Result:
         while not (log := _finished(state)):
             commit = repository.commit(state.do("rev-parse", "BISECT_HEAD"))
             say(f"{len(steps) + 1}: {commit.short} {commit.subject}")
-            step, told = _answer(runner, ends.rule, commit)
+            step, told = _answer(runner, ends, commit)
             steps.append(step)
             say(f"   {step.answer}, {told}")
             # git ends with 2 where only skipped commits are left: its log says so.
@@ -230,12 +237,15 @@ def _finished(state: Repository) -> str:
     return log if _FIRST_BAD.search(log) or _POSSIBLE.search(log) else ""
 
 
-def _answer(runner: Runner, rule: Yardstick, commit: Commit) -> tuple[Step, str]:
+def _answer(runner: Runner, ends: _Ends, commit: Commit) -> tuple[Step, str]:
     """Run a commit and judge it; what cannot run, or is like neither end, is skipped."""
     outcome = runner.run(commit)
     if outcome.side is None:
         return Step(commit, "skip", outcome.problem), f"cannot run ({outcome.problem})"
-    judgement: Judgement = rule.judge(_curve(outcome))
+    if _digits(outcome) != _digits(ends.good):
+        reason = f"it tells {_digits(outcome)}, both ends tell {_digits(ends.good)}; {READ_OUTPUT}"
+        return Step(commit, "skip", reason), reason
+    judgement: Judgement = ends.rule.judge(_curve(outcome))
     if judgement == "neither":
         reason = "its curve is neither good's nor bad's"
         return Step(commit, "skip", reason), reason
