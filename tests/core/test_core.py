@@ -73,6 +73,10 @@ def test_switch_reaches_script_and_command(marked: Path) -> None:
     assert core(marked, "main").stdout.startswith("core in use: main\n")
     assert door_of(marked, RECIPE_DOOR) == door_of(marked, *command, **source) == "main"
     assert door_of(marked, RECIPE_DOOR, LOCKSTEP_CORE="dev") == "dev"
+    (inside,) = (marked / ".core").glob("dev-*")
+    itself = {"PYTHONPATH": str(inside / "src")}
+    assert door_of(marked, *command, **itself) == door_of(marked, *command, **itself, LOCKSTEP_CORE="dev") == "dev"
+    assert "is the core dev itself" in python(marked, *command, **itself, LOCKSTEP_CORE="main").stderr
 
 
 def test_status_tells_changes_and_a_pin_that_moved(marked: Path) -> None:
@@ -156,6 +160,11 @@ def test_an_installed_package_has_no_core_to_switch(tmp_path: Path) -> None:
     ended = python(tmp_path, *words, "dev", PYTHONPATH=str(tmp_path / "site"))
     assert ended.returncode == 2
     assert "there is no core to switch" in ended.stderr
+    run = ("-m", "lockstep.cli", "train", "--help")
+    assert python(tmp_path, *run, PYTHONPATH=str(tmp_path / "site")).returncode == 0
+    ended = python(tmp_path, *run, PYTHONPATH=str(tmp_path / "site"), LOCKSTEP_CORE="dev")
+    assert ended.returncode == 2
+    assert "LOCKSTEP_CORE=dev: Lockstep runs from an installed package" in ended.stderr
 
 
 def test_dependencies_that_differ_are_told_and_installed(marked: Path) -> None:

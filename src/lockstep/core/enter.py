@@ -4,8 +4,9 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from lockstep.core.state import DEV, MAIN, Core, core_name, current, tree
+from lockstep.core.state import DEV, MAIN, NO_CORE, VARIABLE, Core, core_name, current, tree
 from lockstep.errors import UserError
 
 
@@ -20,6 +21,7 @@ def run_in_core(words: Sequence[str]) -> int | None:
     """
     root = tree()
     if root is None or core_name(root) != MAIN:
+        _check_wish(root)
         return None
     core = current(root)
     if core.name == MAIN:
@@ -30,6 +32,18 @@ def run_in_core(words: Sequence[str]) -> int | None:
         print(describe(core.name, core.commit), file=sys.stderr, flush=True)
     _import_from(core)
     return importlib.import_module("lockstep.cli").main(list(words))
+
+
+def _check_wish(root: Path | None) -> None:
+    """Raise ``UserError`` where ``LOCKSTEP_CORE`` asks for another core than the only one there is."""
+    wanted = os.environ.get(VARIABLE)
+    if root is None and wanted == DEV:
+        raise UserError(f"{VARIABLE}={wanted}: {NO_CORE}; unset it, or work in a clone")
+    if root is not None and wanted and wanted != core_name(root):
+        raise UserError(
+            f"{VARIABLE}={wanted}: this Lockstep is the core {core_name(root)} itself, {root}; "
+            f"take that folder off PYTHONPATH, or unset {VARIABLE}"
+        )
 
 
 def check(core: Core) -> None:

@@ -60,7 +60,7 @@ def test_one_planted_change_among_thirty_commits(tmp_path: Path, capsys: Said) -
     assert (code, again["runs"], again["commit"]) == (0, 0, told["commit"])
 
 
-@pytest.mark.parametrize("planted", [2, 3, 16, 29, 30])
+@pytest.mark.parametrize("planted", [2, 16, 30])
 def test_every_place_in_the_history_is_found(tmp_path: Path, planted: int) -> None:
     hashes = history(tmp_path / "repo", 30, {planted: {"LR": "1e-4", "EPSILON": "float('nan')"}})
     code, told = bisect(tmp_path / "repo", hashes[0], hashes[-1], "--repeats", "1")
