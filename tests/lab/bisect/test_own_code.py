@@ -41,11 +41,12 @@ def test_a_record_of_other_code_ends_the_search(own: bool, tmp_path: Path, capsy
 def test_records_are_not_mixed_with_printed_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Commits that write no record, or one that cannot be read, are told apart from those that do."""
     folder, record, log = tmp_path / "repo", write(tmp_path / "run"), write_log(tmp_path / "log")
+    other = write(tmp_path / "other", change=lambda lines: lines[4].update(lm_loss=9.0))
     hashes = history(folder, 5, {2: {"LR": "1"}, 3: {"LR": "2"}, 5: {"LR": "3"}})
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged/run.json").write_text("{}")
     script = f"cat {log}; case $(grep LR settings.py) in *2) ;; *3e-4) echo run directory: {record};; "
-    script += f"*1) echo run directory: {tmp_path}/damaged;; *3) echo run directory: {record};; esac"
+    script += f"*1) echo run directory: {tmp_path}/damaged;; *3) echo run directory: {other};; esac"
     words = ["bisect", "--runs-in", str(folder), "--good", hashes[0], "--repeats", "1"]
     run = ["--", "sh", "-c", script]
     for bad, message in (
@@ -54,6 +55,9 @@ def test_records_are_not_mixed_with_printed_digits(tmp_path: Path, capsys: pytes
     ):
         assert main([*words, "--bad", bad, *run]) == 2
         assert message in capsys.readouterr().err
-    assert main([*words, "--bad", hashes[4], "--any-change", "--out", str(tmp_path / "a"), *run]) == 1
+    assert main([*words, "--bad", hashes[4], "--out", str(tmp_path / "a"), *run]) == 1
+    said = capsys.readouterr().out
+    assert "it tells printed digits, both ends tell every digit; --log - reads" in said
+    assert "one of 4" in said
     assert main([*words, "--bad", hashes[2], "--log", "-", "--out", str(tmp_path / "b"), *run]) == 1
     assert "good and bad have the same curve" in capsys.readouterr().out
