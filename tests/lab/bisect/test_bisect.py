@@ -147,6 +147,18 @@ def test_a_merge_is_looked_into_or_named_whole(tmp_path: Path, merged: dict[str,
     assert (code, told["commit"]["hash"]) == (0, merged["merge"])
 
 
+def test_a_commit_without_parents_is_named(tmp_path: Path, capsys: Said) -> None:
+    """A history that was merged in, without anything in common."""
+    folder = tmp_path / "repo"
+    good = history(folder, 1, {})[0]
+    git(folder, "checkout", "-q", "--orphan", "other")
+    root = commit(folder, "other root", SETTINGS | {"EPSILON": "2e-5"})
+    git(folder, "merge", "-q", "--allow-unrelated-histories", "-X", "ours", "-m", "merge", "main")
+    code, told = bisect(folder, good, "HEAD")
+    assert (code, told["commit"]["hash"]) == (0, root)
+    assert "has no commit before it: both ends are compared" in capsys.readouterr().out
+
+
 def snapshot(folder: Path) -> dict[str, str]:
     """Return every file of a tree and of its .git with its hash, and all refs.
 

@@ -255,11 +255,14 @@ def _answer(runner: Runner, ends: _Ends, commit: Commit) -> tuple[Step, str]:
 def _found(request: Request, runner: Runner, ends: _Ends, commit: Commit, steps: list[Step], say: Say) -> Result:
     """Compare the commit with the one before it, which most often has run already."""
     after = ends.bad if commit.hash == ends.bad.commit.hash else runner.run(commit)
-    parent = request.repository.commit(f"{commit.hash}^1")
-    before = ends.good if parent.hash == ends.good.commit.hash else runner.run(parent)
     said = f"the curve moved with {commit.short}"
+    name = request.repository.ask("rev-parse", "--verify", "--quiet", f"{commit.hash}^1")
+    if name is None:
+        say(f"{commit.short} has no commit before it: both ends are compared")
+        return Result("found", said, ends.good, ends.bad, steps=steps, commit=commit)
+    before = ends.good if name == ends.good.commit.hash else runner.run(request.repository.commit(name))
     if after.side is None or before.side is None:  # ran a moment ago, and does not now
-        say(f"{parent.short} before it cannot run ({before.problem or after.problem}): both ends are compared instead")
+        say(f"the commit before it cannot run ({before.problem or after.problem}): both ends are compared instead")
         return Result("found", said, ends.good, ends.bad, steps=steps, commit=commit)
     share = ends.rule.share(_curve(before), _curve(after))
     return Result("found", said, before, after, steps=steps, commit=commit, share=share)
