@@ -167,7 +167,7 @@ def with_config(**changes: Any) -> Any:
         (with_wrong_index, f"model.safetensors.index.json disagree on {LAST}"),
         (pickled, "pickled weights, which can run code"),
         (cut_off, "model.safetensors is damaged"),
-        (with_config(model_type="deepseek_v2"), "models of type deepseek_v2 cannot be converted yet"),
+        (with_config(model_type="deepseek_v3"), "models of type deepseek_v3 cannot be converted yet"),
         (with_config(attention_bias=True), "attention_bias = True is not supported"),
         (with_config(rope_parameters={"rope_type": "yarn"}), "rope_parameters of type yarn is not supported"),
         (with_config(num_key_value_heads=3), "not divisible by"),

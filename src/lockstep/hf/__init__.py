@@ -1,1 +1,1 @@
-"""Hugging Face weights and configurations, both ways; each family is declared once, in ``families.py``."""
+"""Hugging Face weights and configurations, both ways; each family is declared once, in ``families``."""
