@@ -186,5 +186,6 @@ def build(model: ModelConfig, whole: Callable[[str], Tensor], dtype: torch.dtype
     """Return a model of one process with weights that ``whole`` gives by name."""
     result = GPTModel(model, dtype=dtype, device=torch.device("meta"))
     names = [name for name, _ in result.named_parameters()]
-    fill(result, ((name, whole(name).to(dtype)) for name in names))
+    # Fused optimizers go through weights in the order of memory, so a transposed view will not do.
+    fill(result, ((name, whole(name).to(dtype).contiguous()) for name in names))
     return result.eval()
