@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 from lockstep.cli import main
 from lockstep.guard import USER_ERROR
 from lockstep.hf import check, convert, families
-from lockstep.hf.bridge import AutoBridge
 from lockstep.hf.rules import Grouped
 from lockstep.training import checkpoint_storage
 from tests.hf.tiny import MAKERS, saved
@@ -26,16 +25,30 @@ def rows(out: str) -> dict[str, str]:
     return {cells[0]: cells[1] for line in out.splitlines() if len(cells := re.split(r"  +", line)) == 3}
 
 
+CARRIED = ["tokenizer.model", "special_tokens_map.json", "chat_template.jinja", "merges.txt"]
+
+
 @pytest.mark.parametrize("family", list(MAKERS))
 def test_there_and_back(family, tmp_path, capsys) -> None:
     """Logits, and every bit, through both conversions; the second time without the config.json it came from."""
     source = saved(tmp_path / "hf", family, max_shard_size="40KB")
     assert len(list(source.glob("*.safetensors"))) > 1
-    (source / "tokenizer.model").write_bytes(b"kept as it is")
+    for name in CARRIED:
+        (source / name).write_bytes(f"{name} as it is".encode())
+    (source / "modeling.py").write_text("raise SystemExit")
     assert main(["convert", "import", str(source), str(tmp_path / "ours")]) == 0
     assert main(["convert", "check", str(source), str(tmp_path / "ours")]) == 0
     assert main(["convert", "export", str(tmp_path / "ours"), str(tmp_path / "back"), "--max-shard-size", "40KB"]) == 0
-    assert (tmp_path / "back" / "tokenizer.model").read_bytes() == b"kept as it is"
+    for name in CARRIED:
+        assert (tmp_path / "back" / name).read_bytes() == f"{name} as it is".encode()
+    generation = "generation_config.json"
+    assert (tmp_path / "back" / generation).read_bytes() == (source / generation).read_bytes()
+    assert not (tmp_path / "back" / "modeling.py").exists()
+    index = json.loads((tmp_path / "back" / "model.safetensors.index.json").read_text())
+    sizes = {f.name: sum(t.nbytes for t in load_file(f).values()) for f in (tmp_path / "back").glob("*.safetensors")}
+    assert set(index["weight_map"].values()) == set(sizes)
+    assert index["metadata"]["total_size"] == sum(sizes.values())
+    assert max(sizes.values()) <= 40_000
     assert json.loads((tmp_path / "back" / "config.json").read_text()) == json.loads(
         (source / "config.json").read_text()
     )
@@ -185,6 +198,25 @@ def test_what_is_not_the_model_is_refused(damage, message, tmp_path, capsys) -> 
     assert not list(tmp_path.glob("ours/iter_*"))
 
 
+@pytest.mark.parametrize("family", list(MAKERS))
+def test_every_family_is_strict(family, tmp_path, capsys) -> None:
+    """A dropped, a renamed and a widened tensor of each family, whichever comes last: named, and nothing is written."""
+    source = saved(tmp_path / "hf", family)
+    tensors = load_file(source / "model.safetensors")
+    name = max(name for name in tensors if "norm" not in name and "lm_head" not in name)
+    value = tensors[name]
+    others = {other: each for other, each in tensors.items() if other != name}
+    for damaged, message in (
+        (others, f"missing: {name}"),
+        ({**others, f"{name}s": value}, f"missing: {name}; without a place in "),
+        ({**others, name: torch.cat([value, value])}, f"{name} is {list(torch.cat([value, value]).shape)} instead of "),
+    ):
+        save_file(damaged, source / "model.safetensors", {"format": "pt"})
+        assert main(["convert", "import", str(source), str(tmp_path / "ours")]) == USER_ERROR
+        assert message in capsys.readouterr().err
+        assert not list(tmp_path.glob("ours/iter_*"))
+
+
 def swapped(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take keys for queries in the declaration."""
     order = [
@@ -272,17 +304,3 @@ def test_old_gpt2_files(tmp_path) -> None:
     save_file(tensors | {"h.0.attn.bias": torch.ones(1, 1, 64, 64)}, file, {"format": "pt"})
     assert main(["convert", "import", str(source), str(tmp_path / "ours")]) == 0
     assert main(["convert", "check", str(source), str(tmp_path / "ours")]) == 0
-
-
-def test_python_calls(tmp_path) -> None:
-    source = saved(tmp_path / "hf", "qwen3_moe")
-    bridge = AutoBridge.from_hf_pretrained(source)
-    config = bridge.to_config()
-    assert config.model.kv_channels == 16
-    assert str(config.origin("model.kv_channels")) == "hf (head_dim)"
-    assert config.model.moe_layer_freq == [0, 1]
-    model = bridge.load()
-    bridge.save_hf(model, tmp_path / "back")
-    before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "back"))
-    assert before.keys() == after.keys()
-    assert all(check.same_bits(before[name], after[name]) for name in before)
