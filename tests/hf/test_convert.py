@@ -296,6 +296,18 @@ def test_nothing_is_written_over(tmp_path, capsys) -> None:
     assert "is there already" in capsys.readouterr().err
 
 
+def test_the_spelling_of_the_published_deepseek_v2(tmp_path) -> None:
+    """Rotary positions in two keys and whole numbers, and keys that transformers' own class does not have."""
+    source = saved(tmp_path / "hf", "deepseek_v2")
+    rope = json.loads((source / "config.json").read_text())["rope_parameters"]
+    yarn = {"type": "yarn", **{key: value for key, value in rope.items() if not key.startswith("rope_")}, "factor": 40}
+    router = {"scoring_func": "softmax", "seq_aux": True, "aux_loss_alpha": 0.001, "n_group": 1, "topk_group": 1}
+    code = {"auto_map": {"AutoModelForCausalLM": "modeling_deepseek.DeepseekV2ForCausalLM"}, "moe_layer_freq": 1}
+    with_config(rope_parameters=None, rope_scaling=yarn, rope_theta=10000, **router, **code)(source)
+    assert main(["convert", "import", str(source), str(tmp_path / "ours")]) == 0
+    assert main(["convert", "check", str(source), str(tmp_path / "ours")]) == 0
+
+
 def test_old_gpt2_files(tmp_path) -> None:
     """Names without their prefix, and masks among the weights, as the first files of GPT-2 have them."""
     source = saved(tmp_path / "hf", "gpt2")

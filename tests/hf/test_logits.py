@@ -1,5 +1,6 @@
 """What the comparison of logits says of models that are not the same: where they part, and what rounding excuses."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lockstep.hf import families
 from lockstep.hf.checkpoint import Checkpoint
 from lockstep.hf.convert import import_model, open_weights
 from lockstep.hf.folder import Folder
@@ -62,6 +64,13 @@ def test_the_first_block_that_differs_is_named(family, altered, named, tmp_path)
     finding = found(tmp_path, family, altered)["logits in float32"]
     assert not finding.same
     assert named in finding.result
+
+
+def test_modules_of_another_name_are_no_error(tmp_path, monkeypatch) -> None:
+    renamed = dataclasses.replace(families.QWEN3, blocks={**families.QWEN3.blocks, "mlp": "model.layers.{layer}.ffn"})
+    monkeypatch.setitem(families.FAMILIES, "qwen3", renamed)
+    finding = found(tmp_path, "qwen3", f"{MLP}.linear_fc2.weight")["logits in float32"]
+    assert finding.result.endswith("the weights are the same, but the models compute something else")
 
 
 def test_a_mistake_in_bfloat16_alone_shows(tmp_path, monkeypatch) -> None:

@@ -23,7 +23,7 @@ def trained(run: Path, *words: str) -> tuple[dict[str, Any], list[float]]:
     return json.loads((run / "run.json").read_text()), [line["lm_loss"] for line in lines if "lm_loss" in line]
 
 
-@pytest.mark.parametrize("family", ["gpt2", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["gpt2", "qwen3_moe", "deepseek_v2"])
 def test_a_run_starts_from_either_folder(family, tmp_path, capsys) -> None:
     source, ours = saved(tmp_path / "hf", family), str(tmp_path / "ours")
     assert main(["convert", "import", str(source), ours]) == 0
