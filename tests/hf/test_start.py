@@ -1,4 +1,4 @@
-"""Runs that start from Hugging Face weights: directly, or from an imported checkpoint; and back from any layout."""
+"""Runs that start from Hugging Face weights: directly, or from an imported checkpoint."""
 
 import json
 from pathlib import Path
@@ -9,13 +9,7 @@ import pytest
 from lockstep.cli import main
 from lockstep.guard import USER_ERROR
 from tests.hf.tiny import saved
-from tests.parallel.spawn import Turn, in_turn
-from tests.training.checkpoint_runs import train
 
-_SIZES = [
-    f"model.{name}"
-    for name in ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size")
-]
 FLAGS = (
     "--seq-length 32 --micro-batch-size 2 --global-batch-size 4 --train-iters 2 --mock-data --lr 1e-3 --eval-iters 0 "
     "--tokenizer-type NullTokenizer --vocab-size 69 --use-checkpoint-args --device cpu"
@@ -29,7 +23,7 @@ def trained(run: Path, *words: str) -> tuple[dict[str, Any], list[float]]:
     return json.loads((run / "run.json").read_text()), [line["lm_loss"] for line in lines if "lm_loss" in line]
 
 
-@pytest.mark.parametrize("family", ["gpt2", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["gpt2", "qwen3_moe", "deepseek_v2"])
 def test_a_run_starts_from_either_folder(family, tmp_path, capsys) -> None:
     source, ours = saved(tmp_path / "hf", family), str(tmp_path / "ours")
     assert main(["convert", "import", str(source), ours]) == 0
@@ -65,37 +59,3 @@ def test_another_model_is_refused(tmp_path, capsys) -> None:
     assert "model.vocab_size = 69 is below the vocabulary of 70" in capsys.readouterr().err
     assert main(["pretrain-gpt", *words, *sizes, "--pretrained-checkpoint", str(tmp_path / "none")]) == USER_ERROR
     assert "there is no such folder" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama32", "mixtral"])
-def test_any_layout_in_and_out(family, tmp_path, capsys) -> None:
-    """Two processes read their parts of a Hugging Face folder and save them; what is exported is the folder's."""
-    source = saved(tmp_path / "hf", family)
-    start = {
-        **dict.fromkeys(_SIZES),
-        "model.seq_length": 64,
-        "tokenizer.vocab_size": 70,
-        "checkpoint.pretrained_checkpoint": str(source),
-        "checkpoint.use_checkpoint_args": True,
-        "checkpoint.save_interval": 1,
-        "train.train_iters": 1,
-        "optimizer.lr": 0.0,
-        "optimizer.weight_decay": 0.0,
-        "mixed_precision.bf16": False,
-        "validation.eval_iters": 0,
-    }
-    layouts: dict[str, dict[str, Any]] = {
-        "tp": {"model.tensor_model_parallel_size": 2},
-        "pp": {"model.pipeline_model_parallel_size": 2},
-        "fsdp": {"dist.use_torch_fsdp2": True},
-    }
-    turns = [
-        Turn(2, train, ({**start, **layout, "checkpoint.save": str(tmp_path / name)}, tmp_path / f"run-{name}"))
-        for name, layout in layouts.items()
-    ]
-    assert in_turn(turns) == [["finished", "finished"]] * len(turns)
-    for name in layouts:
-        out = str(tmp_path / f"{name}-out")
-        assert main(["convert", "check", str(source), str(tmp_path / name), "--no-logits"]) == 0, capsys.readouterr()
-        assert main(["convert", "export", str(tmp_path / name), out, "--hf-model", str(source)]) == 0

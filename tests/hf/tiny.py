@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -81,7 +83,36 @@ def qwen3_moe() -> Any:
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(intermediate_size=48, **experts, **_SIZES))
 
 
-MAKERS = {maker.__name__: maker for maker in (gpt2, llama, llama32, qwen3, mixtral, qwen3_moe)}
+def deepseek_v2(query_latent: int | None = None) -> Any:
+    """DeepSeek-V2-Lite: queries without a latent, YaRN, a dense first layer, two shared experts."""
+    rope: dict[str, Any] = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 40.0}
+    rope |= {"original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1}
+    rope |= {"mscale": 0.707, "mscale_all_dim": 0.707}
+    latents: dict[str, Any] = {"q_lora_rank": query_latent, "kv_lora_rank": 16}
+    latents |= {"qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 10}
+    experts: dict[str, Any] = {
+        "moe_intermediate_size": 24,
+        "n_routed_experts": 4,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 2,
+        "first_k_dense_replace": 1,
+    }
+    sizes = _SIZES | {"num_key_value_heads": 4, "max_position_embeddings": 163840}
+    return DeepseekV2ForCausalLM(
+        DeepseekV2Config(intermediate_size=48, rope_parameters=rope, **latents, **experts, **sizes)
+    )
+
+
+def deepseek_v2_large() -> Any:
+    """DeepSeek-V2 as the large one has it: queries through a latent, weights of experts times a factor."""
+    model = deepseek_v2(query_latent=20)
+    model.config.routed_scaling_factor = 1.5
+    return type(model)(model.config)
+
+
+MAKERS = {
+    maker.__name__: maker for maker in (gpt2, llama, llama32, qwen3, mixtral, qwen3_moe, deepseek_v2, deepseek_v2_large)
+}
 
 
 def saved(folder: Path, family: str, dtype: torch.dtype = torch.float32, **options: Any) -> Path:

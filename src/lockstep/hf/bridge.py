@@ -7,9 +7,10 @@ import torch
 
 from lockstep.config import ConfigContainer
 from lockstep.errors import UserError
-from lockstep.hf.check import build
-from lockstep.hf.convert import SHARD_BYTES, export_model, import_model, open_weights, target_of
+from lockstep.hf import SHARD_BYTES
+from lockstep.hf.convert import export_model, import_model, open_weights, target_of
 from lockstep.hf.folder import Folder, split_all, write_folder
+from lockstep.hf.logits import build
 from lockstep.hf.rules import mapped
 from lockstep.hf.settings import to_config, vocabulary
 from lockstep.models import GPTModel

@@ -1,34 +1,16 @@
 """Proof that a Hugging Face folder and a checkpoint are one model: every bit of the weights, and the logits."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lockstep.config.model import ModelConfig
-from lockstep.errors import UserError
 from lockstep.hf.checkpoint import Checkpoint
 from lockstep.hf.convert import open_weights
 from lockstep.hf.folder import Folder, Weights
+from lockstep.hf.logits import Finding, compare_logits
 from lockstep.hf.rules import listed
-from lockstep.hf.settings import differences, vocabulary
-from lockstep.models import GPTModel
-from lockstep.models.init import fill
-
-TOLERANCE = 1e-5
-_SEED = 1234
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the table: what was compared, what came out, and whether it is as it should be."""
-
-    what: str
-    result: str
-    same: bool
+from lockstep.hf.settings import differences
 
 
 def check_model(
@@ -48,7 +30,7 @@ def check_model(
     checkpoint.check(weights.mapping)
     findings += [_weights(weights, checkpoint), _back(weights, checkpoint)]
     if logits:
-        findings += _logits(folder, weights, checkpoint, tokens)
+        findings += compare_logits(weights, checkpoint, tokens)
     return findings
 
 
@@ -93,43 +75,3 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
-
-
-def _logits(folder: Folder, weights: Weights, checkpoint: Checkpoint, tokens: int) -> Iterator[Finding]:
-    """Compare the logits of both models in float32."""
-    model = checkpoint.model
-    assert model.max_position_embeddings is not None, "a saved model has positions"
-    length = min(tokens, model.max_position_embeddings)
-    size = vocabulary(folder.config)
-    generator = torch.Generator().manual_seed(_SEED)
-    ids = torch.randint(0, size, (2, length), generator=generator)
-    with torch.no_grad():
-        theirs = _transformers_model(folder.path)(ids).logits
-        ours = build(model, checkpoint.whole)(ids, torch.arange(length).expand(2, length))[..., :size]
-    relative = ((ours - theirs).norm() / theirs.norm()).item()
-    advice = "" if relative <= TOLERANCE else ": the weights are the same, so the models compute something else"
-    yield Finding(
-        "logits in float32", f"relative difference {relative:.1e} (limit {TOLERANCE}){advice}", relative <= TOLERANCE
-    )
-    same = int((ours.argmax(-1) == theirs.argmax(-1)).sum())
-    yield Finding("next token", f"the same for {same} of {ids.numel()} positions", same == ids.numel())
-
-
-def _transformers_model(path: Path) -> Any:
-    import transformers
-
-    try:
-        return transformers.AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True
-        ).eval()
-    except Exception as error:  # the library raises what its parts raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"transformers cannot load {path}: {reason}") from None
-
-
-def build(model: ModelConfig, whole: Callable[[str], Tensor], dtype: torch.dtype = torch.float32) -> GPTModel:
-    """Return a model of one process with weights that ``whole`` gives by name."""
-    result = GPTModel(model, dtype=dtype, device=torch.device("meta"))
-    names = [name for name, _ in result.named_parameters()]
-    fill(result, ((name, whole(name).to(dtype)) for name in names))
-    return result.eval()

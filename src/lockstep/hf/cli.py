@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lockstep.errors import UserError
+from lockstep.hf import SHARD_BYTES
 
 DIFFERENT = 1
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -30,7 +30,7 @@ def _register_import(commands: Any) -> None:
         "--load DIR --finetune.",
         allow_abbrev=False,
     )
-    parser.add_argument("model", type=Path, metavar="HF_FOLDER", help="folder with config.json and safetensors files")
+    _add_model(parser)
     parser.add_argument("checkpoints", type=Path, metavar="DIR", help="folder that the checkpoint is written into")
     parser.add_argument(
         "--make-vocab-size-divisible-by",
@@ -49,9 +49,8 @@ def _register_export(commands: Any) -> None:
         description="Write a checkpoint of any layout as a Hugging Face folder, which transformers loads.",
         allow_abbrev=False,
     )
-    parser.add_argument("checkpoints", type=Path, metavar="DIR", help="folder of checkpoints, or one checkpoint")
+    _add_checkpoint(parser)
     parser.add_argument("model", type=Path, metavar="HF_FOLDER", help="folder to write; it must not exist yet")
-    parser.add_argument("--ckpt-step", type=int, metavar="N", help="iteration instead of the newest")
     parser.add_argument(
         "--hf-model",
         type=Path,
@@ -66,7 +65,7 @@ def _register_export(commands: Any) -> None:
         "--dtype", choices=["float32", "bfloat16", "float16"], help="number format of the weights (default: kept)"
     )
     parser.add_argument(
-        "--max-shard-size", type=_bytes, default=5 * 10**9, metavar="SIZE", help="such as 500MB (default: 5GB)"
+        "--max-shard-size", type=_bytes, default=SHARD_BYTES, metavar="SIZE", help="such as 500MB (default: 5GB)"
     )
     parser.set_defaults(func=_export)
 
@@ -79,9 +78,8 @@ def _register_check(commands: Any) -> None:
         "against transformers. The exit code is 0 where all is the same and 1 where not.",
         allow_abbrev=False,
     )
-    parser.add_argument("model", type=Path, metavar="HF_FOLDER", help="folder with config.json and safetensors files")
-    parser.add_argument("checkpoints", type=Path, metavar="DIR", help="folder of checkpoints, or one checkpoint")
-    parser.add_argument("--ckpt-step", type=int, metavar="N", help="iteration instead of the newest")
+    _add_model(parser)
+    _add_checkpoint(parser)
     parser.add_argument(
         "--tokens", type=_positive, default=64, metavar="N", help="of each of two samples (default: 64)"
     )
@@ -89,6 +87,21 @@ def _register_check(commands: Any) -> None:
         "--no-logits", action="store_true", help="compare weights alone, for a model larger than memory"
     )
     parser.set_defaults(func=_check)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, metavar="HF_FOLDER", help="folder with config.json and safetensors files")
+
+
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoints", type=Path, metavar="DIR", help="folder of checkpoints, or one checkpoint")
+    parser.add_argument("--ckpt-step", type=_step, metavar="N", help="iteration instead of the newest")
+
+
+def _step(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: give 0 or more")
+    return int(text)
 
 
 def _positive(text: str) -> int:
@@ -132,8 +145,6 @@ def _export(options: argparse.Namespace) -> int:
 def _check(options: argparse.Namespace) -> int:
     from lockstep.hf.check import check_model
 
-    if options.ckpt_step is not None and options.ckpt_step < 0:
-        raise UserError(f"--ckpt-step {options.ckpt_step}: give 0 or more")
     findings = check_model(
         options.model, options.checkpoints, step=options.ckpt_step, tokens=options.tokens, logits=not options.no_logits
     )

@@ -10,15 +10,14 @@ import torch
 from lockstep.config import ConfigContainer, Origin
 from lockstep.config.model import ModelConfig
 from lockstep.errors import UserError
+from lockstep.hf import SHARD_BYTES
 from lockstep.hf.checkpoint import CARRIED, Checkpoint, model_problems, write_weights
-from lockstep.hf.families import Family, family_of
+from lockstep.hf.families import Family, family_for, family_of
 from lockstep.hf.folder import CONFIG, Folder, Weights, carried_files, read_json, split_all, write_folder
 from lockstep.hf.rules import mapped
-from lockstep.hf.settings import check_same, differences, family_for, to_config, to_hf, vocabulary
+from lockstep.hf.settings import check_same, differences, to_config, to_hf, vocabulary
 from lockstep.training import checkpoint_files as files
 from lockstep.training.checkpoint_args import is_hf_folder
-
-SHARD_BYTES = 5 * 1000**3
 
 
 def open_weights(folder: Folder, model: ModelConfig) -> Weights:

@@ -7,13 +7,9 @@ from lockstep.config.derive import derive
 from lockstep.config.experts import expert_layers
 from lockstep.config.model import ModelConfig
 from lockstep.errors import ConfigError, UserError
-from lockstep.hf.families import FAMILIES, Family, Key, family_of
-from lockstep.models.mlp import uses_fused_activation
+from lockstep.hf.families import Family, Key, family_of
+from lockstep.hf.families.gpt2 import spelled_activation
 from lockstep.training.checkpoint_args import names_weights
-
-# Lockstep knows Llama 3.1's scaling with these numbers alone.
-_LLAMA3_ROPE = {"original_max_position_embeddings": 8192, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-_ACTIVATIONS = {"gelu_new": True, "gelu_pytorch_tanh": True, "gelu": False}
 
 _TRAINING = {
     "activation_func",
@@ -63,8 +59,9 @@ def to_config(hf: dict[str, Any], divisor: int = 1) -> ConfigContainer:
         if value is not None:
             take(key.ours, value, key.theirs)
     take("share_embeddings_and_output_weights", hf.get("tie_word_embeddings", family.tied), "tie_word_embeddings")
-    for ours, value, detail in [*_rotary(hf, family), *_experts(hf, family), *_activation(hf, family)]:
-        take(ours, value, detail)
+    for aspect in family.aspects:
+        for ours, value, detail in aspect.read(hf):
+            take(ours, value, detail)
     take("vocab_size", -(-vocabulary(hf) // divisor) * divisor, "vocab_size")
     take("make_vocab_size_divisible_by", divisor, "vocab_size")
     take("seq_length", config.model.max_position_embeddings, _of("max_position_embeddings", family))
@@ -119,56 +116,6 @@ def _stated(hf: dict[str, Any], key: Key) -> Any:
     return value
 
 
-def _rotary(hf: dict[str, Any], family: Family) -> list[tuple[str, Any, str]]:
-    """Read rotary positions in the spelling of either version of transformers."""
-    if not family.rotary:
-        return []
-    name = "rope_parameters" if hf.get("rope_parameters") else "rope_scaling"
-    rope: dict[str, Any] = hf.get(name) or {}
-    base = rope.get("rope_theta", hf.get("rope_theta", family.rotary_base))
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    partial = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0))
-    result = [("rotary_base", base, "rope_theta"), ("rotary_percent", partial, "partial_rotary_factor")]
-    if kind == "default":
-        return [*result, ("rope_scaling", False, name)]
-    if kind != "llama3":
-        raise UserError(f"config.json: {name} of type {kind} is not supported (supported: default, llama3)")
-    for key, value in _LLAMA3_ROPE.items():
-        if rope.get(key) != value:
-            raise UserError(f"config.json: {name}.{key} = {rope.get(key)} is not supported (supported: {value})")
-    if "factor" not in rope:
-        raise UserError(f"config.json does not state {name}.factor")
-    return [*result, ("rope_scaling", True, name), ("rope_scaling_factor", rope["factor"], f"{name}.factor")]
-
-
-def _experts(hf: dict[str, Any], family: Family) -> list[tuple[str, Any, str]]:
-    if "moe_router_score_function" not in family.fixed:
-        return []
-    coefficient = [("moe_aux_loss_coeff", [hf.get("router_aux_loss_coef", 0.001)], "router_aux_loss_coef")]
-    if family.name == "mixtral":
-        return [*coefficient, ("ffn_hidden_size", hf["intermediate_size"], "intermediate_size")]
-    step, dense = hf.get("decoder_sparse_step", 1), hf.get("mlp_only_layers") or []
-    pattern = [int(i not in dense and (i + 1) % step == 0) for i in range(hf["num_hidden_layers"])]
-    frequency = 1 if all(pattern) else pattern
-    return [
-        *coefficient,
-        ("moe_layer_freq", frequency, "mlp_only_layers, decoder_sparse_step"),
-        ("moe_router_pre_softmax", not hf.get("norm_topk_prob", False), "norm_topk_prob"),
-    ]
-
-
-def _activation(hf: dict[str, Any], family: Family) -> list[tuple[str, Any, str]]:
-    if "activation_func" in family.fixed:
-        return []
-    name = hf.get("activation_function", "gelu_new")
-    if name not in _ACTIVATIONS:
-        raise UserError(f"config.json: activation_function = {name} is not supported ({', '.join(_ACTIVATIONS)})")
-    return [
-        ("activation_func", "gelu", "activation_function"),
-        ("bias_activation_fusion", _ACTIVATIONS[name], "activation_function"),
-    ]
-
-
 def to_hf(model: ModelConfig, family: Family, size: int) -> dict[str, Any]:
     """Return the config.json of a resolved model with a vocabulary of ``size``.
 
@@ -183,31 +130,10 @@ def to_hf(model: ModelConfig, family: Family, size: int) -> dict[str, Any]:
         **{key.theirs: getattr(model, key.ours) for key in family.keys},
         **{key: accepted[0] for key, accepted in family.only.items() if accepted[0] is not None},
     }
-    if family.rotary:
-        hf["rope_theta"] = float(model.rotary_base)
-        scaling = {"rope_type": "llama3", "factor": model.rope_scaling_factor, **_LLAMA3_ROPE}
-        hf["rope_scaling"] = scaling if model.rope_scaling else None
-        if model.rotary_percent != 1.0:
-            hf["partial_rotary_factor"] = model.rotary_percent
-    else:
-        hf["activation_function"] = _spelled_activation(model)
-        hf["embd_pdrop"] = model.hidden_dropout
-    if model.num_moe_experts is not None:
-        hf["router_aux_loss_coef"] = model.moe_aux_loss_coeff[0]
-    if family.name == "qwen3_moe":
-        hf["norm_topk_prob"] = not model.moe_router_pre_softmax
-        hf["decoder_sparse_step"] = 1
-        hf["mlp_only_layers"] = [i for i, sparse in enumerate(expert_layers(model)) if not sparse]
+    for aspect in family.aspects:
+        hf |= aspect.write(model)
     check_same(model, hf, f"{family.architecture} cannot say all of this model")
     return hf
-
-
-def _spelled_activation(model: ModelConfig) -> str:
-    """Return the activation as Hugging Face calls it; one it does not have keeps Lockstep's name."""
-    name = model.activation_func
-    if name == "gelu":
-        return "gelu_new" if uses_fused_activation(model) else "gelu"
-    return "gelu_new" if name == "openai_gelu" else name
 
 
 def computed(model: ModelConfig) -> dict[str, Any]:
@@ -215,9 +141,10 @@ def computed(model: ModelConfig) -> dict[str, Any]:
     result = {
         info.name: value for info, value, _ in model.items() if names_weights(info) and info.name not in _TRAINING
     }
-    result["activation"] = _spelled_activation(model)
+    result["activation"] = spelled_activation(model)
     sparse = list(expert_layers(model))
     result["layers with experts"] = [i for i, has in enumerate(sparse) if has]
+    result["moe_router_topk_scaling_factor"] = model.moe_router_topk_scaling_factor or 1.0
     unused = set()
     if model.position_embedding_type != "rope":
         unused |= {name for name in result if name.startswith(("rotary_", "rope_"))}
@@ -225,6 +152,12 @@ def computed(model: ModelConfig) -> dict[str, Any]:
         unused.add("max_position_embeddings")
     if not model.rope_scaling:
         unused.add("rope_scaling_factor")
+    if model.multi_latent_attention:
+        unused.add("kv_channels")
+        if model.rotary_scaling_factor == 1:
+            unused |= {"mscale", "mscale_all_dim"}
+    if model.moe_router_num_groups == model.moe_router_group_topk:
+        unused |= {"moe_router_num_groups", "moe_router_group_topk"}
     if not any(sparse):
         unused |= {name for name in result if name.startswith("moe_")}
     elif all(sparse):
@@ -251,12 +184,3 @@ def differences(model: ModelConfig, hf: dict[str, Any]) -> list[str]:
         for name in sorted({*ours, *theirs})
         if ours.get(name) != theirs.get(name)
     ]
-
-
-def family_for(model: ModelConfig) -> Family:
-    """Return the family that a model without a config.json belongs to."""
-    if model.normalization == "LayerNorm":
-        return FAMILIES["gpt2"]
-    if model.num_moe_experts is not None:
-        return FAMILIES["qwen3_moe" if model.qk_layernorm else "mixtral"]
-    return FAMILIES["qwen3" if model.qk_layernorm else "llama"]

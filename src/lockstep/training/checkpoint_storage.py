@@ -227,6 +227,7 @@ class _Writer(dcp.StorageWriter):
             results += [
                 WriteResult(item.index, contents[_key(item)].nbytes, storage_data=(name, _key(item))) for item in items
             ]
+            contents.clear()  # else two files are in memory while the next one is filled
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
         return future
