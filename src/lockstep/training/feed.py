@@ -27,7 +27,8 @@ class Samples(Protocol):
 class Batch:
     """Samples that are processed together: tensors [b, s], integers but for ``loss_mask``.
 
-    ``document_ids`` numbers the documents of a sample where attention must not cross them. Where the batch has a part
+    ``document_ids`` numbers the documents of a sample where attention must not cross them; ``rotary_positions`` are
+    given where rotary positions do not count from the start of the sequence. Where the batch has a part
     of every sample, ``document_ids`` are still those of whole samples, and so are the numbers of ``valid_tokens`` [b].
     """
 
@@ -36,6 +37,7 @@ class Batch:
     loss_mask: torch.Tensor
     position_ids: torch.Tensor
     document_ids: torch.Tensor | None = None
+    rotary_positions: torch.Tensor | None = None
     valid_tokens: torch.Tensor | None = None
 
     def __len__(self) -> int:
