@@ -26,7 +26,9 @@ class FineTuningData(Section):
     )
     hf_dataset_name: str | None = opt(None, "--hf-dataset-name", refused=_HUB)
     hf_dataset_split: str | None = opt(
-        None, "--hf-dataset-split", help="Split of the data set to train on; train when it has splits and this is unset."
+        None,
+        "--hf-dataset-split",
+        help="Split of the data set to train on; train when it has splits and this is unset.",
     )
     hf_dataset_subset: str | None = opt(None, refused=_HUB)
     hf_dataset_load_kwargs: dict[str, Any] | None = opt(None, refused=_HUB)

@@ -38,7 +38,9 @@ def register(subparsers: Any) -> None:
     add_verify_arguments(verify)
     verify.set_defaults(func=run_verify)
     show = commands.add_parser(
-        "show", help="print samples for fine-tuning", description="Print samples for fine-tuning, what is learned marked."
+        "show",
+        help="print samples for fine-tuning",
+        description="Print samples for fine-tuning, what is learned marked.",
     )
     add_show_arguments(show)
     show.set_defaults(func=run_show)
@@ -177,9 +179,7 @@ def run_show(args: argparse.Namespace) -> int:
     fields = {info.name: getattr(args, info.name) for info in _text_fields()}
     fields |= {place: [args.data] if place == "train_data_path" else args.data, "dataloader_type": args.dataloader_type}
     tokenizer = build_tokenizer(tokenizer_config(args))
-    show(
-        DatasetConfig(sft=True, **fields), tokenizer, seq_length=args.seq_length, seed=args.seed, count=args.samples
-    )
+    show(DatasetConfig(sft=True, **fields), tokenizer, seq_length=args.seq_length, seed=args.seed, count=args.samples)
     return 0
 
 

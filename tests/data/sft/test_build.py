@@ -30,7 +30,10 @@ def root(tmp_path: Path) -> Path:
 
 
 def build(
-    tokenizer: Tokenizer, samples: tuple[int | None, int | None, int | None] = (20, 6, 4), length: int = 12, **fields: Any
+    tokenizer: Tokenizer,
+    samples: tuple[int | None, int | None, int | None] = (20, 6, 4),
+    length: int = 12,
+    **fields: Any,
 ) -> Datasets:
     config = DatasetConfig(sft=True, **fields)
     return build_datasets(config, seq_length=length, seed=5, tokenizer=tokenizer, num_samples=samples)
@@ -165,7 +168,12 @@ def test_a_saved_data_set_brings_its_splits(tokenizer: Tokenizer, tmp_path: Path
 
 
 def test_rows_with_nothing_to_learn_are_counted_and_said(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    given = [*rows(3), {"input": "a", "output": " "}, {"input": "a" * 30, "output": "b"}, {"input": "", "output": "c" * 30}]
+    given = [
+        *rows(3),
+        {"input": "a", "output": " "},
+        {"input": "a" * 30, "output": "b"},
+        {"input": "", "output": "c" * 30},
+    ]
     write_lines(tmp_path / "training.jsonl", given)
     dataset = dataset_of(tokenizer, dataset_root=str(tmp_path), truncation_field="completion")
     counts = dataset.store.counts
@@ -182,7 +190,10 @@ def test_rows_with_nothing_to_learn_are_counted_and_said(tokenizer: Tokenizer, t
     ("given", "message"),
     [
         ([], "training.jsonl has no rows; give a file with at least one"),
-        ([{"input": "a", "output": ""}] * 2, "nothing to learn in 2 rows: 2 without a completion or an answer, 0 whose"),
+        (
+            [{"input": "a", "output": ""}] * 2,
+            "nothing to learn in 2 rows: 2 without a completion or an answer, 0 whose",
+        ),
     ],
 )
 def test_data_without_anything_to_learn_is_refused(

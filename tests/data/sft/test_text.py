@@ -50,7 +50,9 @@ def pair(prompt: str, completion: str) -> dict[str, Any]:
         ({"prompt_column": "q", "completion_column": "a"}, {"q": "x", "a": "y", "more": 1}, "x[ ][y][<eos>]"),
     ],
 )
-def test_a_completion_alone_is_learned(rules: Rules, fields: dict[str, Any], row: dict[str, Any], expected: str) -> None:
+def test_a_completion_alone_is_learned(
+    rules: Rules, fields: dict[str, Any], row: dict[str, Any], expected: str
+) -> None:
     assert marked(rules(**fields), row) == expected
 
 

@@ -164,9 +164,7 @@ def _cache(config: DatasetConfig, data: Path) -> IndexCache:
     return IndexCache((data if data.is_dir() else data.parent) / "cache" / "SFT", required=False)
 
 
-def _stores(
-    plan: Plan, wanted: dict[SplitName, int | None], seed: int
-) -> Iterator[tuple[SplitName, Source, Store]]:
+def _stores(plan: Plan, wanted: dict[SplitName, int | None], seed: int) -> Iterator[tuple[SplitName, Source, Store]]:
     """Yield the wanted splits that have data, with it."""
     if plan.share is None:
         for split in (split for split in wanted if split in plan.sources):

@@ -49,7 +49,10 @@ def _message(item: Any, place: str) -> Message:
         raise UserError(f"{place}: no role; it has {', '.join(item) or 'nothing'}. Give it a role, such as user")
     if item.get("content") is None and item.get("tool_calls"):
         return {**item, "content": ""}
-    return {**{k: v for k, v in item.items() if v is not None}, "content": _content(item.get("content"), "content", place)}
+    return {
+        **{k: v for k, v in item.items() if v is not None},
+        "content": _content(item.get("content"), "content", place),
+    }
 
 
 def _content(value: Any, name: str, place: str) -> str:

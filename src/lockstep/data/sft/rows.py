@@ -55,7 +55,9 @@ def open_rows(path: Path, split: str | None = None) -> Rows:
     if not path.is_file():
         raise UserError(f"fine-tuning data {path}: no such file or folder; give the path of JSON lines or parquet")
     if split is not None:
-        raise UserError(f"dataset.hf_dataset_split (--hf-dataset-split) = {split}: {path} is a file, not splits of data")
+        raise UserError(
+            f"dataset.hf_dataset_split (--hf-dataset-split) = {split}: {path} is a file, not splits of data"
+        )
     return _open_file(path)
 
 

@@ -118,7 +118,9 @@ class TextRules:
             )
         value = row.columns[name]
         if not isinstance(value, str):
-            raise UserError(f"{row.place}: column {name} is {str(value)[:40]!r}, not text; mend the row or leave it out")
+            raise UserError(
+                f"{row.place}: column {name} is {str(value)[:40]!r}, not text; mend the row or leave it out"
+            )
         return value.strip() if self.config.strip_whitespace else value
 
     def _shortened(self, prompt: list[int], completion: list[int], room: int) -> tuple[list[int], list[int]]:
@@ -159,4 +161,3 @@ def _special(token: int | None, what: str, setting: str) -> int:
     if token is None:
         raise UserError(f"dataset.{setting}: the tokenizer has no {what} token; drop it")
     return token
-
