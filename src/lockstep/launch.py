@@ -19,8 +19,9 @@ def launch(
     argv: Sequence[str],
     recipe: str = DEFAULT_RECIPE,
     print_only: bool = False,
+    show_samples: int | None = None,
 ) -> int:
-    """Resolve a tree and train it, or only print it; return the exit code.
+    """Resolve a tree and train it, or only print it or so many of its samples; return the exit code.
 
     ``name`` is the parent folder of the run directory, ``recipe`` the one the overrides spelling is relative to.
 
@@ -32,11 +33,24 @@ def launch(
         if os.environ.get("RANK", "0") == "0":
             print(format_tree(resolved))
         return 0
+    if show_samples is not None:
+        if os.environ.get("RANK", "0") == "0":
+            _show_samples(resolved, show_samples)
+        return 0
     from lockstep.training import Command, run
 
     command = Command(argv=list(argv), flags=_as_flags(config), overrides=_as_overrides(config, recipe))
     run(resolved, door=door, command=command, name=name)
     return 0
+
+
+def _show_samples(config: ConfigContainer, count: int) -> None:
+    from lockstep.data.sft.show import show
+    from lockstep.data.tokenizers import build_tokenizer
+
+    assert config.model.seq_length is not None, "a resolved tree has a sample length"
+    tokenizer = build_tokenizer(config.tokenizer)
+    show(config.dataset, tokenizer, seq_length=config.model.seq_length, seed=config.rng.seed, count=count)
 
 
 def _as_flags(config: ConfigContainer) -> str | None:

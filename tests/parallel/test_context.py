@@ -35,7 +35,8 @@ def _with_documents(batch: Batch) -> Batch:
     starts = torch.arange(len(batch))[:, None] % (length - 2) + 1
     places = torch.arange(length).expand(len(batch), length)
     second = places >= starts
-    return replace(batch, document_ids=second.long(), position_ids=torch.where(second, places - starts, places))
+    positions = torch.where(second, places - starts, places)
+    return replace(batch, document_ids=second.long(), position_ids=positions, rotary_positions=positions)
 
 
 def _sums(changes: dict[str, Any], dtype: torch.dtype, processes: int) -> dict[str, torch.Tensor]:

@@ -226,11 +226,30 @@ def test_what_no_flag_says_blocks_on_the_way_back(capsys: pytest.CaptureFixture[
     assert translate(capsys, *words, "--waive", "dataset.random_seed")[0] == 0
 
 
+_OF_BRIDGES_FINE_TUNING = (  # refused, or without effect
+    "dataset.hf_dataset_subset",
+    "dataset.hf_dataset_load_kwargs",
+    "dataset.hf_dataset_schema_adapter",
+    "dataset.hf_dataset_adapter_kwargs",
+    "dataset.hf_validation_dataset",
+    "dataset.hf_test_dataset",
+    "dataset.pad_cu_seqlens",
+    "dataset.packing_tokenizer_model_name",
+    "dataset.num_tokenizer_workers",
+    "dataset.packed_train_data_path",
+    "dataset.packed_val_data_path",
+    "dataset.packed_metadata_path",
+)
+
+
 def test_every_path_of_the_tree_has_a_place_on_the_way_back() -> None:
     assert [p for p, info in all_fields().items() if not info.spec.flags] == [
         "model.gated_linear_unit",
         "model.activation_func",
+        *_OF_BRIDGES_FINE_TUNING,
         "dataset.random_seed",
         "dataset.data_sharding",
+        "dataset.pin_memory",
+        "dataset.persistent_workers",
         "checkpoint.most_recent_k",
     ]

@@ -8,6 +8,7 @@ from typing import Any
 from lockstep.config.data import DatasetConfig, TokenizerConfig
 from lockstep.config.distributed import CommOverlapConfig, DDPConfig, DistributedConfig
 from lockstep.config.fields import FieldInfo
+from lockstep.config.finetuning import BRIDGE_KEYS, FORMER_BRIDGE_KEYS
 from lockstep.config.model import ModelConfig
 from lockstep.config.output import CheckpointConfig, LoggerConfig, ProfilingConfig, RunConfig, StragglerConfig
 from lockstep.config.resilience import FaultInjectorConfig, FaultToleranceConfig, InProcessRestartConfig
@@ -52,6 +53,8 @@ ALIASES: dict[str, str] = {
     "tokenizer.padded_vocab_size": "model.vocab_size",
     "tokenizer.make_vocab_size_divisible_by": "model.make_vocab_size_divisible_by",
     "dist.lazy_init": "dist.lazy_mpu_init",
+    **FORMER_BRIDGE_KEYS,
+    **BRIDGE_KEYS,
 }
 """Other spellings of a key: Bridge versions name some fields twice, the tree has each once."""
 
@@ -99,8 +102,21 @@ def canonical(path: str) -> str:
         sections = [cls.section_name for cls in SECTIONS]
         if "." not in path and section in sections:
             raise ConfigError(f"{path} is a section; set one of its keys, such as {path}.{_first_field(path)}")
+        if is_group(path):
+            inside = next(key for key in ALIASES if key.startswith(f"{path}."))
+            raise ConfigError(f"{path} is a group of keys; set one of them, such as {inside}")
         raise ConfigError(f"unknown key {path}.{nearest(path, known)}")
     return path
+
+
+@cache
+def _groups() -> frozenset[str]:
+    return frozenset(key.rpartition(".")[0] for key in ALIASES if key.count(".") > 1)
+
+
+def is_group(path: str) -> bool:
+    """Tell whether other spellings of keys lie below this dotted path, as in ``dataset.preprocessing``."""
+    return path in _groups()
 
 
 def _first_field(section: str) -> str:

@@ -4,21 +4,26 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from lockstep.config.fields import opt
+from lockstep.config.finetuning import FineTuningData
 from lockstep.config.section import Section
 from lockstep.config.variants import ObjectStores, TokenizerBackends
 
 
 @dataclass(kw_only=True)
-class DatasetConfig(ObjectStores, Section):
+class DatasetConfig(FineTuningData, ObjectStores, Section):
     """Data and the order of its samples."""
 
     section_name: ClassVar[str] = "dataset"
 
     random_seed: int | None = opt(None, help="Seed of the sample order; rng.seed when unset.")
     data_sharding: bool = opt(True, holds="with one data-parallel rank there is one bucket of samples")
-    dataloader_type: Literal["single", "cyclic", "external"] | None = opt(
-        None, "--dataloader-type", help="Sample order: as the dataset gives it, or reshuffled every epoch."
+    dataloader_type: Literal["single", "cyclic", "batch", "external"] | None = opt(
+        None,
+        "--dataloader-type",
+        help="Sample order: as the dataset gives it, or reshuffled every epoch; batch is that of fine-tuning.",
     )
+    pin_memory: bool = opt(True, holds="batches on their way to a GPU are pinned", effect="speed")
+    persistent_workers: bool = opt(True, holds="samples are read by the process that trains", effect="speed")
     data_path: list[str] | None = opt(
         None, "--data-path", help="Dataset prefixes, optionally each preceded by its weight."
     )
@@ -69,7 +74,6 @@ class DatasetConfig(ObjectStores, Section):
     allow_ambiguous_pad_tokens: bool = opt(
         False, "--allow-ambiguous-pad-tokens", help="Allow a pad token that is also another special token."
     )
-    sft: bool = opt(False, "--sft", refused="fine-tuning is not supported yet")
 
 
 @dataclass(kw_only=True)
@@ -136,7 +140,11 @@ class TokenizerConfig(TokenizerBackends, Section):
         None, "--null-tokenizer-eod-id", help="End-of-document id of NullTokenizer; the last id when unset."
     )
     null_tokenizer_pad_id: int = opt(-1, "--null-tokenizer-pad-id", help="Padding id of NullTokenizer.")
-    chat_template: str | None = opt(None, "--chat-template", refused="this tokenizer option is not supported yet")
+    chat_template: str | None = opt(
+        None, "--chat-template", help="Chat template, or the file that has it, in place of the tokenizer's own."
+    )
     tokenizer_prompt_format: str = opt(
-        "nemotron-h-aligned", "--sft-tokenizer-prompt-format", refused="fine-tuning is not supported yet"
+        "nemotron-h-aligned",
+        "--sft-tokenizer-prompt-format",
+        help="Chat template of SFTTokenizer: default, the tokenizer's own, or identity, contents without more.",
     )

@@ -67,6 +67,8 @@ def has_data(config: ConfigContainer) -> bool:
             d.test_data_path,
             d.data_args_path,
             d.per_split_data_args_path,
+            d.dataset_root,
+            d.hf_dataset_path,
         )
     )
 
@@ -106,7 +108,13 @@ def _train_iters(c: ConfigContainer, _: int) -> int | None:
     return samples // batch
 
 
+def _mock(c: ConfigContainer, _: int) -> bool:
+    return not has_data(c) and not c.dataset.sft  # nobody means to fine-tune on generated data by saying nothing
+
+
 def _split(c: ConfigContainer, _: int) -> str | None:
+    if c.dataset.sft and c.dataset.hf_validation_proportion is not None:
+        return None
     return DEFAULT_SPLIT if c.dataset.data_path or c.dataset.data_args_path else None
 
 
@@ -151,7 +159,7 @@ _RULES: tuple[tuple[str, _Rule, str], ...] = (
     ("validation.eval_micro_batch_size", lambda c, _: c.train.micro_batch_size, "train.micro_batch_size"),
     ("dataset.random_seed", lambda c, _: c.rng.seed, "rng.seed"),
     ("dataset.dataloader_type", lambda c, _: "single", "consecutive samples"),
-    ("dataset.mock", lambda c, _: not has_data(c), "no data set is named"),
+    ("dataset.mock", _mock, "no data set is named"),
     ("dataset.split", _split, "default for real data"),
     ("tokenizer.tokenizer_type", lambda c, _: "GPT2BPETokenizer", "default of pretrain_gpt.py"),
     ("ddp.grad_reduce_in_fp32", lambda c, _: not c.mixed_precision.fp16, "FP32 unless FP16 is trained"),

@@ -9,6 +9,7 @@ from lockstep.config.container import ConfigContainer
 from lockstep.config.derive import has_data, model_processes
 from lockstep.config.experts import expert_problems, sharing_problems
 from lockstep.config.fields import FieldInfo
+from lockstep.config.finetuning_checks import finetuning_problems
 from lockstep.config.latents import latent_problems
 from lockstep.config.section import Origin
 from lockstep.config.sharding import sharding_problems
@@ -35,6 +36,7 @@ def problems(config: ConfigContainer, world_size: int = 1) -> list[str]:
         _communication,
     ):
         found.extend(check(config))
+    found.extend(finetuning_problems(config, partial(_name, config)))
     found.extend(_profiling(config, world_size))
     found.extend(_layout(config, world_size))
     return found
@@ -480,7 +482,7 @@ def _data(c: ConfigContainer) -> Iterator[str]:
         yield "dataset.data_path and per-split data paths exclude each other; drop one"
     if per_split and d.split is not None:
         yield "dataset.split has no effect with per-split data paths; drop it"
-    if d.mock is False and not has_data(c):
+    if d.mock is False and not has_data(c) and not d.sft:
         yield "no data set is named; give dataset.data_path (--data-path) or dataset.mock (--mock-data)"
     if d.dataloader_type == "external":
         yield "dataset.dataloader_type = external is not supported; use single or cyclic"

@@ -69,6 +69,18 @@ def build_datasets(
     Raises:
         UserError: files that are missing, damaged or of another vocabulary, a split without documents, no data source.
     """
+    if dataset.sft:
+        from lockstep.data.sft.build import build_sft_datasets
+
+        by_split = build_sft_datasets(
+            dataset,
+            seq_length=seq_length,
+            seed=seed,
+            tokenizer=tokenizer,
+            num_samples=dict(zip(SPLITS, num_samples, strict=True)),
+            vocab_size=vocab_size,
+        )
+        return Datasets(by_split.get("train"), by_split.get("valid"), by_split.get("test"))
     builder = _Builder(dataset, seq_length, seed, tokenizer, vocab_size)
     built = builder.build(read_plan(dataset), dict(zip(SPLITS, num_samples, strict=True)))
     return Datasets(built.get("train"), built.get("valid"), built.get("test"))

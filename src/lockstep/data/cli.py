@@ -1,12 +1,14 @@
-"""``lockstep data prepare`` and ``lockstep data verify``, and the flags of Megatron-LM's preprocess_data.py."""
+"""``lockstep data prepare``, ``verify`` and ``show``, and the flags of Megatron-LM's preprocess_data.py."""
 
 import argparse
 import typing
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
-from lockstep.config.data import TokenizerConfig
+from lockstep.config.data import DatasetConfig, TokenizerConfig
 from lockstep.config.fields import FieldInfo, choices_of, members
+from lockstep.config.finetuning import FineTuningData
 from lockstep.errors import UserError
 
 _REFUSED: dict[str, str] = {
@@ -35,6 +37,13 @@ def register(subparsers: Any) -> None:
     )
     add_verify_arguments(verify)
     verify.set_defaults(func=run_verify)
+    show = commands.add_parser(
+        "show",
+        help="print samples for fine-tuning",
+        description="Print samples for fine-tuning, what is learned marked.",
+    )
+    add_show_arguments(show)
+    show.set_defaults(func=run_show)
 
 
 def add_prepare_arguments(parser: argparse.ArgumentParser, positional_input: bool = True) -> None:
@@ -59,6 +68,27 @@ def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``verify``."""
     parser.add_argument("prefix", help="path of the files without .bin and .idx")
     _add_tokenizer_arguments(parser)
+
+
+def add_show_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``show``."""
+    parser.add_argument("data", help="JSON lines or parquet file, folder with training.jsonl, or saved data set")
+    parser.add_argument("--samples", type=int, default=3, metavar="N", help="how many (default: 3)")
+    parser.add_argument("--seq-length", type=int, required=True, metavar="N", help="tokens of a sample")
+    parser.add_argument("--seed", type=int, default=1234, metavar="N", help="seed of packs and order (default: 1234)")
+    parser.add_argument("--dataloader-type", choices=["single", "batch"], default="single", help="sample order")
+    group = parser.add_argument_group("fine-tuning")
+    for info in _text_fields():
+        group.add_argument(*info.spec.flags, dest=info.name, default=info.default, **_argument(info))
+    _add_tokenizer_arguments(parser)
+
+
+def _text_fields() -> list[FieldInfo]:
+    """Return the fields that decide how rows become samples."""
+    paths = ("sft", "dataset_root", "hf_dataset_path", "do_validation", "do_test", "hf_validation_proportion")
+    fields = DatasetConfig.fields()
+    ours = (fields[name] for name in FineTuningData.__dataclass_fields__ if name not in paths)
+    return [info for info in ours if info.spec.flags and not info.spec.refused]
 
 
 def _add_tokenizer_arguments(parser: argparse.ArgumentParser) -> None:
@@ -135,6 +165,22 @@ def run_verify(args: argparse.Namespace) -> int:
     report = verify(args.prefix, tokenizer, None if tokenizer else config.vocab_size)
     print(summary(report))
     return 0 if report.ok else 1
+
+
+def run_show(args: argparse.Namespace) -> int:
+    """Run ``show`` and return the exit code."""
+    from lockstep.data.sft.build import ROOT_FILES
+    from lockstep.data.sft.show import show
+    from lockstep.data.tokenizers import build_tokenizer
+
+    path = Path(args.data)
+    is_root = (path / ROOT_FILES["train"]).is_file()
+    place = "dataset_root" if is_root else "hf_dataset_path" if path.is_dir() else "train_data_path"
+    fields = {info.name: getattr(args, info.name) for info in _text_fields()}
+    fields |= {place: [args.data] if place == "train_data_path" else args.data, "dataloader_type": args.dataloader_type}
+    tokenizer = build_tokenizer(tokenizer_config(args))
+    show(DatasetConfig(sft=True, **fields), tokenizer, seq_length=args.seq_length, seed=args.seed, count=args.samples)
+    return 0
 
 
 def preprocess_main(argv: Sequence[str] | None = None) -> int:

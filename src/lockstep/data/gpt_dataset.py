@@ -28,6 +28,7 @@ class Sample(TypedDict):
     loss_mask: np.ndarray  # float32, 0 or 1
     position_ids: np.ndarray  # int64
     document_ids: NotRequired[np.ndarray]  # int64, counts up after each end of document; attention stays within one
+    rotary_positions: NotRequired[np.ndarray]  # int64, where they do not count from the start of the sample
 
 
 class Dataset(Protocol):

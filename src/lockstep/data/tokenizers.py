@@ -12,6 +12,7 @@ from lockstep.data.gpt_dataset import NO_PAD
 from lockstep.errors import UserError
 
 _END_OF_TEXT = "<|endoftext|>"
+_IDENTITY_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 _PROBE = "The quick brown fox, aged 37,\n\tdidn't re-read naïve 中文 tokenizers?! <|endoftext|> x=1;"
 
 
@@ -24,6 +25,7 @@ class Tokenizer(ABC):
         eod_id: end-of-document id, None when it has none.
         pad_id: padding id, None when it has none.
         bos_id: beginning-of-sequence id, None when it has none.
+        sep_id: id between prompt and completion, None when it has none.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Tokenizer(ABC):
     eod_id: int | None
     pad_id: int | None
     bos_id: int | None
+    sep_id: int | None = None
 
     @property
     def eod(self) -> int:
@@ -52,6 +55,26 @@ class Tokenizer(ABC):
     @abstractmethod
     def tokenize(self, text: str) -> list[int]:
         """Return the token ids of a text."""
+
+    def tokenize_alone(self, text: str) -> list[int]:
+        """Return the token ids of a piece of text, without what the tokenizer adds to a whole one."""
+        return self.tokenize(text)
+
+    def chat_text(
+        self, messages: Sequence[dict[str, Any]], *, generate: bool = False, tools: list[Any] | None = None
+    ) -> str:
+        """Return a conversation as the chat template writes it; ``generate`` adds the head of the next answer.
+
+        Raises:
+            UserError: the tokenizer has no chat template, or the template refuses the conversation.
+        """
+        raise UserError(
+            f"{self.name} has no chat templates; use HuggingFaceTokenizer, or data of prompts and completions"
+        )
+
+    def chat_identity(self) -> dict[str, Any] | None:
+        """Return what else decides how conversations are written; None without chat templates."""
+        return None
 
     @abstractmethod
     def detokenize(self, ids: Sequence[int]) -> str:
@@ -105,6 +128,7 @@ class HuggingFaceTokenizer(Tokenizer):
         model: folder with the tokenizer's files, or a tokenizer.json.
         include_special_tokens: let the tokenizer add what it adds to a text, such as a beginning-of-sequence token.
         trust_remote_code: let the folder's own Python code run.
+        chat_template: a chat template in place of its own.
 
     Raises:
         UserError: no such folder or file, or transformers cannot read it.
@@ -112,7 +136,13 @@ class HuggingFaceTokenizer(Tokenizer):
 
     name = "HuggingFaceTokenizer"
 
-    def __init__(self, model: str, include_special_tokens: bool = True, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self,
+        model: str,
+        include_special_tokens: bool = True,
+        trust_remote_code: bool = False,
+        chat_template: str | None = None,
+    ) -> None:
         self._tokenizer = _load_hugging_face(Path(model), trust_remote_code)
         self._include_special_tokens = include_special_tokens
         self.vocab_size = len(self._tokenizer)
@@ -121,10 +151,48 @@ class HuggingFaceTokenizer(Tokenizer):
         self.pad_id = self._tokenizer.pad_token_id
         starts = (self._tokenizer.bos_token_id, getattr(self._tokenizer, "cls_token_id", None))
         self.bos_id = next((i for i in starts if i is not None), None)
+        self.sep_id = getattr(self._tokenizer, "sep_token_id", None)
+        self._chat_template = chat_template
 
     def tokenize(self, text: str) -> list[int]:
         """Return the token ids of a text."""
         return self._tokenizer(text, add_special_tokens=self._include_special_tokens, verbose=False).input_ids
+
+    def tokenize_alone(self, text: str) -> list[int]:
+        """Return the token ids of a piece of text, without what the tokenizer adds to a whole one."""
+        return self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+
+    def chat_text(
+        self, messages: Sequence[dict[str, Any]], *, generate: bool = False, tools: list[Any] | None = None
+    ) -> str:
+        """Return a conversation as the chat template writes it; see ``Tokenizer``."""
+        import jinja2
+
+        if self._chat_template is None and not self._tokenizer.chat_template:
+            raise UserError(
+                "the tokenizer has no chat template; give one as text or file in tokenizer.chat_template "
+                "(--chat-template)"
+            )
+        try:
+            # transformers renders in a sandbox: a template of a stranger cannot reach Python.
+            text: str = self._tokenizer.apply_chat_template(
+                list(messages),
+                tools=tools,
+                chat_template=self._chat_template,
+                add_generation_prompt=generate,
+                tokenize=False,
+            )
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(f"the chat template refuses the conversation: {reason}") from None
+        return text
+
+    def chat_identity(self) -> dict[str, Any] | None:
+        """Return the template, and the version of the library that renders it."""
+        import transformers
+
+        template = self._chat_template or self._tokenizer.chat_template
+        return {"template": template, "transformers": transformers.__version__} if template else None
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """Return the text of token ids, special tokens spelled out."""
@@ -228,10 +296,13 @@ def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
     match config.tokenizer_type:
         case "NullTokenizer":
             return _build_null(config)
-        case "HuggingFaceTokenizer":
-            model = _needed(config.tokenizer_model, "HuggingFaceTokenizer", "--tokenizer-model")
+        case "HuggingFaceTokenizer" | "SFTTokenizer" as kind:
+            model = _needed(config.tokenizer_model, kind, "--tokenizer-model")
             return HuggingFaceTokenizer(
-                model, not config.tokenizer_hf_no_include_special_tokens, config.trust_remote_code
+                model,
+                not config.tokenizer_hf_no_include_special_tokens,
+                config.trust_remote_code,
+                chat_template(config),
             )
         case "GPT2BPETokenizer":
             vocab = _needed(config.vocab_file, "GPT2BPETokenizer", "--vocab-file")
@@ -245,6 +316,27 @@ def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
                 f"tokenizer type {other} is not supported; use HuggingFaceTokenizer (its files often come in that "
                 "format too), GPT2BPETokenizer or NullTokenizer"
             )
+
+
+def chat_template(config: TokenizerConfig) -> str | None:
+    """Return the chat template that takes the place of the tokenizer's own; None for its own.
+
+    Raises:
+        UserError: the file of the template cannot be read.
+    """
+    given = config.chat_template
+    if given is None:
+        identity = config.tokenizer_type == "SFTTokenizer" and config.tokenizer_prompt_format == "identity"
+        return _IDENTITY_TEMPLATE if identity else None
+    if "{" in given:
+        return given
+    try:
+        return Path(given).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"tokenizer.chat_template (--chat-template) = {given}: no template, which has {{ in it, and no file of one "
+            f"({error})"
+        ) from None
 
 
 def _needed(value: str | None, kind: str, flag: str) -> str:

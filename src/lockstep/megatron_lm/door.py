@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from lockstep.launch import launch
-from lockstep.megatron_lm.parser import parse_flags
+from lockstep.megatron_lm.parser import build_parser, parse_flags
 
 
 def main(argv: Sequence[str]) -> int:
@@ -13,4 +13,7 @@ def main(argv: Sequence[str]) -> int:
         UserError: flags that cannot be taken, or a run that cannot start.
     """
     print_only = "--print-config" in argv
-    return launch(parse_flags(argv), door="megatron_lm", name="pretrain_gpt", argv=argv, print_only=print_only)
+    config = parse_flags(argv)
+    samples = getattr(build_parser().parse_known_args(argv)[0], "show_samples", None)
+    settings = {"print_only": print_only, "show_samples": samples}
+    return launch(config, door="megatron_lm", name="pretrain_gpt", argv=argv, **settings)

@@ -61,6 +61,9 @@ def build_parser() -> argparse.ArgumentParser:
         help_column=36,
     )
     parser.add_argument("--print-config", action="store_true", help="Print the resolved configuration and stop.")
+    parser.add_argument(
+        "--show-samples", type=int, metavar="N", help="Print N samples for fine-tuning, what is learned marked; stop."
+    )
     shorthands = parser.add_argument_group("shorthands")
     for composite in COMPOSITES:
         text = composite.help or composite.holds or f"Refused: {composite.refused}."

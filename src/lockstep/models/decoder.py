@@ -71,17 +71,18 @@ class GPTModel(nn.Module):
         labels: Tensor | None = None,
         *,
         document_ids: Tensor | None = None,
+        rotary_positions: Tensor | None = None,
         dropout: DropoutStreams | None = None,
         router_losses: RouterLosses | None = None,
         span: Span | None = None,
     ) -> Tensor:
         """Return the float32 loss of each token [b, s], or the logits [b, s, v] if there are no labels.
 
-        tokens, position_ids, labels and document_ids are int64 [b, s]. Attention sees earlier tokens of the same
-        document id, or all earlier tokens. position_ids select learned positions; rotary positions always count from
-        the start of the sequence. A training model with dropout needs its random streams (ValueError). What routers add
-        to the loss goes through router_losses; without it they add nothing. With a
-        span this is `forward_span`.
+        tokens, position_ids, labels, document_ids and rotary_positions are int64 [b, s]. Attention sees earlier tokens
+        of the same document id, or all earlier tokens. position_ids select learned positions; rotary positions count
+        from the start of the sequence unless rotary_positions are given. A training model with dropout needs its random
+        streams (ValueError). What routers add to the loss goes through router_losses; without it they add nothing. With
+        a span this is `forward_span`.
         """
         span = span or Span(range(required(self.config.num_layers)))
         return self.forward_span(
@@ -90,6 +91,7 @@ class GPTModel(nn.Module):
             position_ids,
             labels,
             document_ids=document_ids,
+            rotary_positions=rotary_positions,
             dropout=dropout,
             router_losses=router_losses,
         )
@@ -102,6 +104,7 @@ class GPTModel(nn.Module):
         labels: Tensor | None = None,
         *,
         document_ids: Tensor | None = None,
+        rotary_positions: Tensor | None = None,
         dropout: DropoutStreams | None = None,
         router_losses: RouterLosses | None = None,
     ) -> Tensor:
@@ -120,7 +123,7 @@ class GPTModel(nn.Module):
         positions = self.sequence.positions(length, x.device)
         context = AttentionContext(
             hidden_positions(positions, length, document_ids),
-            self._cos_sin(positions, x),
+            self._cos_sin(positions if rotary_positions is None else rotary_positions, x),
             streams,
             self.sequence,
             router_losses,

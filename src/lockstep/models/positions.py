@@ -45,25 +45,25 @@ def scaled_frequencies(frequencies: Tensor, factor: float) -> Tensor:
 
 
 def rotary_cos_sin(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return cosine and sine [s, 1, r] for int64 positions [s], computed in float32 and rounded to `dtype`."""
+    """Return cosine and sine [..., s, 1, r] for int64 positions [..., s], computed in float32, rounded to `dtype`."""
     device, positions = positions.device, positions.float()
     if config.seq_len_interpolation_factor is not None:
         positions = positions * (1 / config.seq_len_interpolation_factor)
-    angles = torch.outer(positions, inverse_frequencies(config, device))
+    angles = positions[..., None] * inverse_frequencies(config, device)
     angles = angles.repeat_interleave(2, dim=-1) if config.rotary_interleaved else torch.cat((angles, angles), dim=-1)
-    return angles.cos().to(dtype)[:, None], angles.sin().to(dtype)[:, None]
+    return angles.cos().to(dtype)[..., None, :], angles.sin().to(dtype)[..., None, :]
 
 
 def latent_cos_sin(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return cosine and sine [s, 1, r] of multi-latent attention, computed in float32 and rounded to `dtype`."""
+    """Return the same for multi-latent attention."""
     channels, yarn = config.qk_pos_emb_head_dim, config.rope_type == "yarn"
     exponents = torch.arange(0, channels, 2, dtype=torch.float32, device=positions.device) / channels
     turns = config.rotary_base**exponents
     frequencies = _yarn_frequencies(turns, config.rotary_base, config.rotary_scaling_factor) if yarn else 1.0 / turns
-    angles = torch.outer(positions.float(), frequencies)
+    angles = positions.float()[..., None] * frequencies
     angles = torch.cat((angles, angles), dim=-1)
     size = _yarn_mscale(config, config.mscale) / _yarn_mscale(config, config.mscale_all_dim) if yarn else 1.0
-    return (angles.cos() * size).to(dtype)[:, None], (angles.sin() * size).to(dtype)[:, None]
+    return (angles.cos() * size).to(dtype)[..., None, :], (angles.sin() * size).to(dtype)[..., None, :]
 
 
 def latent_score_scale(config: ModelConfig) -> float:

@@ -174,8 +174,10 @@ class _Run:
             torch.empty(samples, self._config.model.seq_length, dtype=dtype, device=_META)
             for dtype in (torch.int64, torch.float32)
         )
-        documents = torch.empty_like(ids) if self._config.dataset.reset_attention_mask else None
-        return Batch(ids, torch.empty_like(ids), mask, torch.empty_like(ids), documents)
+        dataset = self._config.dataset
+        documents = torch.empty_like(ids) if dataset.reset_attention_mask or dataset.enable_offline_packing else None
+        rotary = torch.empty_like(ids) if dataset.enable_offline_packing else None
+        return Batch(ids, torch.empty_like(ids), mask, torch.empty_like(ids), documents, rotary)
 
 
 def part_of(name: str, part: Part) -> Part:

@@ -75,6 +75,9 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="Print the resolved configuration and stop.",
     )
+    parser.add_argument(
+        "--show-samples", type=int, metavar="N", help="Print N samples for fine-tuning, what is learned marked; stop."
+    )
     group = parser.add_argument_group("convenience options, weaker than overrides")
     for dest, (flags, path) in _CONVENIENCE.items():
         group.add_argument(*flags, dest=dest, metavar="VALUE", help=f"{path}.")
@@ -181,4 +184,5 @@ def main(argv: Sequence[str]) -> int:
         from lockstep.record.environment import environment_variables
 
         print("\n".join(f"{key}={value}" for key, value in sorted(environment_variables().items())))
-    return launch(config, door="bridge", name=name, argv=argv, recipe=name, print_only=options.dry_run)
+    settings = {"print_only": options.dry_run, "show_samples": options.show_samples}
+    return launch(config, door="bridge", name=name, argv=argv, recipe=name, **settings)

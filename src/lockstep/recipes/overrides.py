@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.config import ConfigContainer, FieldInfo, Origin, Ref, all_fields, canonical
-from lockstep.config.container import SECTIONS
+from lockstep.config.container import SECTIONS, is_group
 from lockstep.config.fields import coerce, members
+from lockstep.config.finetuning import former_settings
 from lockstep.config.section import OriginKind
 from lockstep.errors import ConfigError
 from lockstep.recipes.precision import preset
@@ -58,7 +59,7 @@ def _flatten(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, A
     sections = {cls.section_name for cls in SECTIONS}
     for key, value in tree.items():
         path = f"{prefix}{key}"
-        if isinstance(value, Mapping) and path in sections:
+        if isinstance(value, Mapping) and (path in sections or is_group(path)):
             yield from _flatten(value, f"{path}.")
         elif isinstance(value, str):
             yield path, _reference(value)
@@ -163,6 +164,11 @@ def expand(key: str, value: Any) -> list[tuple[str, Any]]:
     """
     if key == "mixed_precision" and isinstance(value, str):
         return list(preset(value).items())
+    if is_group(key) and isinstance(value, Mapping):
+        return [pair for name, item in value.items() for pair in expand(f"{key}.{name}", item)]
+    former = former_settings(key, value)
+    if former is not None:
+        return former
     path = canonical(key)
     info = all_fields()[path]
     if isinstance(value, str) and _ENVIRONMENT.search(value):

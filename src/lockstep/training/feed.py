@@ -27,7 +27,8 @@ class Samples(Protocol):
 class Batch:
     """Samples that are processed together: tensors [b, s], integers but for ``loss_mask``.
 
-    ``document_ids`` numbers the documents of a sample where attention must not cross them. Where the batch has a part
+    ``document_ids`` numbers the documents of a sample where attention must not cross them; ``rotary_positions`` are
+    given where rotary positions do not count from the start of the sequence. Where the batch has a part
     of every sample, ``document_ids`` are still those of whole samples, and so are the numbers of ``valid_tokens`` [b].
     """
 
@@ -36,6 +37,7 @@ class Batch:
     loss_mask: torch.Tensor
     position_ids: torch.Tensor
     document_ids: torch.Tensor | None = None
+    rotary_positions: torch.Tensor | None = None
     valid_tokens: torch.Tensor | None = None
 
     def __len__(self) -> int:
@@ -51,6 +53,10 @@ class Batch:
         """Yield the batch in pieces of ``samples`` samples, in order."""
         for start in range(0, len(self), samples):
             yield Batch(**{k: v[start : start + samples] for k, v in self._tensors().items()})
+
+    def first(self, length: int) -> "Batch":
+        """Return the batch cut to its first ``length`` tokens."""
+        return Batch(**{k: v[:, :length].contiguous() for k, v in self._tensors().items()})
 
     def at(self, positions: torch.Tensor) -> "Batch":
         """Return the part of every whole sample that stands at some positions."""
@@ -69,16 +75,23 @@ class Feed:
     """Takes batches from a dataset in the order of a sampler, on the host.
 
     ``order`` returns the sample numbers of each micro-batch that follows so many samples; ``split`` names the data in
-    messages. ``shares`` processes take turns at the order; ``taken`` counts the samples that all of them took.
+    messages. ``shares`` processes take turns at the order; ``taken`` counts the samples that all of them took. ``length``
+    returns to how many tokens the samples from one number up to another are cut, where they all end in padding.
     """
 
     def __init__(
-        self, dataset: Samples, order: Callable[[int], Iterator[Sequence[int]]], split: str, shares: int = 1
+        self,
+        dataset: Samples,
+        order: Callable[[int], Iterator[Sequence[int]]],
+        split: str,
+        shares: int = 1,
+        length: Callable[[int, int], int] | None = None,
     ) -> None:
         self._dataset = dataset
         self._order = order
         self._split = split
         self._shares = shares
+        self._length = length
         self._indices = order(0)
         self.taken = 0
 
@@ -99,6 +112,7 @@ class Feed:
             UserError: the data ends before them.
         """
         samples: list[Any] = []
+        start = self.taken
         for _ in range(micro_batches):
             chunk = next(self._indices, None)
             if chunk is None:
@@ -108,14 +122,23 @@ class Feed:
                 )
             samples.extend(self._dataset[index] for index in chunk)
             self.taken += len(chunk) * self._shares
-        return Batch(**collate(samples))
+        batch = Batch(**collate(samples))
+        if self._length is None:
+            return batch
+        return batch.first(self._length(start, self.taken))
 
 
-def global_batch_hash(batch: Batch, micro_batch_size: int, dp: Axis, device: torch.device) -> str:
-    """Return the hash of the global batch of which every data-parallel process has its micro-batches."""
+def global_batch_hash(
+    batch: Batch, micro_batch_size: int, dp: Axis, device: torch.device, learned: bool = False
+) -> str:
+    """Return the hash of the global batch of which every data-parallel process has its micro-batches.
+
+    ``learned`` adds all labels that have a loss: in fine-tuning they do not follow from the tokens alone.
+    """
+    last = batch.labels.where(batch.loss_mask > 0, -1) if learned else batch.labels[:, -1:]
+    text = torch.cat([batch.tokens, last], dim=1)  # [b, s + 1 or 2 s]
     if dp.size == 1:
-        return batch_hash(batch.tokens, batch.labels)
-    text = torch.cat([batch.tokens, batch.labels[:, -1:]], dim=1)  # [b, s + 1]
+        return batch_hash(text[:, :-1], text[:, -1:])
     micro_batches = text.unflatten(0, (-1, micro_batch_size)).to(device)
     ordered = in_global_order(micro_batches, dp).flatten(0, 1).cpu()
     return batch_hash(ordered[:, :-1], ordered[:, -1:])

@@ -46,7 +46,7 @@ def train(
         report = run_iteration(info, trainer, progress)
         for hook in hooks:
             hook.after_step(report)
-        if evaluator is not None and evaluation_due(info.config, progress.iteration):
+        if evaluator is not None and "valid" in evaluator.splits and evaluation_due(info.config, progress.iteration):
             run_evaluation(evaluator, "valid", hooks, progress, final=False)
         reason = exit_rule.reason(progress.iteration)
         for hook in hooks:
@@ -63,7 +63,7 @@ def run_iteration(info: RunInfo, trainer: Trainer, progress: Progress) -> Iterat
     lr, weight_decay = trainer.learning_rate(done), trainer.weight_decay(done)
     batch = trainer.feed.next(batches.micro_batches_at(progress.consumed_samples))
     samples = len(batch) * trainer.dp.size
-    digest = global_batch_hash(batch, batches.micro_batch_size, trainer.dp, info.device)
+    digest = global_batch_hash(batch, batches.micro_batch_size, trainer.dp, info.device, info.config.dataset.sft)
     result = trainer.step(batch.to(info.device), batches.micro_batch_size, lr, weight_decay)
     progress.iteration += 1
     progress.consumed_samples += samples

@@ -79,7 +79,13 @@ class WholePasses:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         aside = {} if noted is None else {"router_losses": noted}
         losses = self._model(
-            batch.tokens, batch.position_ids, batch.labels, document_ids=batch.document_ids, dropout=dropout, **aside
+            batch.tokens,
+            batch.position_ids,
+            batch.labels,
+            document_ids=batch.document_ids,
+            rotary_positions=batch.rotary_positions,
+            dropout=dropout,
+            **aside,
         )  # [b, s]
         return masked_sum(losses, batch.loss_mask, batch.valid_tokens)
 

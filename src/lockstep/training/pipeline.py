@@ -141,6 +141,7 @@ class _Stage(nn.Module):
         labels: Tensor,
         loss_mask: Tensor,
         document_ids: Tensor | None = None,
+        rotary_positions: Tensor | None = None,
         valid_tokens: Tensor | None = None,
     ) -> Tensor:
         """Return the residual stream [b, s, h] for the next stage, or after the last one the objective (scalar)."""
@@ -150,6 +151,7 @@ class _Stage(nn.Module):
             position_ids,
             labels,
             document_ids=document_ids,
+            rotary_positions=rotary_positions,
             dropout=self.dropout,
             router_losses=noted,
             span=self.span,

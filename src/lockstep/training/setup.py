@@ -1,6 +1,7 @@
 """What a run is built from, in order: vocabulary, data, model, optimizer, evaluation."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ from lockstep.config import ConfigContainer, Origin
 from lockstep.config.sharding import sharding_strategy, shards_weights
 from lockstep.data.build import Datasets, build_datasets
 from lockstep.data.gpt_dataset import Dataset
+from lockstep.data.sft.dataset import SFTDataset
 from lockstep.data.tokenizers import Tokenizer, build_tokenizer, padded_vocab_size
 from lockstep.errors import UserError
 from lockstep.models import GPTModel
@@ -106,13 +108,17 @@ def _build_datasets(config: ConfigContainer, tokenizer: Tokenizer, sizes: tuple[
         say(line)
     assert config.model.seq_length is not None, "a resolved tree has a sample length"
     assert config.dataset.random_seed is not None, "a resolved tree has a data seed"
-    return build_datasets(
+    datasets = build_datasets(
         config.dataset,
         seq_length=config.model.seq_length,
         seed=config.dataset.random_seed,
         tokenizer=tokenizer,
         num_samples=sizes,
     )
+    for dataset in (datasets.train, datasets.valid, datasets.test):
+        if isinstance(dataset, SFTDataset):
+            say(f" > {dataset.summary()}")
+    return datasets
 
 
 def build_parallel_model(
@@ -184,14 +190,18 @@ def build_evaluator(
 ) -> Evaluator | None:
     """Build the evaluation of the validation and test splits; None where ``validation.eval_iters`` is 0.
 
-    A test split without weight is left out, as in Megatron-LM.
+    A test split without weight is left out, as in Megatron-LM, and validation where fine-tuning asks for none.
     """
     if config.validation.eval_iters == 0:
         return None
     size, micro_size = eval_batch_size(config)
-    feeds: dict[Split, Feed] = {"valid": _feed(config, datasets.valid, "validation", micro_size, mesh)}
+    feeds: dict[Split, Feed] = {}
+    if config.dataset.do_validation:
+        feeds["valid"] = _feed(config, datasets.valid, "validation", micro_size, mesh)
     if datasets.test is not None:
         feeds["test"] = _feed(config, datasets.test, "test", micro_size, mesh)
+    if not feeds:
+        return None
     return Evaluator(
         passes,
         feeds,
@@ -207,6 +217,27 @@ def build_evaluator(
 def _feed(config: ConfigContainer, dataset: Dataset | None, split: str, micro_batch_size: int, mesh: Mesh) -> Feed:
     if dataset is None:
         remedy = "" if split == "train" else ", or set validation.eval_iters=0"
+        if config.dataset.sft:
+            hold_out = "" if split == "train" else " (dataset.hf_validation_proportion holds some out)"
+            remedy = f"{hold_out}{remedy}{'' if split == 'train' else ' or dataset.do_validation=false'}"
+            raise UserError(f"the {split} split has no data for fine-tuning; give it some{remedy}")
         raise UserError(f"the {split} split has no data (dataset.split = {config.dataset.split}); give it some{remedy}")
     order = partial(sample_order, config.dataset.dataloader_type, len(dataset), micro_batch_size, mesh.dp)
-    return Feed(dataset, order, split, mesh.dp.size)
+    return Feed(dataset, order, split, mesh.dp.size, _length(config, dataset))
+
+
+_LENGTH_MULTIPLE = 16
+
+
+def _length(config: ConfigContainer, dataset: Dataset) -> Callable[[int, int], int] | None:
+    """Return what says to how many tokens a global batch is cut; None where samples keep their length.
+
+    It is a multiple of 16, as in Megatron Bridge, and of what the layout divides it by.
+    """
+    if config.dataset.pad_to_max_length or not isinstance(dataset, SFTDataset):
+        return None
+    m, longest = config.model, dataset.longest
+    multiple = math.lcm(_LENGTH_MULTIPLE, 2 * m.context_parallel_size * m.tensor_model_parallel_size)
+    most = m.seq_length
+    assert most is not None, "a resolved tree has a sample length"
+    return lambda start, stop: min(most, -(-longest(start, stop) // multiple) * multiple)

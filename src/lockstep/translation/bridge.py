@@ -8,6 +8,7 @@ from typing import Any
 
 from lockstep.config import all_fields
 from lockstep.config.experts import layer_pattern
+from lockstep.config.finetuning import BRIDGE_KEYS, FORMER_BRIDGE_KEYS
 from lockstep.errors import ConfigError, nearest
 
 NAME = "Megatron Bridge"
@@ -39,6 +40,7 @@ _KEYS: dict[str, tuple[str, ...]] = {
     "dataset.valid_data_path": ("dataset.blend_per_split",),
     "dataset.test_data_path": ("dataset.blend_per_split",),
     "dataset.create_attention_mask": ("dataset.skip_getting_attention_mask_from_dataset",),
+    **{path: (key,) for key, path in BRIDGE_KEYS.items() if path != "dataset.random_seed"},
 }
 """Where a path of the tree has another name in Bridge, or several."""
 
@@ -59,6 +61,9 @@ _NONE = {
     "dataset.data_args_path",
     "dataset.per_split_data_args_path",
     "dataset.sft",
+    "dataset.sft_format",
+    "dataset.messages_column",
+    "dataset.packing_algorithm",
     "mixed_precision.te_precision_config_file",
     "ft.ft_num_warmup_iters",
     "run.dir",
@@ -73,6 +78,12 @@ FORMER: tuple[tuple[str, str, str], ...] = (
     ("validation.skip_train", "train.skip_train", "0.4"),
     ("dist.lazy_mpu_init", "dist.lazy_init", "0.4"),
     ("tokenizer.special_tokens", "tokenizer.tiktoken_special_tokens", "0.5"),
+    *(
+        (new, old, "0.6")
+        for new, path in BRIDGE_KEYS.items()
+        for old, same in FORMER_BRIDGE_KEYS.items()
+        if same == path and new not in FORMER_BRIDGE_KEYS
+    ),
 )
 """Present name, former name, and the version since which the present one is there."""
 
