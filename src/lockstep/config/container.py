@@ -10,6 +10,7 @@ from lockstep.config.distributed import CommOverlapConfig, DDPConfig, Distribute
 from lockstep.config.fields import FieldInfo
 from lockstep.config.model import ModelConfig
 from lockstep.config.output import CheckpointConfig, LoggerConfig, ProfilingConfig, RunConfig, StragglerConfig
+from lockstep.config.peft import PEFTConfig
 from lockstep.config.resilience import FaultInjectorConfig, FaultToleranceConfig, InProcessRestartConfig
 from lockstep.config.section import Origin, Section
 from lockstep.config.training import (
@@ -67,6 +68,7 @@ SECTIONS: tuple[type[Section], ...] = (
     RNGConfig,
     RunConfig,
     CheckpointConfig,
+    PEFTConfig,
     LoggerConfig,
     DDPConfig,
     DistributedConfig,
@@ -125,6 +127,7 @@ class ConfigContainer:
     rng: RNGConfig
     run: RunConfig
     checkpoint: CheckpointConfig
+    peft: PEFTConfig
     logger: LoggerConfig
     ddp: DDPConfig
     dist: DistributedConfig

@@ -163,6 +163,8 @@ def expand(key: str, value: Any) -> list[tuple[str, Any]]:
     """
     if key == "mixed_precision" and isinstance(value, str):
         return list(preset(value).items())
+    if key == "peft" and (value is None or isinstance(value, str)):
+        key = "peft.scheme"  # Bridge has an object or null there
     path = canonical(key)
     info = all_fields()[path]
     if isinstance(value, str) and _ENVIRONMENT.search(value):
