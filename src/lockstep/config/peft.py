@@ -82,6 +82,16 @@ def peft_problems(c: "ConfigContainer", name: Callable[[str], str]) -> Iterator[
             yield f"{name(path)} = {c.get(path)}: give 1 or more"
     if not 0 <= p.dropout < 1:
         yield f"{name('peft.dropout')} = {p.dropout}: give a value from 0 up to, but not including, 1"
+    if c.model.moe_router_enable_expert_bias:
+        yield (
+            f"{name('model.moe_router_enable_expert_bias')}: the bias of experts moves while a model is trained, and "
+            f"{name('peft.scheme')} = {p.scheme} freezes it; drop one"
+        )
+    if p.dropout > 0 and "shared_experts" in (c.model.recompute_modules or ()):
+        yield (
+            f"{name('peft.dropout')} = {p.dropout}: shared experts that are recomputed would drop other elements; set it "
+            f"to 0, or drop shared_experts from {name('model.recompute_modules')}"
+        )
     if not p.target_modules:
         yield f"{name('peft.target_modules')} is empty, so nothing would be trained; name some linears"
     if p.lora_A_init_method == p.lora_B_init_method == "zero":

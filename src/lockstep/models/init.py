@@ -57,7 +57,8 @@ def build_model(config: ModelConfig, *, seed: int, params_dtype: torch.dtype, de
 
 
 def _replace(owner: torch.nn.Module, leaf: str, value: Tensor) -> None:
-    setattr(owner, leaf, torch.nn.Parameter(value))
+    trained = getattr(owner, leaf).requires_grad
+    setattr(owner, leaf, torch.nn.Parameter(value, requires_grad=trained))
 
 
 def fill(
