@@ -178,6 +178,11 @@ class Fingerprint:
         }
         self._overall.update(f"{name} {digest}\n".encode())
 
+    def take(self, name: str, known: dict[str, Any]) -> None:
+        """Add a parameter that is described already."""
+        self._prints[name] = known
+        self._overall.update(f"{name} {known['sha256']}\n".encode())
+
     def added(self, weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """Yield the weights on, each added."""
         for name, value in weights:

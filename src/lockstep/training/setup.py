@@ -43,6 +43,8 @@ from lockstep.training.step import TrainStep
 class Parts:
     """Everything that was built: ``trainer`` is None without training, ``evaluator`` without evaluation.
 
+    ``base`` names the frozen weights that adapters are trained for, None without adapters.
+
     ``initial_weights`` is the fingerprint of the whole model, taken on the process that keeps the record.
     """
 
@@ -54,6 +56,7 @@ class Parts:
     flops_per_sample: float
     trainer: Trainer | None
     evaluator: Evaluator | None
+    base: dict[str, Any] | None = None
 
 
 def build(config: ConfigContainer, device: torch.device, mesh: Mesh, exit_rule: ExitRule) -> Parts:
