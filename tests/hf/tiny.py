@@ -84,9 +84,9 @@ def qwen3_moe() -> Any:
 MAKERS = {maker.__name__: maker for maker in (gpt2, llama, llama32, qwen3, mixtral, qwen3_moe)}
 
 
-def saved(folder: Path, family: str, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
+def saved(folder: Path, family: str, dtype: torch.dtype = torch.float32, seed: int = 5, **options: Any) -> Path:
     """Save a model whose every weight, norms and biases too, is random enough to show a mistake; return the folder."""
-    torch.manual_seed(5)
+    torch.manual_seed(seed)
     model = MAKERS[family]()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -74,9 +74,9 @@ _OF_SEQUENCE = (
 # Whole parts of adapters between parts of a linear.
 _OF_SPLIT_LINEARS = (
     "*.linear_proj.adapter.*.linear_out.weight",
-    "*.linear_proj.adapter.magnitude",
+    "*.linear_proj.adapter.*.magnitude",
     "*.linear_fc2.adapter.*.linear_out.weight",
-    "*.linear_fc2.adapter.magnitude",
+    "*.linear_fc2.adapter.*.magnitude",
     "*.mlp.experts.*linear_fc1.adapter.*.linear_in.weight",
 )
 

@@ -25,8 +25,8 @@ class Rows:
     sizes: tuple[int, ...]
     groups: int = 1
 
-    def joined(self, parts: Mapping[str, Tensor], dim: int) -> Tensor:
-        """Put what belongs to each name together along ``dim``; zero for names that ``parts`` lacks."""
+    def joined(self, parts: Mapping[str, Tensor], dim: int, missing: float = 0.0) -> Tensor:
+        """Put what belongs to each name together along ``dim``; ``missing`` for names that ``parts`` lacks."""
         if len(self.names) == 1:
             return parts[self.names[0]]
         like = next(iter(parts.values()))
@@ -34,12 +34,14 @@ class Rows:
         pieces = []
         for name, size in zip(self.names, self.sizes, strict=True):
             shape = (*like.shape[:dim], size, *like.shape[dim + 1 :])
-            part = parts[name] if name in parts else like.new_zeros(shape)
+            part = parts[name] if name in parts else like.new_full(shape, missing)
             pieces.append(part.unflatten(dim, (self.groups, -1)))
         return torch.cat(pieces, dim=dim + 1).flatten(dim, dim + 1)
 
     def split(self, whole: Tensor, dim: int = 0) -> dict[str, Tensor]:
         """Return what belongs to each name, the reverse."""
+        if len(self.names) == 1:
+            return {self.names[0]: whole}
         in_group = [size // self.groups for size in self.sizes]
         pieces = whole.unflatten(dim, (self.groups, -1)).split(in_group, dim=dim + 1)
         return {name: piece.flatten(dim, dim + 1) for name, piece in zip(self.names, pieces, strict=True)}
@@ -71,12 +73,17 @@ class Whole:
 
 
 class LowRank(nn.Module):
-    """Two matrices: ``linear_in`` [r, i], then ``linear_out`` [o, r]."""
+    """Two matrices: ``linear_in`` [r, i], then ``linear_out`` [o, r]; with DoRA the lengths [o] of the rows."""
 
-    def __init__(self, inputs: int, outputs: int, rank: int, *, dtype: torch.dtype, device: torch.device):
+    magnitude: nn.Parameter | None
+
+    def __init__(self, inputs: int, outputs: int, settings: "Settings", *, dtype: torch.dtype, device: torch.device):
         super().__init__()
-        self.linear_in = Linear(inputs, rank, bias=False, dtype=dtype, device=device)
-        self.linear_out = Linear(rank, outputs, bias=False, dtype=dtype, device=device)
+        self.linear_in = Linear(inputs, settings.rank, bias=False, dtype=dtype, device=device)
+        self.linear_out = Linear(settings.rank, outputs, bias=False, dtype=dtype, device=device)
+        self.magnitude = None
+        if settings.dora:
+            self.magnitude = nn.Parameter(torch.empty(outputs, dtype=dtype, device=device))
 
 
 @dataclass(frozen=True)
@@ -93,11 +100,9 @@ class Settings:
 class Adapter(nn.Module):
     """Adds ``scale`` times the product of two small matrices for each of ``names`` to the product of a linear.
 
-    With DoRA every row of the sum of both weights is scaled to the length that ``magnitude`` [o] has for it. Children
-    are the matrices by name. ``streams`` are needed to train with dropout.
+    With DoRA every row of the sum of both weights is scaled to the length that it is given. Children are the matrices
+    by name. ``streams`` are needed to train with dropout.
     """
-
-    magnitude: nn.Parameter | None
 
     def __init__(
         self,
@@ -117,10 +122,7 @@ class Adapter(nn.Module):
         self.names = tuple(names)
         for name, size in zip(rows.names, rows.sizes, strict=True):
             if name in self.names:
-                self.add_module(name, LowRank(inputs, size, settings.rank, dtype=dtype, device=device))
-        self.magnitude = None
-        if settings.dora:
-            self.magnitude = nn.Parameter(torch.empty(sum(rows.sizes), dtype=dtype, device=device))
+                self.add_module(name, LowRank(inputs, size, settings, dtype=dtype, device=device))
 
     def pairs(self) -> dict[str, LowRank]:
         """Return the two matrices of each name."""
@@ -130,9 +132,9 @@ class Adapter(nn.Module):
         """Return the product [..., o] of x [..., i] and the weight [o, i] with what the adapter does to it."""
         seen = self._input(x)
         added = self.added(seen)
-        if self.magnitude is None:
+        if not self.settings.dora:
             return product + added
-        scale = self.magnitude / self._lengths(weight)
+        scale = self._scale(weight)
         of_seen = product if seen is x else linear(self.part.spread(seen), weight)
         return product + (scale - 1) * of_seen + scale * added
 
@@ -160,9 +162,15 @@ class Adapter(nn.Module):
             raise ValueError("an adapter with dropout needs random streams to train")
         return self.streams
 
+    def _scale(self, weight: Tensor) -> Tensor:
+        """Return what every row of the sum of weight and adapter is scaled by, [o]; its present length is a constant."""
+        lengths = self.rows.split(self._lengths(weight))
+        scales = {n: pair.magnitude / lengths[n] for n, pair in self.pairs().items() if pair.magnitude is not None}
+        return self.rows.joined(scales, dim=0, missing=1.0)
+
     @torch.no_grad()
     def _lengths(self, weight: Tensor) -> Tensor:
-        """Return the length [o] of every row of the sum of weight and adapter, which has no gradient."""
+        """Return the length [o] of every row of the sum of weight and adapter."""
         pairs = {name: (pair.linear_in.weight, pair.linear_out.weight) for name, pair in self.pairs().items()}
         total = widened(weight) + delta(pairs, self.rows, self.settings.scale)
         return self.part.total(total.square().sum(dim=1)).sqrt().to(weight.dtype)

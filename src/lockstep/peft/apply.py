@@ -24,7 +24,6 @@ _CANONICAL = {
 """Linears that are several of Hugging Face's, and the names of these: each may get an adapter of its own."""
 
 _ADAPTER = ".adapter."
-_MAGNITUDE = ".adapter.magnitude"
 _NORMAL_STD = 0.2  # of Megatron Bridge
 
 
@@ -35,12 +34,12 @@ def is_adapter(name: str) -> bool:
 
 def is_magnitude(name: str) -> bool:
     """Tell whether a parameter holds the magnitudes of DoRA."""
-    return name.endswith(_MAGNITUDE)
+    return is_adapter(name) and name.endswith(".magnitude")
 
 
-def weight_of(magnitude: str) -> str:
-    """Return the name of the weight that magnitudes belong to."""
-    return magnitude.removesuffix(_MAGNITUDE) + ".weight"
+def weight_of(name: str) -> str:
+    """Return the name of the weight that a parameter of an adapter belongs to; that of shared ones is of no weight."""
+    return name.partition(_ADAPTER)[0] + ".weight"
 
 
 def add_adapters(model: GPTModel, peft: PEFTConfig) -> None:

@@ -1,5 +1,6 @@
 """Runs that train adapters: their frozen weights come from a pretrained checkpoint, and only adapters are saved."""
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -84,15 +85,15 @@ class BasePrints:
         self._whole = whole_adapters(config.model, config.peft)
         self._stored, self.model = Fingerprint(), Fingerprint()
         self._lengths: dict[str, Tensor] = {}
-        self._magnitudes = {weight_of(n): n for n, _ in self._whole.named_parameters() if is_magnitude(n)}
+        names = [name for name, _ in self._whole.named_parameters() if is_magnitude(name)]
+        self._weights = {weight_of(name) for name in names}
 
     def add(self, name: str, value: Tensor) -> None:
         """Add a frozen weight."""
         self._stored.add(name, value)
         self.model.add(name, value.to(self._dtype))
-        if name in self._magnitudes:
-            magnitude = self._magnitudes[name]
-            self._lengths[magnitude] = initial_lengths(self._config, self._whole, magnitude, value.to(self._dtype))
+        if name in self._weights:
+            self._lengths |= initial_lengths(self._config, self._whole, name, value.to(self._dtype))
 
     def add_adapter(self, name: str, known: dict[str, Any]) -> None:
         """Add a parameter of an adapter, which has its initial value: what is ``known`` of it, or found here."""
@@ -108,43 +109,46 @@ class BasePrints:
 
 
 @torch.no_grad()
-def initial_lengths(config: ConfigContainer, whole: torch.nn.Module, magnitude: str, weight: Tensor) -> Tensor:
-    """Return the length [o] of every row of a whole weight with the initial values of its adapter."""
-    path = magnitude.rpartition(".")[0]
+def initial_lengths(
+    config: ConfigContainer, whole: torch.nn.Module, name: str, weight: Tensor
+) -> dict[str, Tensor]:
+    """Return, by name of the magnitudes, the lengths of the rows of a whole weight with its adapter's initial values."""
+    path = name.removesuffix("weight") + "adapter"
     adapter = whole.get_submodule(path)
     assert isinstance(adapter, Adapter), "magnitudes are an adapter's"
     pairs = {}
-    for name, pair in adapter.pairs().items():
+    for part, pair in adapter.pairs().items():
         shapes = {leaf: getattr(pair, leaf).weight.shape for leaf in ("linear_in", "linear_out")}
         inner, out = (
-            initial_value(f"{path}.{name}.{leaf}.weight", shape, config.peft, config.rng.seed).to(weight)
+            initial_value(f"{path}.{part}.{leaf}.weight", shape, config.peft, config.rng.seed).to(weight)
             for leaf, shape in shapes.items()
         )
-        pairs[name] = inner, out
+        pairs[part] = inner, out
     total = widened(weight) + delta(pairs, adapter.rows, adapter.settings.scale)
-    return total.norm(dim=1).to(weight.dtype)
+    lengths = adapter.rows.split(total.norm(dim=1).to(weight.dtype))
+    return {f"{path}.{part}.magnitude": lengths[part] for part in pairs}
 
 
 @torch.no_grad()
 def set_magnitudes(
-    config: ConfigContainer, mesh: Mesh, parts: Parts, weight: Any, dtype: torch.dtype
+    config: ConfigContainer, mesh: Mesh, parts: Parts, weight: Callable[[str], Tensor], dtype: torch.dtype
 ) -> None:
     """Set DoRA's magnitudes of this process to the lengths of the rows; ``weight`` reads a whole weight by name."""
-    named = [(name, p) for name, p in parts.model.named_parameters() if is_magnitude(name)]
+    named = {name: p for name, p in parts.model.named_parameters() if is_magnitude(name)}
     if not named:
         return
     whole = whole_adapters(config.model, config.peft)
-    for name, parameter in named:
-        lengths = initial_lengths(config, whole, name, weight(weight_of(name)).to(dtype))
-        part = part_of(name, lengths, config.model, mesh)
-        if is_sharded(parts.model):
-            owner, _, leaf = name.rpartition(".")
-            keeper(mesh.shards)(parts.model.get_submodule(owner), leaf, part)
-        else:
-            parameter.copy_(part)
+    for of in dict.fromkeys(map(weight_of, named)):
+        for name, lengths in initial_lengths(config, whole, of, weight(of).to(dtype)).items():
+            part = part_of(name, lengths, config.model, mesh)
+            if is_sharded(parts.model):
+                owner, _, leaf = name.rpartition(".")
+                keeper(mesh.shards)(parts.model.get_submodule(owner), leaf, part)
+            else:
+                named[name].copy_(part)
 
 
-def missing_places(names: Any, placement: Placement) -> list[str]:
+def missing_places(names: Iterable[str], placement: Placement) -> list[str]:
     """Return the weights among tensors of a checkpoint that a run has no place for."""
     weights = (name.removeprefix(MODEL) for name in names if name.startswith(MODEL))
     return [name for name in weights if is_adapter(name) and name not in placement.shapes]
