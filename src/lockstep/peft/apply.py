@@ -17,7 +17,7 @@ from lockstep.models.layers import Linear, required
 from lockstep.models.moe import Experts
 from lockstep.peft.adapter import Adapter, Rows, Settings
 
-_CANONICAL = {
+CANONICAL = {
     "linear_qkv": ("linear_q", "linear_k", "linear_v"),
     "linear_fc1": ("linear_fc1_gate", "linear_fc1_up"),
 }
@@ -119,7 +119,7 @@ class SharedAdapter(nn.Module):
 
 def _targets(model: GPTModel, peft: PEFTConfig) -> dict[str, list[str]]:
     """Return the linears that get adapters, by full name, each with the names of the outputs that get one."""
-    linears = [name for name, m in model.named_modules() if isinstance(m, Linear) and name.startswith("decoder.")]
+    linears = _linears(model)
     gated = model.config.gated_linear_unit
     found: dict[str, list[str]] = {}
     excluded = {pair for pattern in peft.exclude_modules for pair in _matching(pattern, linears, gated)}
@@ -146,14 +146,14 @@ def _matching(pattern: str, linears: list[str], gated: bool) -> list[tuple[str, 
         UserError: there is none.
     """
     path, dot, leaf = pattern.rpartition(".")
-    fused = next((name for name, parts in _CANONICAL.items() if leaf in parts), leaf)
+    fused = next((name for name, parts in CANONICAL.items() if leaf in parts), leaf)
     matched = []
     if fused == leaf or gated or fused != "linear_fc1":
         whole = f"{path}{dot}{fused}"
         matched = [name for name in linears if name.rpartition(".")[2] == whole or fnmatchcase(name, whole)]
     if not matched:
         known = list(dict.fromkeys(name.rpartition(".")[2] for name in linears))
-        parts = [part for name in known for part in _CANONICAL.get(name, ()) if gated or name != "linear_fc1"]
+        parts = [part for name in known for part in CANONICAL.get(name, ()) if gated or name != "linear_fc1"]
         raise UserError(
             f"peft: {pattern} is no linear of this model.{nearest(pattern, [*known, *parts])} "
             f"There are {', '.join([*known, *parts])}"
@@ -165,12 +165,26 @@ def _rows(leaf: str, owner: nn.Module, found: Linear, names: list[str], config: 
     """Return whose output each row of a linear is, as its adapters see it."""
     if names == [leaf]:
         return Rows((leaf,), (len(found.weight),))
-    parts = _CANONICAL[leaf]
+    parts = CANONICAL[leaf]
     if leaf == "linear_qkv":
         assert isinstance(owner, SelfAttention), "only plain attention has one projection for all"
         key = owner.groups * owner.head_dim
         return Rows(parts, (owner.heads * owner.head_dim, key, key), owner.groups)
     return Rows(parts, (len(found.weight) // 2,) * 2)
+
+
+def linears_of(config: ModelConfig) -> list[str]:
+    """Return the linears of a model that can have adapters, by full name."""
+    return _linears(GPTModel(config, dtype=torch.float32, device=torch.device("meta")))
+
+
+def _linears(model: GPTModel) -> list[str]:
+    return [name for name, m in model.named_modules() if isinstance(m, Linear) and name.startswith("decoder.")]
+
+
+def adapter_names(model: GPTModel) -> dict[str, tuple[int, ...]]:
+    """Return the parameters of the adapters of a model with their shapes."""
+    return {name: tuple(p.shape) for name, p in model.named_parameters() if is_adapter(name)}
 
 
 def adapters(model: nn.Module) -> Iterator[Adapter]:

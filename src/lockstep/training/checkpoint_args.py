@@ -66,8 +66,10 @@ def take_settings(config: ConfigContainer) -> None:
         folder, saved = _saved_settings(settings)
     except UserError as error:
         raise ConfigError(str(error)) from None
+    of_adapters = saved.get("peft", {}).get("scheme") is not None
     for info, ours, origin in list(config.items()):
-        if not _is_taken(info, settings) or info.name not in saved.get(info.section, {}):
+        taken = of_adapters if info.section == "peft" else _is_taken(info, settings)
+        if not taken or info.name not in saved.get(info.section, {}):
             continue
         theirs = saved[info.section][info.name]
         given = origin.kind in _GIVEN and ours is not None

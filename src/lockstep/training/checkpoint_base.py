@@ -18,11 +18,9 @@ from lockstep.parallel.placement import Placement
 from lockstep.peft.adapter import Adapter, delta
 from lockstep.peft.apply import initial_value, is_adapter, is_magnitude, weight_of, whole_adapters
 from lockstep.record.schema import encode
+from lockstep.training import checkpoint_files as files
 from lockstep.training.checkpoint_state import MODEL
 from lockstep.training.setup import Parts
-
-ADAPTERS = "adapters"
-"""Key of a manifest whose checkpoint holds adapters only: what it says there of the weights they are for."""
 
 # What the numbers of an adapter mean.
 _MEANING = ("scheme", "dim", "alpha", "share_expert_adapters")
@@ -34,7 +32,7 @@ def check_kind(config: ConfigContainer, folder: Path, manifest: dict[str, Any], 
     Raises:
         UserError: it is of the other kind.
     """
-    facts = manifest.get(ADAPTERS)
+    facts = manifest.get(files.ADAPTERS)
     if facts is not None and (pretrained or config.peft.scheme is None):
         raise UserError(
             f"{folder} holds adapters only, for the weights of {facts['base']}; add them to the weights first (lockstep "

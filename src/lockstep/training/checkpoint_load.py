@@ -20,7 +20,6 @@ from lockstep.record.schema import encode
 from lockstep.training import checkpoint_files as files
 from lockstep.training.checkpoint_args import is_hf_folder, named_source, names_weights, taken_lines
 from lockstep.training.checkpoint_base import (
-    ADAPTERS,
     BasePrints,
     check_adapters,
     check_base,
@@ -234,7 +233,7 @@ def restore(
     """
     placement = Placement(config.model, mesh, config.peft)
     if parts.base is not None:
-        facts, base = source.manifest[ADAPTERS], parts.base
+        facts, base = source.manifest[files.ADAPTERS], parts.base
         peers.everywhere(lambda: check_base(facts, source.folder, base))
     if not source.weights_only:
         note_changes(source, config)

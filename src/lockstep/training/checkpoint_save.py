@@ -23,7 +23,6 @@ from lockstep.parallel.watch import LostProcessError
 from lockstep.peft.apply import is_adapter
 from lockstep.record.schema import encode
 from lockstep.training import checkpoint_files as files
-from lockstep.training.checkpoint_base import ADAPTERS
 from lockstep.training.checkpoint_peers import Peers
 from lockstep.training.checkpoint_state import model_tensors, optimizer_step, optimizer_tensors, written_here
 from lockstep.training.checkpoint_storage import write_tensors
@@ -80,7 +79,7 @@ class Saved:
             streams[files.rng_file(stream_number(self.mesh))] = dropout.state_dict()
         facts = _facts(trainer, self.parts.evaluator, progress, with_optimizer=settings.save_optim)
         if self.parts.base is not None:
-            facts[ADAPTERS] = self.parts.base
+            facts[files.ADAPTERS] = self.parts.base
         facts |= {"streams": stream_layout(self.mesh) if settings.save_rng else {}, "layout": self.mesh.describe()}
         return Snapshot(progress.iteration, written_here(tensors, optimizer, self.placement), streams, facts)
 
