@@ -15,7 +15,18 @@ FLAGS = (
 
 def flags(run: Path, base: Path, scheme: str, *words: str) -> list[str]:
     """Return the command line of a run."""
-    given = ["pretrain-gpt", *FLAGS, "--run-dir", str(run), "--peft-scheme", scheme, "--lora-dim", "4", "--lora-alpha", "8"]
+    given = [
+        "pretrain-gpt",
+        *FLAGS,
+        "--run-dir",
+        str(run),
+        "--peft-scheme",
+        scheme,
+        "--lora-dim",
+        "4",
+        "--lora-alpha",
+        "8",
+    ]
     return [*given, "--pretrained-checkpoint", str(base), *words]
 
 

@@ -8,7 +8,7 @@ import torch
 from lockstep.config import ConfigContainer, Origin
 from lockstep.errors import ConfigError, UserError
 from lockstep.models import GPTModel
-from lockstep.peft.apply import add_adapters, adapter_names, initial_adapters
+from lockstep.peft.apply import adapter_names, add_adapters, initial_adapters
 from lockstep.recipes.overrides import apply_overrides
 from tests.parallel import sweep
 
@@ -23,14 +23,19 @@ def _config(kind: str = "Llama-like", **changes: Any) -> ConfigContainer:
 def _names(config: ConfigContainer) -> set[str]:
     model = GPTModel(config.model, dtype=torch.float32, device=torch.device("meta"))
     add_adapters(model, config.peft)
-    return {name.removesuffix(".linear_in.weight") for name in adapter_names(model) if name.endswith("linear_in.weight")}
+    return {
+        name.removesuffix(".linear_in.weight") for name in adapter_names(model) if name.endswith("linear_in.weight")
+    }
 
 
 def test_names_and_patterns() -> None:
     assert len(_names(_config())) == 4 * 4
-    only = _names(_config(target_modules=["*.layers.0.*.linear_qkv", "linear_v", "*.layers.2.mlp.*"], exclude_modules=[
-        "*.layers.0.*.linear_v", "*.layers.2.mlp.linear_fc2", "*.layers.3.*"
-    ]))
+    only = _names(
+        _config(
+            target_modules=["*.layers.0.*.linear_qkv", "linear_v", "*.layers.2.mlp.*"],
+            exclude_modules=["*.layers.0.*.linear_v", "*.layers.2.mlp.linear_fc2", "*.layers.3.*"],
+        )
+    )
     prefix = "decoder.layers."
     assert only == {
         f"{prefix}0.self_attention.linear_qkv.adapter.linear_qkv",

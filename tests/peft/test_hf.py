@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from lockstep.cli import main
 from lockstep.guard import USER_ERROR
-from lockstep.peft.apply import add_adapters
-from lockstep.peft.files import AdapterCheckpoint, BaseWeights
 from lockstep.models import GPTModel
 from lockstep.models.init import fill
+from lockstep.peft.apply import add_adapters
+from lockstep.peft.files import AdapterCheckpoint, BaseWeights
 from tests.hf.tiny import saved
 from tests.peft.runs import trained
 
@@ -74,7 +74,9 @@ def test_files_of_peft_go_through_bit_for_bit(family, dora, tmp_path, capsys) ->
     assert _difference(ours_at(tmp_path / "ours", base), again) < 1e-5
 
 
-@pytest.mark.parametrize(("family", "scheme"), [("llama", "lora"), ("llama32", "dora"), ("qwen3", "dora"), ("gpt2", "lora")])
+@pytest.mark.parametrize(
+    ("family", "scheme"), [("llama", "lora"), ("llama32", "dora"), ("qwen3", "dora"), ("gpt2", "lora")]
+)
 def test_trained_adapters_load_in_peft_and_merge(family, scheme, tmp_path, capsys) -> None:
     base, ours = saved(tmp_path / "hf", family), str(tmp_path / "ours")
     trained(tmp_path / "run", base, scheme, "--save", ours, "--save-interval", "4")

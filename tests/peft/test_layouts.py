@@ -4,10 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
+from lockstep.models import DropoutStreams
 from lockstep.parallel.mesh import Mesh, build_mesh
-from lockstep.peft.apply import is_adapter
+from lockstep.peft.apply import adapters, is_adapter
 from tests.parallel import sweep
 from tests.parallel.spawn import on_processes
 
@@ -21,7 +23,13 @@ _LORA = {**_BASE, **sweep.KINDS["Llama-like"], "peft.scheme": "lora"}
 _CANONICAL = {
     **_LORA,
     "peft.scheme": "dora",
-    "peft.target_modules": ["linear_q", "*.layers.1.*.linear_v", "*.layers.3.*.linear_k", "linear_proj", "linear_fc1_up"],
+    "peft.target_modules": [
+        "linear_q",
+        "*.layers.1.*.linear_v",
+        "*.layers.3.*.linear_k",
+        "linear_proj",
+        "linear_fc1_up",
+    ],
     "model.add_qkv_bias": True,
 }
 _DORA = {**_LORA, "peft.scheme": "dora"}
@@ -116,17 +124,16 @@ def _no_partial(model: Any, step: Any, optimizer: Any) -> None:
 
 
 def _masks_of_their_own(model: Any, step: Any, optimizer: Any) -> None:
-    from lockstep.peft.apply import adapters
+    def drawn(streams: Any, shape: tuple[int, ...], probability: float) -> torch.Tensor:
+        return DropoutStreams.dropped(streams, "hidden", shape, probability)
 
     for adapter in adapters(model):
-        adapter.part.dropped_inputs = lambda streams, shape, p: super(type(streams), streams).dropped("hidden", shape, p)
+        adapter.part.dropped_inputs = drawn  # type: ignore[method-assign,assignment]
 
 
 def _lengths_of_parts(model: Any, step: Any, optimizer: Any) -> None:
-    from lockstep.peft.apply import adapters
-
     for adapter in adapters(model):
-        adapter.part.total = lambda squares: squares
+        adapter.part.total = lambda squares: squares  # type: ignore[method-assign]
 
 
 FAULTS: dict[str, tuple[str, str, Callable[..., None]]] = {

@@ -33,7 +33,11 @@ def test_the_plan_knows_what_adapters_spare(words: list[str], tmp_path: Path) ->
 @pytest.mark.parametrize("share", [True, False])
 def test_base_weights_are_no_matter_of_the_optimizer(share: bool) -> None:
     kind = {**sweep.KINDS["experts"], "model.moe_router_enable_expert_bias": False}
-    adapters = {"peft.scheme": "lora", "peft.share_expert_adapters": share, "checkpoint.pretrained_checkpoint": "unread"}
+    adapters = {
+        "peft.scheme": "lora",
+        "peft.share_expert_adapters": share,
+        "checkpoint.pretrained_checkpoint": "unread",
+    }
     config = sweep.configure({**kind, **adapters}, 1)
     model, _, _ = build_parallel_model(config, Mesh(), torch.device("cpu"), torch.bfloat16)
     optimizer = Optimizer(model, config)

@@ -70,7 +70,7 @@ def peft_problems(c: "ConfigContainer", name: Callable[[str], str]) -> Iterator[
     if p.scheme is None:
         for info, value, _ in p.items():
             if value != info.default:
-                yield f"{name(info.path)} has no effect without {name('peft.scheme')}: lora or dora; give it or drop this"
+                yield f"{name(info.path)} has no effect without {name('peft.scheme')}; give lora or dora, or drop this"
         return
     if c.checkpoint.pretrained_checkpoint is None:
         yield (
@@ -89,8 +89,8 @@ def peft_problems(c: "ConfigContainer", name: Callable[[str], str]) -> Iterator[
         )
     if p.dropout > 0 and "shared_experts" in (c.model.recompute_modules or ()):
         yield (
-            f"{name('peft.dropout')} = {p.dropout}: shared experts that are recomputed would drop other elements; set it "
-            f"to 0, or drop shared_experts from {name('model.recompute_modules')}"
+            f"{name('peft.dropout')} = {p.dropout}: shared experts that are recomputed would drop other elements; "
+            f"set it to 0, or drop shared_experts from {name('model.recompute_modules')}"
         )
     if not p.target_modules:
         yield f"{name('peft.target_modules')} is empty, so nothing would be trained; name some linears"

@@ -54,8 +54,8 @@ class Checkpoint:
         files.verify(folder, manifest)
         if files.ADAPTERS in manifest:
             raise UserError(
-                f"{folder} holds adapters only, for the weights of {manifest[files.ADAPTERS]['base']}; merge them first "
-                "(lockstep adapter merge)"
+                f"{folder} holds adapters only, for the weights of {manifest[files.ADAPTERS]['base']}; merge them "
+                "first (lockstep adapter merge)"
             )
         model = ConfigContainer()
         for name, value in files.read_config(folder).get("model", {}).items():

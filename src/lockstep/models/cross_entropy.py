@@ -104,7 +104,7 @@ class _TiledLoss(torch.autograd.Function):
                 if product is not None:
                     beta = 0.0 if rows.start == 0 else 1.0
                     torch.addmm(product, gradient.t(), tiles.hidden32[rows], beta=beta, out=product)
-            if grad_weight is not None:
+            if grad_weight is not None and product is not None:
                 grad_weight[columns] = product
         return grad_hidden.to(tiles.dtype), grad_weight, None, None, None, None
 

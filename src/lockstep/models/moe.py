@@ -165,9 +165,7 @@ class Experts(nn.Module):
     def _through(self, expert: Expert, tokens: Tensor, weights: Tensor) -> Tensor:
         fc1, fc2 = expert.linear_fc1, expert.linear_fc2
         inner = _plus(fc1.product(tokens), self.linear_fc1, tokens)
-        output = self._activated(
-            inner, fc1.bias, weights, lambda x: _plus(fc2.product(x), self.linear_fc2, x)
-        )
+        output = self._activated(inner, fc1.bias, weights, lambda x: _plus(fc2.product(x), self.linear_fc2, x))
         return output if fc2.bias is None else output + (fc2.bias * weights[:, None]).to(output.dtype)
 
     def _grouped(self, experts: list[Expert], tokens: Tensor, weights: Tensor, rows: Rows) -> Tensor:

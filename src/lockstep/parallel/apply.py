@@ -32,8 +32,8 @@ from lockstep.parallel.plan import Shard, shard_of
 def parallelize(model: GPTModel, mesh: Mesh, sharding: WeightSharding | None = None) -> list[Span]:
     """Lay a model of one process out over the mesh, in place; return its stages on this process.
 
-    The model has its adapters, if any, and is on the meta device: afterwards its parameters have the shapes of this process's part. In order:
-    pipeline stages drop what is not theirs; the model is told of its part of every sequence; every process keeps its
+    The model has its adapters, if any, and is on the meta device: afterwards its parameters have the shapes of this
+    process's part. In order: pipeline stages drop what is not theirs; the model is told of its part of every sequence; every process keeps its
     experts, and its part of each split weight; attention, MLP, experts, embedding and head are told of their part;
     weights are sharded over the processes that have the same ones, where ``sharding`` says how.
     """

@@ -58,7 +58,7 @@ class LayoutDropoutStreams(DropoutStreams):
         return own.chunk(shares, dim=1)[tp.rank] if shares > 1 else own
 
     def dropped_channels(self, shape: tuple[int, ...], probability: float, shard: Shard | None) -> Tensor:
-        """Draw the mask of a tensor [b, q, c or c / size], whose channels ``shard`` splits (None: whole, alike everywhere).
+        """Draw the mask of a tensor [b, q, c or c / size], whose channels ``shard`` splits (None: they are whole).
 
         Tensor parallelism leaves its sequence whole.
         """

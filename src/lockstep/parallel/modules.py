@@ -16,13 +16,13 @@ from lockstep.models.router import Assignment
 from lockstep.parallel.adapters import ColumnPart, RowPart, split_adapter, whole_input
 from lockstep.parallel.exchange import added, added_and_split, copied, whole
 from lockstep.parallel.mesh import Mesh
-from lockstep.parallel.plan import Shard
+from lockstep.parallel.plan import ROWS, Shard
 
 
 class ColumnParallelLinear(Linear):
     """Has some of the outputs: takes the whole input, or the parts of its sequence, and returns a part."""
 
-    def __init__(self, inner: Linear, mesh: Mesh, shard: Shard = Shard(0)):
+    def __init__(self, inner: Linear, mesh: Mesh, shard: Shard = ROWS):
         nn.Module.__init__(self)
         self.weight, self.bias = inner.weight, inner.bias
         self.adapter = split_adapter(inner.adapter, ColumnPart(mesh, shard))

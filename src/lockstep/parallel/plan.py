@@ -29,6 +29,7 @@ class Shard:
         return torch.cat([pieces[rank][block] for block in range(self.blocks) for rank in range(len(parts))], self.dim)
 
 
+ROWS = Shard(0)
 WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
 
 _SPLIT: tuple[tuple[str, Shard | None], ...] = (

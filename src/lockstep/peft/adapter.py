@@ -163,7 +163,7 @@ class Adapter(nn.Module):
         return self.streams
 
     def _scale(self, weight: Tensor) -> Tensor:
-        """Return what every row of the sum of weight and adapter is scaled by, [o]; its present length is a constant."""
+        """Return what scales every row [o] of the sum of weight and adapter, whose present length is a constant."""
         lengths = self.rows.split(self._lengths(weight))
         scales = {n: pair.magnitude / lengths[n] for n, pair in self.pairs().items() if pair.magnitude is not None}
         return self.rows.joined(scales, dim=0, missing=1.0)

@@ -53,7 +53,9 @@ def add_adapters(model: GPTModel, peft: PEFTConfig) -> None:
     if peft.scheme is None:
         return
     model.requires_grad_(False)
-    settings = Settings(peft.dim, peft.alpha / peft.dim, peft.dropout, peft.dropout_position == "pre", peft.scheme == "dora")
+    settings = Settings(
+        peft.dim, peft.alpha / peft.dim, peft.dropout, peft.dropout_position == "pre", peft.scheme == "dora"
+    )
     for name, names in _targets(model, peft).items():
         owner, found = model.get_submodule(name.rpartition(".")[0]), model.get_submodule(name)
         assert isinstance(found, Linear), "only linears are targets"
@@ -82,8 +84,8 @@ def _check_experts(name: str, peft: PEFTConfig) -> None:
         raise UserError(f"peft.dropout = {peft.dropout}: adapters of experts have no dropout; set it to 0, or {remedy}")
     if peft.scheme == "dora" and peft.share_expert_adapters:
         raise UserError(
-            "peft.scheme = dora: experts that share an adapter have no magnitudes; set peft.share_expert_adapters=false, "
-            f"or {remedy}"
+            "peft.scheme = dora: experts that share an adapter have no magnitudes; set "
+            f"peft.share_expert_adapters=false, or {remedy}"
         )
 
 
@@ -133,7 +135,9 @@ def _targets(model: GPTModel, peft: PEFTConfig) -> dict[str, list[str]]:
     for linear, outputs in found.items():
         fused = linear.rpartition(".")[2]
         if fused in outputs and len(outputs) > 1:
-            raise UserError(f"peft.target_modules gives {linear} two adapters: {', '.join(outputs)}; name one or the other")
+            raise UserError(
+                f"peft.target_modules gives {linear} two adapters: {', '.join(outputs)}; name one or the other"
+            )
     if not found:
         raise UserError("peft.exclude_modules leaves no linear of peft.target_modules; exclude fewer")
     return found

@@ -58,7 +58,9 @@ class AdapterCheckpoint:
         opened = cls(folder, config, tensors, manifest[files.ADAPTERS])
         wanted = set(adapter_names(opened.layout))
         if wanted != set(tensors):
-            raise UserError(f"the tensors of {folder} are not those of its settings: {listed(sorted(wanted ^ set(tensors)))}")
+            raise UserError(
+                f"the tensors of {folder} are not those of its settings: {listed(sorted(wanted ^ set(tensors)))}"
+            )
         return opened
 
     @cached_property
@@ -153,6 +155,7 @@ def base_of(adapters: AdapterCheckpoint, base: Path | None) -> BaseWeights:
     if found != adapters.base["fingerprint"]:
         raise UserError(
             f"the adapters of {adapters.folder} are for the weights of {adapters.base['base']} (fingerprint "
-            f"{adapters.base['fingerprint']}), and {weights.path} has others (fingerprint {found}); name those with --base"
+            f"{adapters.base['fingerprint']}), and {weights.path} has others (fingerprint {found}); name those "
+            "with --base"
         )
     return weights

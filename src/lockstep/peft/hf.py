@@ -46,7 +46,7 @@ _TAKEN = {
 
 
 def _rows_in_order(form: Form) -> Form | None:
-    """Return how the rows of an adapter's second matrix become those of Hugging Face's; None where that is not known."""
+    """Return how rows of an adapter's second matrix become Hugging Face's; None where that is not known."""
     if isinstance(form, Same | Transposed):
         return Same()
     if isinstance(form, GroupedInOne):
@@ -96,7 +96,7 @@ def export_adapters(source: Path, target: Path, *, base: Path | None = None, ste
     places = _places(adapters.config.model, config)
     tensors: dict[str, Tensor] = {}
     homeless = []
-    for path, adapter in adapters.adapters():
+    for path, _ in adapters.adapters():
         found = _their_tensors(adapters, path, places.get(path))
         if found is None:
             homeless.append(path)

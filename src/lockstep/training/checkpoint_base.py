@@ -35,12 +35,13 @@ def check_kind(config: ConfigContainer, folder: Path, manifest: dict[str, Any], 
     facts = manifest.get(files.ADAPTERS)
     if facts is not None and (pretrained or config.peft.scheme is None):
         raise UserError(
-            f"{folder} holds adapters only, for the weights of {facts['base']}; add them to the weights first (lockstep "
-            "adapter merge), or continue them with --load, --pretrained-checkpoint and --peft-scheme"
+            f"{folder} holds adapters only, for the weights of {facts['base']}; add them to the weights first "
+            "(lockstep adapter merge), or continue them with --load, --pretrained-checkpoint and --peft-scheme"
         )
     if facts is None and not pretrained and config.peft.scheme is not None:
         raise UserError(
-            f"{folder} holds whole weights and no adapters; name it with --pretrained-checkpoint to train adapters for it"
+            f"{folder} holds whole weights and no adapters; to train adapters for them, name it with "
+            "--pretrained-checkpoint"
         )
 
 
@@ -70,8 +71,8 @@ def check_base(facts: dict[str, Any], folder: Path, ours: dict[str, Any]) -> Non
     """
     if facts["fingerprint"] != ours["fingerprint"]:
         raise UserError(
-            f"the adapters of {folder} are for the weights of {facts['base']} (fingerprint {facts['fingerprint']}), and "
-            f"{ours['base']} has others (fingerprint {ours['fingerprint']}); name those with --pretrained-checkpoint"
+            f"the adapters of {folder} are for the weights of {facts['base']} (fingerprint {facts['fingerprint']}), "
+            f"and {ours['base']} has others (fingerprint {ours['fingerprint']}); name those with --pretrained-checkpoint"
         )
 
 
@@ -107,10 +108,8 @@ class BasePrints:
 
 
 @torch.no_grad()
-def initial_lengths(
-    config: ConfigContainer, whole: torch.nn.Module, name: str, weight: Tensor
-) -> dict[str, Tensor]:
-    """Return, by name of the magnitudes, the lengths of the rows of a whole weight with its adapter's initial values."""
+def initial_lengths(config: ConfigContainer, whole: torch.nn.Module, name: str, weight: Tensor) -> dict[str, Tensor]:
+    """Return by name the magnitudes for a whole weight: the lengths of its rows with the adapter's initial values."""
     path = name.removesuffix("weight") + "adapter"
     adapter = whole.get_submodule(path)
     assert isinstance(adapter, Adapter), "magnitudes are an adapter's"

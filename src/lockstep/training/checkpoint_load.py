@@ -249,9 +249,7 @@ def restore(
     return replace(parts, trainer=restored[0], initial_weights=weights if mesh.leads else {})
 
 
-def restore_base(
-    source: Source, config: ConfigContainer, mesh: Mesh, parts: Parts, peers: Peers
-) -> Parts:
+def restore_base(source: Source, config: ConfigContainer, mesh: Mesh, parts: Parts, peers: Peers) -> Parts:
     """Fill the frozen weights of a run that trains adapters; return the parts with the name of these weights.
 
     Raises:
@@ -382,7 +380,7 @@ def _restore_streams(source: Source, config: ConfigContainer, trainer: Trainer, 
         raise UserError(f"{source.folder} was saved without random streams; add --no-load-rng")
     if saved != ours:
         # Without dropout nothing is ever drawn from them.
-        if max(config.model.hidden_dropout, config.model.attention_dropout) > 0:
+        if max(config.model.hidden_dropout, config.model.attention_dropout, config.peft.dropout) > 0:
             say(f"dropout starts new random streams: those of the checkpoint are of {_spelled(saved)}")
         return
     path = source.folder / files.rng_file(stream_number(mesh))

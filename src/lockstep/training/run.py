@@ -114,7 +114,12 @@ def _anywhere(mesh: Mesh, device: torch.device, flag: bool) -> bool:
 
 
 def _start_record(
-    writer: RunWriter, config: ConfigContainer, device: torch.device, source: Source | None, base: Source | None, **facts: Any
+    writer: RunWriter,
+    config: ConfigContainer,
+    device: torch.device,
+    source: Source | None,
+    base: Source | None,
+    **facts: Any,
 ) -> None:
     machine = device_facts(str(device))
     say(f"run directory: {writer.run_dir}")
