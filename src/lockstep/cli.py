@@ -56,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     from lockstep.jobfile.cli import register as register_jobfile
     from lockstep.lab.bisect.cli import register as register_bisect
     from lockstep.lab.cli import register as register_lab
+    from lockstep.peft.cli import register as register_adapter
     from lockstep.plan.cli import register as register_plan
     from lockstep.record.cli import register as register_record
 
@@ -74,6 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     register_jobfile(subparsers)
     register_plan(subparsers)
     register_convert(subparsers)
+    register_adapter(subparsers)
     register_core(subparsers)
     return parser
 

@@ -49,8 +49,9 @@ def _show_samples(config: ConfigContainer, count: int) -> None:
     from lockstep.data.tokenizers import build_tokenizer
 
     assert config.model.seq_length is not None, "a resolved tree has a sample length"
+    assert config.dataset.random_seed is not None, "a resolved tree has a data seed"
     tokenizer = build_tokenizer(config.tokenizer)
-    show(config.dataset, tokenizer, seq_length=config.model.seq_length, seed=config.rng.seed, count=count)
+    show(config.dataset, tokenizer, seq_length=config.model.seq_length, seed=config.dataset.random_seed, count=count)
 
 
 def _as_flags(config: ConfigContainer) -> str | None:

@@ -115,9 +115,9 @@ MAKERS = {
 }
 
 
-def saved(folder: Path, family: str, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
+def saved(folder: Path, family: str, dtype: torch.dtype = torch.float32, seed: int = 5, **options: Any) -> Path:
     """Save a model whose every weight, norms and biases too, is random enough to show a mistake; return the folder."""
-    torch.manual_seed(5)
+    torch.manual_seed(seed)
     model = MAKERS[family]()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -181,7 +181,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(folder: Path, tmp_path: 
 
 @pytest.mark.parametrize("longest", [False, True])
 @pytest.mark.parametrize("kind", ["single", "batch"])
-def test_data_parallel_processes_share_out_what_one_takes(folder: Path, kind: str, longest: bool) -> None:
+def test_data_parallel_processes_share_out_what_one_takes(folder: Path, kind: Any, longest: bool) -> None:
     config = config_of(folder, without=("--sft-packing", "--dataloader-type", "batch"))
     config.dataset.dataloader_type, config.dataset.pad_to_max_length = kind, not longest
     dataset = _datasets(config, 64)

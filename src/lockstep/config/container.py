@@ -11,6 +11,7 @@ from lockstep.config.fields import FieldInfo
 from lockstep.config.finetuning import BRIDGE_KEYS, FORMER_BRIDGE_KEYS
 from lockstep.config.model import ModelConfig
 from lockstep.config.output import CheckpointConfig, LoggerConfig, ProfilingConfig, RunConfig, StragglerConfig
+from lockstep.config.peft import PEFTConfig
 from lockstep.config.resilience import FaultInjectorConfig, FaultToleranceConfig, InProcessRestartConfig
 from lockstep.config.section import Origin, Section
 from lockstep.config.training import (
@@ -70,6 +71,7 @@ SECTIONS: tuple[type[Section], ...] = (
     RNGConfig,
     RunConfig,
     CheckpointConfig,
+    PEFTConfig,
     LoggerConfig,
     DDPConfig,
     DistributedConfig,
@@ -141,6 +143,7 @@ class ConfigContainer:
     rng: RNGConfig
     run: RunConfig
     checkpoint: CheckpointConfig
+    peft: PEFTConfig
     logger: LoggerConfig
     ddp: DDPConfig
     dist: DistributedConfig

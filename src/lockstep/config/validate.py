@@ -11,6 +11,7 @@ from lockstep.config.experts import expert_problems, sharing_problems
 from lockstep.config.fields import FieldInfo
 from lockstep.config.finetuning_checks import finetuning_problems
 from lockstep.config.latents import latent_problems
+from lockstep.config.peft import peft_problems
 from lockstep.config.section import Origin
 from lockstep.config.sharding import sharding_problems
 from lockstep.config.stages import stage_layers
@@ -33,6 +34,7 @@ def problems(config: ConfigContainer, world_size: int = 1) -> list[str]:
         _precision,
         _data,
         _checkpoint,
+        _adapters,
         _communication,
     ):
         found.extend(check(config))
@@ -330,6 +332,10 @@ def _experts(c: ConfigContainer) -> Iterator[str]:
 
 def _latents(c: ConfigContainer) -> Iterator[str]:
     yield from latent_problems(c, partial(_name, c))
+
+
+def _adapters(c: ConfigContainer) -> Iterator[str]:
+    yield from peft_problems(c, partial(_name, c))
 
 
 _RECOMPUTED_MODULES = ("core_attn", "mlp", "layernorm")

@@ -50,7 +50,13 @@ class Checkpoint:
             UserError: there is none, or it is damaged.
         """
         folder = path if (path / files.MANIFEST).is_file() else files.find(path, step)
-        files.verify(folder, files.read_manifest(folder))
+        manifest = files.read_manifest(folder)
+        files.verify(folder, manifest)
+        if files.ADAPTERS in manifest:
+            raise UserError(
+                f"{folder} holds adapters only, for the weights of {manifest[files.ADAPTERS]['base']}; merge them "
+                "first (lockstep adapter merge)"
+            )
         model = ConfigContainer()
         for name, value in files.read_config(folder).get("model", {}).items():
             if name in model.model.fields():

@@ -79,7 +79,7 @@ def _derive_model(config: ConfigContainer) -> None:
 
 
 def stated(config: ConfigContainer) -> dict[str, dict[str, Any]]:
-    """Return what the tree of a config.json says of model and tokenizer, by section, fit for JSON.
+    """Return what the tree of a config.json says of model, tokenizer and adapters, by section, fit for JSON.
 
     Left out are settings that only training chooses, the sample length first of all, and a tokenizer that is not there.
     """
@@ -89,7 +89,8 @@ def stated(config: ConfigContainer) -> dict[str, dict[str, Any]]:
         if info.name != "seq_length" and (origin.kind != "default" or info.name not in _TRAINING)
     }
     tokenizer = config.tokenizer.as_dict() if config.tokenizer.tokenizer_type is not None else {}
-    return {"model": model, "tokenizer": tokenizer}
+    peft = {} if config.peft.scheme is None else {"peft": config.peft.as_dict()}
+    return {"model": model, "tokenizer": tokenizer, **peft}
 
 
 def vocabulary(hf: dict[str, Any]) -> int:

@@ -12,8 +12,13 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         UserError: flags that cannot be taken, or a run that cannot start.
     """
-    print_only = "--print-config" in argv
     config = parse_flags(argv)
-    samples = getattr(build_parser().parse_known_args(argv)[0], "show_samples", None)
-    settings = {"print_only": print_only, "show_samples": samples}
-    return launch(config, door="megatron_lm", name="pretrain_gpt", argv=argv, **settings)
+    instead = vars(build_parser().parse_known_args(argv)[0])
+    return launch(
+        config,
+        door="megatron_lm",
+        name="pretrain_gpt",
+        argv=argv,
+        print_only=instead.get("print_config", False),
+        show_samples=instead.get("show_samples"),
+    )

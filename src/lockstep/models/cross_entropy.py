@@ -84,24 +84,28 @@ class _TiledLoss(torch.autograd.Function):
         return log_sum - target
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:
         labels, log_sum = ctx.saved_tensors
         tiles: _Tiles = ctx.tiles
         scale = widened(grads[0])[:, None]
         grad_hidden = torch.zeros_like(tiles.hidden32)
-        grad_weight = torch.empty(tiles.weight32.shape, dtype=tiles.dtype, device=labels.device)
-        products = tiles.weight32.new_empty(tiles.columns[0].stop, tiles.weight32.shape[1])
+        grad_weight = products = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.empty(tiles.weight32.shape, dtype=tiles.dtype, device=labels.device)
+            products = tiles.weight32.new_empty(tiles.columns[0].stop, tiles.weight32.shape[1])
         for columns in tiles.columns:
-            product = products[: columns.stop - columns.start]
+            product = None if products is None else products[: columns.stop - columns.start]
             for rows in tiles.rows:
                 gradient = tiles.kept_or_computed(rows, columns).sub_(log_sum[rows, None]).exp_()
                 inside, position = _labels_inside(labels[rows], columns)
                 gradient[inside, position] -= 1.0
                 gradient = tiles.rounded_(gradient.mul_(scale[rows]))
                 grad_hidden[rows].addmm_(gradient, tiles.weight32[columns])
-                first = rows.start == 0
-                torch.addmm(product, gradient.t(), tiles.hidden32[rows], beta=0.0 if first else 1.0, out=product)
-            grad_weight[columns] = product
+                if product is not None:
+                    beta = 0.0 if rows.start == 0 else 1.0
+                    torch.addmm(product, gradient.t(), tiles.hidden32[rows], beta=beta, out=product)
+            if grad_weight is not None and product is not None:
+                grad_weight[columns] = product
         return grad_hidden.to(tiles.dtype), grad_weight, None, None, None, None
 
 
@@ -184,7 +188,7 @@ class _NativeLoss(torch.autograd.Function):
         return log_sum - target
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         hidden, weight, labels, log_sum = ctx.saved_tensors
         logits: Tensor = ctx.logits
         ctx.logits = None
@@ -195,4 +199,5 @@ class _NativeLoss(torch.autograd.Function):
             inside, position = _clamped(labels[span], weight.shape[0])
             gradient[index[: len(gradient)], position] -= inside.float()
             logits[span] = gradient.mul_(grads[0][span, None])  # the gradient takes the place of the logits
-        return logits @ weight, logits.t() @ hidden, None, None, None
+        grad_weight = logits.t() @ hidden if ctx.needs_input_grad[1] else None
+        return logits @ weight, grad_weight, None, None, None

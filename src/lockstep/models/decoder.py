@@ -247,7 +247,7 @@ class Layer(nn.Module):
         )
         hidden = self._added(output, bias, hidden, normalised, context.streams)
         if self.recompute_mlp and self.training:
-            output, bias, normalised = self._recomputed_mlp(self._mlp(context), hidden)
+            output, bias, normalised = self._recomputed_mlp(self._mlp(context), hidden, context.streams)
         else:
             output, bias, normalised = self._normalised_and(self._mlp(context), self.pre_mlp_layernorm, hidden)
         return self._added(output, bias, hidden, normalised, context.streams)
@@ -266,7 +266,9 @@ class Layer(nn.Module):
         with rebuilt_for_backward(normalised, lambda: norm(hidden)):
             return *block(normalised), normalised
 
-    def _recomputed_mlp(self, mlp: _Block, hidden: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    def _recomputed_mlp(
+        self, mlp: _Block, hidden: Tensor, streams: DropoutStreams | None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         """Return the same for the MLP, which keeps its input only, or the input of its norm if that is not kept."""
 
         def both(x: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -274,9 +276,9 @@ class Layer(nn.Module):
             return *mlp(normalised), normalised
 
         if self.recompute_norms:
-            return recomputed(both, hidden)
+            return recomputed(both, hidden, streams=streams)
         normalised = self.pre_mlp_layernorm(hidden)
-        return *recomputed(mlp, normalised), normalised
+        return *recomputed(mlp, normalised, streams=streams), normalised
 
     def _added(
         self, output: Tensor, bias: Tensor | None, stream: Tensor, normalised: Tensor, streams: DropoutStreams | None

@@ -57,7 +57,8 @@ def build_model(config: ModelConfig, *, seed: int, params_dtype: torch.dtype, de
 
 
 def _replace(owner: torch.nn.Module, leaf: str, value: Tensor) -> None:
-    setattr(owner, leaf, torch.nn.Parameter(value))
+    trained = getattr(owner, leaf).requires_grad
+    setattr(owner, leaf, torch.nn.Parameter(value, requires_grad=trained))
 
 
 def fill(
@@ -176,6 +177,11 @@ class Fingerprint:
             "sumsq": float(exact.square().sum()),
         }
         self._overall.update(f"{name} {digest}\n".encode())
+
+    def take(self, name: str, known: dict[str, Any]) -> None:
+        """Add a parameter that is described already."""
+        self._prints[name] = known
+        self._overall.update(f"{name} {known['sha256']}\n".encode())
 
     def added(self, weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """Yield the weights on, each added."""

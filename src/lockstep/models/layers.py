@@ -7,20 +7,34 @@ from lockstep.models.ops import embedding, linear
 
 
 class Linear(nn.Module):
-    """A weight [o, h] and perhaps a bias [o]."""
+    """A weight [o, h] and perhaps a bias [o].
+
+    What is put into ``adapter`` takes input, product and weight, and returns what stands in place of the product.
+    """
+
+    adapter: nn.Module | None
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool, dtype: torch.dtype, device: torch.device):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=dtype, device=device))
         self.bias = nn.Parameter(torch.empty(outputs, dtype=dtype, device=device)) if bias else None
+        self.adapter = None
 
     def product(self, x: Tensor) -> Tensor:
         """Return the product [..., o] without the bias, for callers that add it together with something else."""
-        return linear(x, self.weight)
+        return self.adapted(x, linear(x, self.weight))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return product plus bias [..., o]."""
-        return linear(x, self.weight, self.bias)
+        product = self.product(x)
+        return product if self.bias is None else product + self.bias
+
+    def adapted(self, x: Tensor, product: Tensor) -> Tensor:
+        """Return the product of x [..., h] as its adapter has it."""
+        if self.adapter is None:
+            return product
+        changed: Tensor = self.adapter(x, product, self.weight)
+        return changed
 
 
 class Table(nn.Module):

@@ -136,6 +136,9 @@ class Experts(nn.Module):
         self.nonlinearity = Nonlinearity(config)
         self.weighs_input = config.moe_apply_probs_on_input
         self.recompute_activation = recomputes(config, "moe_act")
+        # What adapters of all experts together add to the product of each linear.
+        self.linear_fc1: nn.Module | None = None
+        self.linear_fc2: nn.Module | None = None
         number = required(config.num_moe_experts)
         self.local_experts = nn.ModuleDict(
             {str(each): Expert(config, dtype=dtype, device=device) for each in range(number)}
@@ -148,7 +151,9 @@ class Experts(nn.Module):
             tokens = (tokens * weights[:, None]).to(tokens.dtype)
             weights = torch.ones_like(weights)
         experts: list[Any] = list(self.local_experts.values())
-        if len(tokens) and takes_grouped_products(tokens, [experts[0].linear_fc1, experts[0].linear_fc2]):
+        linears = [experts[0].linear_fc1, experts[0].linear_fc2]
+        own_adapters = any(each.adapter is not None for each in linears)
+        if len(tokens) and not own_adapters and takes_grouped_products(tokens, linears):
             return self._grouped(experts, tokens, weights, rows)
         ends = [0, *rows.ends.tolist()]
         outputs = [
@@ -159,7 +164,8 @@ class Experts(nn.Module):
 
     def _through(self, expert: Expert, tokens: Tensor, weights: Tensor) -> Tensor:
         fc1, fc2 = expert.linear_fc1, expert.linear_fc2
-        output = self._activated(linear(tokens, fc1.weight), fc1.bias, weights, lambda x: linear(x, fc2.weight))
+        inner = _plus(fc1.product(tokens), self.linear_fc1, tokens)
+        output = self._activated(inner, fc1.bias, weights, lambda x: _plus(fc2.product(x), self.linear_fc2, x))
         return output if fc2.bias is None else output + (fc2.bias * weights[:, None]).to(output.dtype)
 
     def _grouped(self, experts: list[Expert], tokens: Tensor, weights: Tensor, rows: Rows) -> Tensor:
@@ -172,7 +178,13 @@ class Experts(nn.Module):
         def product(x: Tensor, weight: Tensor) -> Tensor:
             return _without(F.grouped_mm(_without(x, rows.dropped), weight, offs=rows.ends), rows.dropped)
 
-        return self._activated(product(tokens, first), None, weights, lambda x: product(x, second))
+        def shared(x: Tensor, weight: Tensor, adapter: nn.Module | None) -> Tensor:
+            if adapter is None:
+                return product(x, weight)
+            return _without(_plus(product(x, weight), adapter, _without(x, rows.dropped)), rows.dropped)
+
+        inner = shared(tokens, first, self.linear_fc1)
+        return self._activated(inner, None, weights, lambda x: shared(x, second, self.linear_fc2))
 
     def _activated(self, inner: Tensor, bias: Tensor | None, weights: Tensor, then: Any) -> Tensor:
         """Return `then` of the activation, which is computed again for the backward pass where asked for."""
@@ -181,6 +193,10 @@ class Experts(nn.Module):
         active = recomputed(self.nonlinearity, inner, bias, weights)
         with rebuilt_for_backward(active, lambda: self.nonlinearity(inner, bias, weights)):
             return then(active)
+
+
+def _plus(product: Tensor, adapter: nn.Module | None, x: Tensor) -> Tensor:
+    return product if adapter is None else product + adapter(x)
 
 
 def _without(x: Tensor, dropped: Tensor | None) -> Tensor:

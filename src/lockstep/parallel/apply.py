@@ -12,6 +12,7 @@ from lockstep.models.mla import MultiLatentAttention
 from lockstep.models.mlp import MLP
 from lockstep.models.moe import MixtureOfExperts
 from lockstep.models.router import Router
+from lockstep.parallel.adapters import split_expert_adapters
 from lockstep.parallel.context import SequencePart
 from lockstep.parallel.experts import GatheringDispatcher, TravellingDispatcher, keep_experts
 from lockstep.parallel.fsdp import WeightSharding, shard_weights
@@ -26,16 +27,16 @@ from lockstep.parallel.modules import (
     VocabParallelHead,
     VocabParallelTable,
 )
-from lockstep.parallel.plan import shard_of
+from lockstep.parallel.plan import Shard, shard_of
 
 
 def parallelize(model: GPTModel, mesh: Mesh, sharding: WeightSharding | None = None) -> list[Span]:
     """Lay a model of one process out over the mesh, in place; return its stages on this process.
 
-    The model is on the meta device: afterwards its parameters have the shapes of this process's part. In order:
-    pipeline stages drop what is not theirs; the model is told of its part of every sequence; every process keeps its
-    experts, and its part of each split weight; attention, MLP, experts, embedding and head are told of their part;
-    weights are sharded over the processes that have the same ones, where ``sharding`` says how.
+    The model has its adapters, if any, and is on the meta device: afterwards its parameters have the shapes of this
+    process's part. In order: pipeline stages drop what is not theirs; the model is told of its part of every sequence;
+    every process keeps its experts, and its part of each split weight; attention, MLP, experts, embedding and head are
+    told of their part; weights are sharded over the processes that have the same ones, where ``sharding`` says how.
     """
     spans = _keep_stages(model, mesh)
     if mesh.cp.size > 1:
@@ -46,6 +47,7 @@ def parallelize(model: GPTModel, mesh: Mesh, sharding: WeightSharding | None = N
     if mesh.ep.size > 1:
         _share_out_experts(model, mesh)
     if mesh.tp.size > 1:
+        halves = Shard(0, blocks=2 if model.config.gated_linear_unit else 1)
         _keep_parts(model, mesh)
         for module in list(model.modules()):
             if isinstance(module, SelfAttention):
@@ -53,11 +55,12 @@ def parallelize(model: GPTModel, mesh: Mesh, sharding: WeightSharding | None = N
             elif isinstance(module, MultiLatentAttention):
                 _split_latent_attention(module, mesh)
             elif isinstance(module, MLP):
-                module.linear_fc1 = ColumnParallelLinear(module.linear_fc1, mesh)
+                module.linear_fc1 = ColumnParallelLinear(module.linear_fc1, mesh, halves)
                 module.linear_fc2 = RowParallelLinear(module.linear_fc2, mesh)
             elif isinstance(module, MixtureOfExperts):
                 kind = SequencePartDispatcher if mesh.whole_experts else SplitExpertsDispatcher
                 module.dispatcher = kind(mesh, module.dispatcher)
+                split_expert_adapters(module.experts, mesh)
         _split_vocabulary(model, mesh)
     if sharding is not None:
         shard_weights(model, mesh, sharding)
@@ -95,7 +98,7 @@ def _keep_parts(model: GPTModel, mesh: Mesh) -> None:
     for name, parameter in list(model.named_parameters()):
         owner, _, leaf = name.rpartition(".")
         part = part_of(name, parameter.detach(), model.config, mesh)
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(part))
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(part, requires_grad=parameter.requires_grad))
 
 
 def part_of(name: str, whole: torch.Tensor, config: ModelConfig, mesh: Mesh) -> torch.Tensor:

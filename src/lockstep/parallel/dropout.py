@@ -4,6 +4,7 @@ Shape legend: b batch, s sequence, q tokens of this process, h hidden, n query h
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from lockstep.models import DropoutStreams
 from lockstep.models.dropout import STREAM_NAMES
 from lockstep.parallel.context import SequencePart
 from lockstep.parallel.mesh import Mesh
+from lockstep.parallel.plan import Shard
 
 
 def stream_number(mesh: Mesh) -> int:
@@ -54,6 +56,17 @@ class LayoutDropoutStreams(DropoutStreams):
         whole = (shape[0], shape[1] * shares * self._mesh.cp.size, *shape[2:])
         own = self._own(super().dropped(name, whole, probability))
         return own.chunk(shares, dim=1)[tp.rank] if shares > 1 else own
+
+    def dropped_channels(self, shape: tuple[int, ...], probability: float, shard: Shard | None) -> Tensor:
+        """Draw the mask of a tensor [b, q, c or c / size], whose channels ``shard`` splits (None: they are whole).
+
+        Tensor parallelism leaves its sequence whole.
+        """
+        tp = self._mesh.tp
+        width = shape[-1] * (1 if shard is None else tp.size)
+        whole = (shape[0], shape[1] * self._mesh.cp.size, *shape[2:-1], width)
+        own = self._own(super().dropped("hidden", whole, probability))
+        return own if shard is None else replace(shard, dim=own.dim() - 1).part(own, tp.size, tp.rank)
 
     def _own(self, mask: Tensor) -> Tensor:
         """Keep the rows of this process's tokens of a mask whose dimension 1 is the sequence."""

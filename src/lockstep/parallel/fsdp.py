@@ -45,7 +45,9 @@ def shard_weights(model: GPTModel, mesh: Mesh, sharding: WeightSharding) -> None
     assert mesh.shards.group is not None, "one process has nothing to shard"
     for name, parameter in list(model.named_parameters()):
         owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(widened(parameter.detach())))
+        # Frozen weights have no main weights.
+        kept = widened(parameter.detach()) if parameter.requires_grad else parameter.detach()
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(kept, requires_grad=parameter.requires_grad))
     devices = DeviceMesh.from_group(mesh.shards.group, sharding.device_type, mesh_dim_names=("shards",))
     # Inputs already have the model's dtype.
     policy = MixedPrecisionPolicy(model.dtype, sharding.reduce_dtype, cast_forward_inputs=False)

@@ -13,25 +13,24 @@ from lockstep.models.layers import Linear, Table
 from lockstep.models.moe import Dispatcher, Rows
 from lockstep.models.ops import embedding, linear
 from lockstep.models.router import Assignment
-from lockstep.parallel.exchange import added, added_and_split, copied, joined, part, whole
+from lockstep.parallel.adapters import ColumnPart, RowPart, split_adapter, whole_input
+from lockstep.parallel.exchange import added, added_and_split, copied, part, whole
 from lockstep.parallel.mesh import Mesh
+from lockstep.parallel.plan import ROWS, Shard
 
 
 class ColumnParallelLinear(Linear):
     """Has some of the outputs: takes the whole input, or the parts of its sequence, and returns a part."""
 
-    def __init__(self, inner: Linear, mesh: Mesh):
+    def __init__(self, inner: Linear, mesh: Mesh, shard: Shard = ROWS):
         nn.Module.__init__(self)
         self.weight, self.bias = inner.weight, inner.bias
+        self.adapter = split_adapter(inner.adapter, ColumnPart(mesh, shard))
         self.mesh = mesh
 
     def product(self, x: Tensor) -> Tensor:
         """Return this process's outputs [b, s, o / size] without the bias."""
-        return linear(_whole(x, self.mesh), self.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return this process's outputs [b, s, o / size]."""
-        return linear(_whole(x, self.mesh), self.weight, self.bias)
+        return self.adapted(x, linear(whole_input(x, self.mesh), self.weight))
 
 
 class RowParallelLinear(Linear):
@@ -40,16 +39,12 @@ class RowParallelLinear(Linear):
     def __init__(self, inner: Linear, mesh: Mesh):
         nn.Module.__init__(self)
         self.weight, self.bias = inner.weight, inner.bias
+        self.adapter = split_adapter(inner.adapter, RowPart(mesh))
         self.mesh = mesh
 
     def product(self, x: Tensor) -> Tensor:
         """Return the sum [b, s, o], or this process's part of its sequence, without the bias."""
-        return _summed(linear(x, self.weight), self.mesh)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the sum plus the bias."""
-        product = self.product(x)
-        return product if self.bias is None else product + self.bias
+        return _summed(self.adapted(x, linear(x, self.weight)), self.mesh)
 
 
 class SharedByParts(nn.Module):
@@ -61,7 +56,7 @@ class SharedByParts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the whole x [b, s, ...]."""
-        return _whole(x, self.mesh)
+        return whole_input(x, self.mesh)
 
 
 class VocabParallelTable(Table):
@@ -104,7 +99,7 @@ class VocabParallelHead:
 
     def __call__(self, hidden: Tensor, weight: Tensor, labels: Tensor | None) -> Tensor:
         """Return the loss of each token [b, s], or without labels all logits [b, s, v], which have no gradient."""
-        hidden = _whole(hidden, self.mesh)
+        hidden = whole_input(hidden, self.mesh)
         if labels is None:
             return self._all_logits(linear(hidden.detach(), weight.detach()))
         return linear_cross_entropy(hidden, weight, labels, first_row=self.first_row, merge=self._merge)
@@ -139,7 +134,7 @@ class SplitExpertsDispatcher(Dispatcher):
     def dispatch(self, x: Tensor, assignment: Assignment) -> Rows:
         """Sort all tokens by expert; their gradient, and that of their weights, is the sum over the processes."""
         weights = copied(assignment.weights, self.mesh.tp)
-        return self.inner.dispatch(_whole(x, self.mesh), dataclasses.replace(assignment, weights=weights))
+        return self.inner.dispatch(whole_input(x, self.mesh), dataclasses.replace(assignment, weights=weights))
 
     def combine(self, output: Tensor, rows: Rows) -> Tensor:
         """Return the sum over experts and processes [b, s, h], or this process's part of its sequence."""
@@ -177,10 +172,6 @@ class SequencePartDispatcher(Dispatcher):
     def combine(self, output: Tensor, rows: Rows) -> Tensor:
         """Return the sum over experts [b, s / size, h] for the tokens of this process."""
         return self.inner.combine(output, rows)
-
-
-def _whole(x: Tensor, mesh: Mesh) -> Tensor:
-    return joined(x, mesh.tp) if mesh.sequence_parallel else copied(x, mesh.tp)
 
 
 def _summed(x: Tensor, mesh: Mesh) -> Tensor:

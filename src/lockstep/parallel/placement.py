@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from lockstep.config.model import ModelConfig
-from lockstep.models import GPTModel
+from lockstep.config.peft import PEFTConfig
 from lockstep.models.init import in_order
 from lockstep.parallel.mesh import Axis, Mesh
 from lockstep.parallel.plan import WORD_EMBEDDINGS, Shard, is_expert, shard_of
+from lockstep.peft.apply import whole_adapters
 
 Shape = tuple[int, ...]
 
@@ -163,10 +164,10 @@ class Placement:
     ``shapes`` are those of the whole model's parameters, in their order. Buffers are whole on every process.
     """
 
-    def __init__(self, config: ModelConfig, mesh: Mesh) -> None:
+    def __init__(self, config: ModelConfig, mesh: Mesh, peft: PEFTConfig | None = None) -> None:
         self._config = config
         self._mesh = mesh
-        whole = GPTModel(config, dtype=torch.float32, device=torch.device("meta"))
+        whole = whole_adapters(config, peft or PEFTConfig())
         self.shapes: dict[str, Shape] = {name: tuple(p.shape) for name, p in in_order(whole)}
         self._all = self.shapes | {name: tuple(buffer.shape) for name, buffer in whole.named_buffers()}
 

@@ -30,9 +30,16 @@ class Shard:
         return torch.cat([pieces[rank][block] for block in range(self.blocks) for rank in range(len(parts))], self.dim)
 
 
+ROWS = Shard(0)
 WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
 
-_SPLIT: tuple[tuple[str, Shard], ...] = (
+_SPLIT: tuple[tuple[str, Shard | None], ...] = (
+    # Adapters: of linears whose inputs are split the first matrix is, of those whose outputs are the second.
+    ("*.linear_proj.adapter.*.linear_in.weight", Shard(1)),
+    ("*.linear_fc2.adapter.*.linear_in.weight", Shard(1)),
+    ("*.linear_proj.adapter.*", None),
+    ("*.linear_fc2.adapter.*", None),
+    ("*.adapter.*.linear_in.weight", None),
     (WORD_EMBEDDINGS, Shard(0)),
     ("output_layer.weight", Shard(0)),
     # Rows of the projection lie group by group, so that a split into runs of rows is one into query groups.
@@ -60,6 +67,19 @@ _OF_SEQUENCE = (
     "*.linear_proj.bias",
     "*.linear_fc2.bias",
     "*.shared_experts.gate_weight",
+    "*.linear_qkv.adapter.*.linear_in.weight",
+    "*.linear_q_proj.adapter.*.linear_in.weight",
+    "*.linear_q_up_proj.adapter.*.linear_in.weight",
+    "*.linear_kv_up_proj.adapter.*.linear_in.weight",
+    "*.linear_fc1.adapter.*.linear_in.weight",
+)
+# Whole parts of adapters between parts of a linear.
+_OF_SPLIT_LINEARS = (
+    "*.linear_proj.adapter.*.linear_out.weight",
+    "*.linear_proj.adapter.*.magnitude",
+    "*.linear_fc2.adapter.*.linear_out.weight",
+    "*.linear_fc2.adapter.*.magnitude",
+    "*.mlp.experts.*linear_fc1.adapter.*.linear_in.weight",
 )
 
 
@@ -69,8 +89,9 @@ def shard_of(name: str, config: ModelConfig) -> Shard | None:
         return None
     for pattern, shard in _SPLIT:
         if fnmatchcase(name, pattern):
-            gated = config.gated_linear_unit and ".linear_fc1." in name
-            return Shard(shard.dim, blocks=2) if gated else shard
+            # The rows of a gated MLP are those of its gate and of the rest, unless an adapter is of one of them.
+            gated = config.gated_linear_unit and ".linear_fc1." in name and ".adapter.linear_fc1_" not in name
+            return Shard(shard.dim, blocks=2) if gated and shard is not None else shard
     return None
 
 
@@ -83,5 +104,5 @@ def has_partial_gradient(name: str, config: ModelConfig, sequence_parallel: bool
     """Tell whether each tensor-parallel process finds only its part of the gradient of a whole parameter."""
     latent = config.multi_latent_attention
     of_sequence = _OF_SEQUENCE + (_OF_LATENTS if latent else ())
-    patterns = (() if latent else _OF_HEADS) + (of_sequence if sequence_parallel else ())
+    patterns = _OF_SPLIT_LINEARS + (() if latent else _OF_HEADS) + (of_sequence if sequence_parallel else ())
     return any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -18,6 +18,7 @@ from lockstep.models import GPTModel
 from lockstep.models.decoder import Head
 from lockstep.parallel import Mesh, parallelize
 from lockstep.parallel.mesh import build_mesh
+from lockstep.peft.apply import add_adapters
 from lockstep.plan.gpus import Gpu
 from lockstep.plan.standins import like_gpu
 from lockstep.plan.tracker import PARTS, MemoryTracker, Part
@@ -118,6 +119,7 @@ class _Run:
         self._batches = build_batch_schedule(config, mesh.dp.size)
         with tracker.during("weights", "building the model"):
             self._model = GPTModel(config.model, dtype=params_dtype(config), device=_META)
+            add_adapters(self._model, config.peft)
             spans = parallelize(self._model, mesh)
         self.parameters = sum(p.numel() for p in self._model.parameters())
         self._label_weights()
@@ -162,7 +164,8 @@ class _Run:
     def _label_weights(self) -> None:
         for name, param in self._model.named_parameters():
             self._tracker.assign(param, part_of(name, "weights"))
-            param.register_post_accumulate_grad_hook(partial(self._label_grad, part_of(name, "gradients")))
+            if param.requires_grad:
+                param.register_post_accumulate_grad_hook(partial(self._label_grad, part_of(name, "gradients")))
 
     def _label_grad(self, part: Part, param: Tensor) -> None:
         if param.grad is not None:

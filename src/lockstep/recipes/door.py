@@ -184,5 +184,12 @@ def main(argv: Sequence[str]) -> int:
         from lockstep.record.environment import environment_variables
 
         print("\n".join(f"{key}={value}" for key, value in sorted(environment_variables().items())))
-    settings = {"print_only": options.dry_run, "show_samples": options.show_samples}
-    return launch(config, door="bridge", name=name, argv=argv, recipe=name, **settings)
+    return launch(
+        config,
+        door="bridge",
+        name=name,
+        argv=argv,
+        recipe=name,
+        print_only=options.dry_run,
+        show_samples=options.show_samples,
+    )

@@ -164,6 +164,8 @@ def expand(key: str, value: Any) -> list[tuple[str, Any]]:
     """
     if key == "mixed_precision" and isinstance(value, str):
         return list(preset(value).items())
+    if key == "peft" and (value is None or isinstance(value, str)):
+        key = "peft.scheme"  # Bridge has an object or null there
     if is_group(key) and isinstance(value, Mapping):
         return [pair for name, item in value.items() for pair in expand(f"{key}.{name}", item)]
     former = former_settings(key, value)

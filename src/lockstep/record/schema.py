@@ -35,10 +35,11 @@ FACTS: dict[str, type | tuple[type, ...]] = {
     "features": dict,
     "summary": dict,
     "resumed_from": dict,
+    "base": dict,
 }
 """The entries of ``run.json`` and their JSON types; all but ``OPTIONAL`` ones are present in a finished record."""
 
-OPTIONAL = ("resumed_from",)
+OPTIONAL = ("resumed_from", "base")
 """Entries that only some runs have: the checkpoint, iteration and run directory that a run continued from."""
 
 

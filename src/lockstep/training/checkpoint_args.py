@@ -66,12 +66,15 @@ def take_settings(config: ConfigContainer) -> None:
         folder, saved = _saved_settings(settings)
     except UserError as error:
         raise ConfigError(str(error)) from None
+    of_adapters = saved.get("peft", {}).get("scheme") is not None
     for info, ours, origin in list(config.items()):
-        if not _is_taken(info, settings) or info.name not in saved.get(info.section, {}):
+        taken = of_adapters if info.section == "peft" else _is_taken(info, settings)
+        if not taken or info.name not in saved.get(info.section, {}):
             continue
         theirs = saved[info.section][info.name]
         given = origin.kind in _GIVEN and ours is not None
-        if theirs == encode(ours) or (given and info.path in _GIVEN_COUNTS):
+        # Adapters that are asked for otherwise are an error, which the loading of them words.
+        if theirs == encode(ours) or (given and (info.path in _GIVEN_COUNTS or info.section == "peft")):
             continue
         detail = f"{folder.name}, {_REPLACES} {spelled(info, origin)} = {ours}" if given else folder.name
         config.set(info.path, decode_number(theirs), Origin("checkpoint", detail))

@@ -19,6 +19,8 @@ MANIFEST = "manifest.json"
 CONFIG = "config.json"
 INDEX = "tensors.json"
 FORMAT = 2
+ADAPTERS = "adapters"
+"""Key of a manifest whose checkpoint holds adapters only: what it says there of the weights they are for."""
 
 _SAVING = ".saving-"
 _REPLACED = ".replaced-"

@@ -15,9 +15,18 @@ from lockstep.models.init import Fingerprint
 from lockstep.parallel import Mesh
 from lockstep.parallel.dropout import stream_layout, stream_number
 from lockstep.parallel.placement import Placed, Placement
+from lockstep.peft.apply import is_adapter
 from lockstep.record.schema import encode
 from lockstep.training import checkpoint_files as files
 from lockstep.training.checkpoint_args import is_hf_folder, named_source, names_weights, taken_lines
+from lockstep.training.checkpoint_base import (
+    BasePrints,
+    check_adapters,
+    check_base,
+    check_kind,
+    missing_places,
+    set_magnitudes,
+)
 from lockstep.training.checkpoint_peers import Peers
 from lockstep.training.checkpoint_state import (
     MODEL,
@@ -88,14 +97,40 @@ def open_source(config: ConfigContainer, peers: Peers) -> Source | None:
     settings = config.checkpoint
     if settings.load is None and settings.pretrained_checkpoint is None:
         return None
-    source = peers.by_leader(lambda: _head(config))
-    peers.everywhere(lambda: files.verify(source.folder, source.manifest, peers.rank, peers.size))
+    source = peers.by_leader(lambda: _continued(config))
+    if source is not None:
+        _verify(source, peers)
     return source
 
 
-def _head(config: ConfigContainer) -> Source:
+def open_base(config: ConfigContainer, peers: Peers) -> Source | None:
+    """Return the checkpoint with the weights that adapters are trained for, None where all weights are trained.
+
+    Raises:
+        UserError: there is none, it is damaged, or its model is another one.
+    """
+    if config.peft.scheme is None:
+        return None
+    assert config.checkpoint.pretrained_checkpoint is not None, "validation asks for it"
+    root = Path(config.checkpoint.pretrained_checkpoint)
+    source = peers.by_leader(lambda: _head(config, root, pretrained=True))
+    _verify(source, peers)
+    return source
+
+
+def _verify(source: Source, peers: Peers) -> None:
+    peers.everywhere(lambda: files.verify(source.folder, source.manifest, peers.rank, peers.size))
+
+
+def _continued(config: ConfigContainer) -> Source | None:
+    root, pretrained = named_source(config.checkpoint)
+    if pretrained and config.peft.scheme is not None:
+        return None  # new adapters, for weights that `open_base` finds
+    return _head(config, root, pretrained)
+
+
+def _head(config: ConfigContainer, root: Path, pretrained: bool) -> Source:
     settings = config.checkpoint
-    root, pretrained = named_source(settings)
     if pretrained and not root.is_dir():
         raise UserError(f"--pretrained-checkpoint {root}: there is no such folder")
     if pretrained and is_hf_folder(root):
@@ -106,6 +141,9 @@ def _head(config: ConfigContainer) -> Source:
     folder = files.find(root, None if pretrained else settings.ckpt_step)
     weights_only = pretrained or settings.finetune
     source = Source(root, folder, files.read_manifest(folder), files.read_config(folder), weights_only)
+    check_kind(config, folder, source.manifest, pretrained)
+    if not pretrained and config.peft.scheme is not None:
+        check_adapters(config, folder, source.config)
     if not weights_only:
         check_model(config, source)
     return source
@@ -193,7 +231,10 @@ def restore(
     Raises:
         UserError: on all processes, where the checkpoint does not fit the run.
     """
-    placement = Placement(config.model, mesh)
+    placement = Placement(config.model, mesh, config.peft)
+    if parts.base is not None:
+        facts, base = source.manifest[files.ADAPTERS], parts.base
+        peers.everywhere(lambda: check_base(facts, source.folder, base))
     if not source.weights_only:
         note_changes(source, config)
         note_layout(source, mesh)
@@ -202,18 +243,58 @@ def restore(
     def fill() -> dict[str, dict[str, Any]]:
         index = _restore_tensors(source, config, placement, parts)
         restored.append(_restore_rest(source, config, mesh, parts, progress))
-        return _fingerprint(source, config, placement, index) if mesh.leads else {}
+        return _fingerprint(source, config, placement, index, parts) if mesh.leads else {}
 
     weights = peers.everywhere(fill)[0]
     return replace(parts, trainer=restored[0], initial_weights=weights if mesh.leads else {})
 
 
+def restore_base(source: Source, config: ConfigContainer, mesh: Mesh, parts: Parts, peers: Peers) -> Parts:
+    """Fill the frozen weights of a run that trains adapters; return the parts with the name of these weights.
+
+    Raises:
+        UserError: on all processes, where the checkpoint does not fit the run.
+    """
+    placement = Placement(config.model, mesh, config.peft)
+    dtype = params_dtype(config)
+
+    def fill() -> tuple[str, dict[str, dict[str, Any]]]:
+        index = source.index(config)
+        wanted = {n: placed for n, placed in model_tensors(parts.model, placement).items() if not is_adapter(n)}
+        check_tensors(wanted, index, "name another with --pretrained-checkpoint", convert=True)
+        source.read(wanted, config)
+        take_model_tensors(parts.model, wanted)
+
+        def whole(name: str) -> Tensor:
+            return source.whole(MODEL + name, index[MODEL + name], config)
+
+        set_magnitudes(config, mesh, parts, whole, dtype)
+        if parts.trainer is not None:
+            parts.trainer.step.optimizer.weights.copy_from_model()
+        if not mesh.leads:
+            return "", {}
+        prints = BasePrints(config, dtype)
+        for name in placement.shapes:
+            if is_adapter(name):
+                prints.add_adapter(name, parts.initial_weights[name])
+            else:
+                prints.add(name, whole(name))
+        return prints.stored, prints.model.result()
+
+    fingerprint, weights = peers.everywhere(fill)[0]
+    base = {"base": str(source.root.absolute()), "fingerprint": fingerprint}
+    return replace(parts, initial_weights=weights if mesh.leads else {}, base=base)
+
+
 def _fingerprint(
-    source: Source, config: ConfigContainer, placement: Placement, index: dict[str, Stored]
+    source: Source, config: ConfigContainer, placement: Placement, index: dict[str, Stored], parts: Parts
 ) -> dict[str, dict[str, Any]]:
     """Return the fingerprint of the whole model, in the dtype of this run."""
     prints = Fingerprint()
     for name in placement.shapes:
+        if parts.base is not None and not is_adapter(name):
+            prints.take(name, parts.initial_weights[name])
+            continue
         prints.add(name, source.whole(MODEL + name, index[MODEL + name], config).to(params_dtype(config)))
     return prints.result()
 
@@ -225,6 +306,14 @@ def _restore_tensors(source: Source, config: ConfigContainer, placement: Placeme
         check_model(config, source)
     index = source.index(config)
     wanted = model_tensors(parts.model, placement)
+    if parts.base is not None:
+        wanted = {name: placed for name, placed in wanted.items() if is_adapter(name)}
+        surplus = missing_places(index, placement)
+        if surplus:
+            raise UserError(
+                f"{source.folder} has adapters for linears that get none here, such as {surplus[0]}; give this run its "
+                "peft.target_modules and peft.exclude_modules"
+            )
     with_optimizer = _takes_optimizer(source, config, trainer)
     if with_optimizer:
         assert trainer is not None
@@ -291,7 +380,7 @@ def _restore_streams(source: Source, config: ConfigContainer, trainer: Trainer, 
         raise UserError(f"{source.folder} was saved without random streams; add --no-load-rng")
     if saved != ours:
         # Without dropout nothing is ever drawn from them.
-        if max(config.model.hidden_dropout, config.model.attention_dropout) > 0:
+        if max(config.model.hidden_dropout, config.model.attention_dropout, config.peft.dropout) > 0:
             say(f"dropout starts new random streams: those of the checkpoint are of {_spelled(saved)}")
         return
     path = source.folder / files.rng_file(stream_number(mesh))

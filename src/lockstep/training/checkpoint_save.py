@@ -20,6 +20,7 @@ from lockstep.parallel import Mesh
 from lockstep.parallel.dropout import keeps_streams, stream_layout, stream_number
 from lockstep.parallel.placement import Placed, Placement
 from lockstep.parallel.watch import LostProcessError
+from lockstep.peft.apply import is_adapter
 from lockstep.record.schema import encode
 from lockstep.training import checkpoint_files as files
 from lockstep.training.checkpoint_peers import Peers
@@ -61,7 +62,7 @@ class Saved:
     placement: Placement = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "placement", Placement(self.config.model, self.mesh))
+        object.__setattr__(self, "placement", Placement(self.config.model, self.mesh, self.config.peft))
 
     def snapshot(self, progress: Progress) -> Snapshot:
         """Return the present state of the run; the tensors are the run's own."""
@@ -69,12 +70,16 @@ class Saved:
         assert trainer is not None, "only a run that trains saves"
         optimizer, dropout = trainer.step.optimizer, trainer.step.dropout
         tensors = model_tensors(self.parts.model, self.placement)
+        if self.parts.base is not None:
+            tensors = {name: placed for name, placed in tensors.items() if is_adapter(name)}
         if settings.save_optim:
             tensors |= optimizer_tensors(optimizer, self.placement)
         streams = {}
         if settings.save_rng and dropout is not None and keeps_streams(self.mesh):
             streams[files.rng_file(stream_number(self.mesh))] = dropout.state_dict()
         facts = _facts(trainer, self.parts.evaluator, progress, with_optimizer=settings.save_optim)
+        if self.parts.base is not None:
+            facts[files.ADAPTERS] = self.parts.base
         facts |= {"streams": stream_layout(self.mesh) if settings.save_rng else {}, "layout": self.mesh.describe()}
         return Snapshot(progress.iteration, written_here(tensors, optimizer, self.placement), streams, facts)
 

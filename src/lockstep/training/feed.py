@@ -75,8 +75,9 @@ class Feed:
     """Takes batches from a dataset in the order of a sampler, on the host.
 
     ``order`` returns the sample numbers of each micro-batch that follows so many samples; ``split`` names the data in
-    messages. ``shares`` processes take turns at the order; ``taken`` counts the samples that all of them took. ``length``
-    returns to how many tokens the samples from one number up to another are cut, where they all end in padding.
+    messages. ``shares`` processes take turns at the order; ``taken`` counts the samples that all of them took.
+    ``length`` returns to how many tokens the samples from one number up to another are cut, where they all end in
+    padding.
     """
 
     def __init__(

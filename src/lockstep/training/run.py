@@ -21,7 +21,15 @@ from lockstep.record.environment import code_version, device_facts, environment_
 from lockstep.record.paths import create_run_dir
 from lockstep.record.schema import RUN_FILE
 from lockstep.record.writer import RunWriter
-from lockstep.training.checkpoint_load import Source, announce, check_save_folder, open_source, restore
+from lockstep.training.checkpoint_load import (
+    Source,
+    announce,
+    check_save_folder,
+    open_base,
+    open_source,
+    restore,
+    restore_base,
+)
 from lockstep.training.checkpoint_peers import Peers
 from lockstep.training.checkpoint_save import CheckpointHook, Saved
 from lockstep.training.console import ConsoleHook, say, timestamped
@@ -62,7 +70,7 @@ def run(config: ConfigContainer, *, door: str, command: Command, name: str) -> R
         timeout = timedelta(minutes=config.dist.distributed_timeout_minutes)
         peers = Peers.of(mesh, timeout) if checkpoints else Peers()
         peers.by_leader(lambda: check_save_folder(config))
-        source = open_source(config, peers)
+        base, source = open_base(config, peers), open_source(config, peers)
         limits = config.train.exit_interval, config.train.exit_duration_in_mins
         exit_rule = ExitRule(
             started, *limits, signal, agree=mesh.from_leader, anywhere=partial(_anywhere, mesh, device)
@@ -70,6 +78,8 @@ def run(config: ConfigContainer, *, door: str, command: Command, name: str) -> R
         code = code_version() if mesh.leads else {}
         if mesh.leads:
             say(describe(code["core"], code["commit"], code["dirty"]))
+        if base is not None:
+            say(f"training {config.peft.scheme} adapters for the weights of {base.root}")
         if source is not None:
             announce(source, config)
         writer = RunWriter(create_run_dir(config.run.dir, name)) if mesh.leads else None
@@ -78,8 +88,12 @@ def run(config: ConfigContainer, *, door: str, command: Command, name: str) -> R
         progress = Progress()
         try:
             if writer is not None:
-                _start_record(writer, config, device, source, code=code, door=door, command=vars(command), name=name)
+                _start_record(
+                    writer, config, device, source, base, code=code, door=door, command=vars(command), name=name
+                )
             parts = build(config, device, mesh, exit_rule)
+            if base is not None:
+                parts = restore_base(base, config, mesh, parts, peers)
             if source is not None:
                 parts = restore(source, config, mesh, parts, progress, peers)
             if writer is not None:
@@ -106,14 +120,22 @@ def _anywhere(mesh: Mesh, device: torch.device, flag: bool) -> bool:
 
 
 def _start_record(
-    writer: RunWriter, config: ConfigContainer, device: torch.device, source: Source | None, **facts: Any
+    writer: RunWriter,
+    config: ConfigContainer,
+    device: torch.device,
+    source: Source | None,
+    base: Source | None,
+    **facts: Any,
 ) -> None:
     machine = device_facts(str(device))
     say(f"run directory: {writer.run_dir}")
     if source is None:
-        say(f"fresh run from initial weights, seed {config.rng.seed}")
+        what = "weights" if base is None else "adapters"
+        say(f"fresh run from initial {what}, seed {config.rng.seed}")
     else:
         facts["resumed_from"] = source.as_fact() | {"finetune": source.weights_only}
+    if base is not None:
+        facts["base"] = base.as_fact()
     say(f"device: {device} ({machine['name']})")
     split = config.origin("model.sequence_parallel")
     if split.kind == "derived":

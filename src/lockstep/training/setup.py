@@ -1,5 +1,6 @@
 """What a run is built from, in order: vocabulary, data, model, optimizer, evaluation."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from lockstep.parallel import Mesh, parallelize
 from lockstep.parallel.apply import part_of
 from lockstep.parallel.dropout import LayoutDropoutStreams
 from lockstep.parallel.fsdp import WeightSharding, keeper
+from lockstep.peft.apply import add_adapters, draw_from, initial_adapters
 from lockstep.training.batches import build_batch_schedule, eval_batch_size, num_samples, train_iterations
 from lockstep.training.console import dataset_size_lines, parameters_line, say
 from lockstep.training.context import ContextPasses
@@ -43,6 +45,8 @@ from lockstep.training.step import TrainStep
 class Parts:
     """Everything that was built: ``trainer`` is None without training, ``evaluator`` without evaluation.
 
+    ``base`` names the frozen weights that adapters are trained for, None without adapters.
+
     ``initial_weights`` is the fingerprint of the whole model, taken on the process that keeps the record.
     """
 
@@ -54,6 +58,7 @@ class Parts:
     flops_per_sample: float
     trainer: Trainer | None
     evaluator: Evaluator | None
+    base: dict[str, Any] | None = None
 
 
 def build(config: ConfigContainer, device: torch.device, mesh: Mesh, exit_rule: ExitRule) -> Parts:
@@ -130,9 +135,15 @@ def build_parallel_model(
     """
     model = GPTModel(config.model, dtype=dtype, device=torch.device("meta"))
     sharding = _weight_sharding(config, mesh, dtype, device)
+    add_adapters(model, config.peft)
     spans = parallelize(model, mesh, sharding)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UserError("peft.target_modules leaves a pipeline stage without adapters; name linears of every stage")
     prints = Fingerprint()
-    weights = initial_weights(config.model, config.rng.seed, dtype, device)
+    weights = itertools.chain(
+        initial_weights(config.model, config.rng.seed, dtype, device),
+        initial_adapters(config.model, config.peft, config.rng.seed, dtype, device),
+    )
     part = partial(part_of, config=config.model, mesh=mesh)
     if sharding is not None:
         model.to_empty(device=device)
@@ -158,6 +169,7 @@ def build_passes(
     """Build what runs the model over micro-batches: in a pipeline where there is one, on a part of every sequence."""
     assert config.model.num_attention_heads is not None, "a resolved tree has heads"
     dropout = LayoutDropoutStreams(config.rng.seed, device, mesh, config.model.num_attention_heads)
+    draw_from(model, dropout)
     passes: Passes = WholePasses(model, dropout, mesh.replicas)
     if mesh.pp.size > 1:
         passes = PipelinePasses(model, spans, mesh, dropout)

@@ -58,13 +58,14 @@ def test_a_sample_is_the_text_shifted_by_one_and_padded(tokenizer: Tokenizer, ro
     assert sample["labels"].tolist() == [*text[1:], *[PAD] * 5]
     assert sample["loss_mask"].tolist() == [0, *[1] * 6, *[0] * 5]
     assert sample["position_ids"].tolist() == list(range(12))
-    assert "document_ids" not in sample and "rotary_positions" not in sample
+    assert "document_ids" not in sample
+    assert "rotary_positions" not in sample
     assert (sample["tokens"].dtype, sample["loss_mask"].dtype) == (np.int64, np.float32)
 
 
 def test_a_pack_restarts_positions_and_numbers_its_texts(tokenizer: Tokenizer, tmp_path: Path) -> None:
     write_lines(tmp_path / "training.jsonl", [{"input": "a", "output": "b"}, {"input": "cd", "output": "e"}])
-    packed = {"dataset_root": str(tmp_path), "enable_offline_packing": True}
+    packed: dict[str, Any] = {"dataset_root": str(tmp_path), "enable_offline_packing": True}
     dataset = dataset_of(tokenizer, packing_algorithm="first_fit_decreasing", **packed)
     assert (len(dataset), dataset.num_sequences) == (20, 1)
     sample = dataset[0]
@@ -108,7 +109,7 @@ def test_orders(tokenizer: Tokenizer, root: Path) -> None:
 
 
 def test_an_order_can_be_entered_anywhere(tokenizer: Tokenizer, root: Path) -> None:
-    fields = {"dataset_root": str(root), "dataloader_type": "batch"}
+    fields: dict[str, Any] = {"dataset_root": str(root), "dataloader_type": "batch"}
     one, other = (dataset_of(tokenizer, 60, **fields) for _ in range(2))
     forward = [one[i]["labels"].tolist() for i in range(60)]
     assert [other[i]["labels"].tolist() for i in reversed(range(60))] == forward[::-1]
@@ -133,13 +134,16 @@ def test_one_source_is_divided(tokenizer: Tokenizer, root: Path) -> None:
     assert [len(d) for d in (built.train, built.valid, built.test) if d] == [16, 2, 2]
     assert completions(tokenizer, built.valid) == [" 0016<eos>", " 0017<eos>"]
     built = build(tokenizer, (None, None, None), train_data_path=[path], hf_validation_proportion=0.2)
-    assert built.train is not None and built.valid is not None and built.test is None
+    assert built.train is not None
+    assert built.valid is not None
+    assert built.test is None
     train, valid = completions(tokenizer, built.train), completions(tokenizer, built.valid)
     assert (len(train), len(valid)) == (16, 4)
     everything = completions(tokenizer, dataset_of(tokenizer, train_data_path=[path]))
     assert sorted(train + valid) == sorted(everything)
-    assert valid != everything[-4:] and valid != everything[:4]
-    with pytest.raises(UserError, match="the valid split of .* has none of 20 texts; give more data"):
+    assert valid != everything[-4:]
+    assert valid != everything[:4]
+    with pytest.raises(UserError, match=r"the valid split of .* has none of 20 texts; give more data"):
         build(tokenizer, train_data_path=[path], hf_validation_proportion=0.01)
 
 
@@ -156,14 +160,16 @@ def test_a_saved_data_set_brings_its_splits(tokenizer: Tokenizer, tmp_path: Path
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "set")
     built = build(tokenizer, hf_dataset_path=str(tmp_path / "set"), hf_validation_proportion=0.5)
     assert completions(tokenizer, built.valid, 1) == ["0010<eos>"]
-    assert isinstance(built.train, SFTDataset) and built.train.num_sequences == 5
+    assert isinstance(built.train, SFTDataset)
+    assert built.train.num_sequences == 5
     one = build(
         tokenizer,
         hf_dataset_path=str(tmp_path / "set"),
         hf_dataset_split="validation",
         hf_validation_proportion=0.4,
     )
-    assert isinstance(one.train, SFTDataset) and isinstance(one.valid, SFTDataset)
+    assert isinstance(one.train, SFTDataset)
+    assert isinstance(one.valid, SFTDataset)
     assert (one.train.num_sequences, one.valid.num_sequences) == (3, 2)
 
 
@@ -205,21 +211,23 @@ def test_data_without_anything_to_learn_is_refused(
 
 
 def test_weights_and_missing_data_are_refused(tokenizer: Tokenizer, root: Path) -> None:
-    with pytest.raises(UserError, match="data of fine-tuning is not weighted: 0.5 in 0.5 x"):
+    with pytest.raises(UserError, match=r"data of fine-tuning is not weighted: 0.5 in 0.5 x"):
         build(tokenizer, data_path=["0.5", "x"])
     with pytest.raises(UserError, match="no data for fine-tuning is named"):
         build(tokenizer)
+    config = DatasetConfig(sft=True, dataset_root=str(root))
     with pytest.raises(UserError, match="holds token id"):
-        config = DatasetConfig(sft=True, dataset_root=str(root))
         build_datasets(config, seq_length=12, seed=1, tokenizer=tokenizer, num_samples=(1, 0, 0), vocab_size=20)
 
 
 def test_generated_texts_need_no_files() -> None:
     built = build(NullTokenizer(50), length=64, mock=True, enable_offline_packing=True)
-    assert isinstance(built.train, SFTDataset) and isinstance(built.valid, SFTDataset)
+    assert isinstance(built.train, SFTDataset)
+    assert isinstance(built.valid, SFTDataset)
     assert built.train.filled > 0.9
     sample = built.train[0]
-    assert (sample["loss_mask"].sum() > 10) and sample["tokens"].max() < 50
+    assert sample["loss_mask"].sum() > 10
+    assert sample["tokens"].max() < 50
     assert not np.array_equal(sample["tokens"], built.valid[0]["tokens"])
 
 

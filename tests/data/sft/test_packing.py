@@ -1,5 +1,7 @@
 """Packing: every sample once, no pack too full, the packs of a plain first fit."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -8,7 +10,7 @@ from lockstep.data.sft.packing import Algorithm, pack
 
 def members(lengths: list[int], room: int, algorithm: Algorithm, seed: int = 7) -> list[list[int]]:
     samples, starts = pack(np.array(lengths, dtype=np.int64), room, algorithm, seed)
-    return [samples[a:b].tolist() for a, b in zip(starts[:-1], starts[1:], strict=True)]
+    return [samples[a:b].tolist() for a, b in itertools.pairwise(starts)]
 
 
 def plain_first_fit(lengths: list[int], order: list[int], room: int) -> list[list[int]]:

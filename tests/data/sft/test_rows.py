@@ -46,11 +46,11 @@ def test_a_damaged_line_is_named(tmp_path: Path, content: bytes, message: str) -
 def test_a_cut_gzip_and_parquet_are_named(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"a": 1}\n' * 1000)[:-10])
-    with pytest.raises(UserError, match="x.jsonl.gz is not a whole gzip file"):
+    with pytest.raises(UserError, match=r"x.jsonl.gz is not a whole gzip file"):
         list(open_rows(path))
     path = tmp_path / "x.parquet"
     path.write_bytes(b"PAR1 no parquet PAR1")
-    with pytest.raises(UserError, match="x.parquet is not a whole parquet file, after row 0"):
+    with pytest.raises(UserError, match=r"x.parquet is not a whole parquet file, after row 0"):
         list(open_rows(path))
 
 
@@ -79,9 +79,9 @@ def test_saved_data_sets_are_read_split_by_split(tmp_path: Path) -> None:
     assert columns(tmp_path / "both") == ROWS
     assert columns(tmp_path / "both", "validation") == ROWS[:1]
     assert splits_of(tmp_path / "both") == {"train": "train", "valid": "validation"}
-    with pytest.raises(UserError, match="has the splits train, validation, and no valid. Did you mean validation?"):
+    with pytest.raises(UserError, match=r"has the splits train, validation, and no valid\. Did you mean validation\?"):
         open_rows(tmp_path / "both", "valid")
-    with pytest.raises(UserError, match="the data of .*one has no splits"):
+    with pytest.raises(UserError, match=r"the data of .*one has no splits"):
         open_rows(tmp_path / "one", "train")
     (tmp_path / "one" / "data-00000-of-00001.arrow").write_bytes(b"damaged")
     with pytest.raises(UserError, match="one cannot be read as a saved data set"):

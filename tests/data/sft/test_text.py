@@ -79,16 +79,19 @@ def test_one_field_is_cut_at_one_end(rules: Rules, fields: dict[str, Any], expec
     row = pair("abcdef", "xyz")
     assert marked(rules(8, **fields), row) == expected
     text = read(rules(8, **fields), row)
-    assert text is not None and text.cut
+    assert text is not None
+    assert text.cut
     whole = read(rules(20, **fields), row)
-    assert whole is not None and not whole.cut
+    assert whole is not None
+    assert not whole.cut
 
 
 def test_the_other_field_is_cut_when_nothing_is_left(rules: Rules) -> None:
     assert marked(rules(3), pair("abcdef", "xyz")) == "[ ][x][y]"
     assert marked(rules(3, truncation_method="left"), pair("abcdef", "xyz")) == "[y][z][<eos>]"
     gone = read(rules(4, truncation_field="completion", loss_mode="all"), pair("abcdef", "xyz"))
-    assert gone is not None and gone.num_learned == 0
+    assert gone is not None
+    assert gone.num_learned == 0
 
 
 @pytest.mark.parametrize("completion", ["", " \n"])
@@ -167,7 +170,8 @@ def test_a_conversation_is_cut_at_one_end(rules: Rules) -> None:
     assert marked(rules(8), conversation) == "<|u|>abc<|end|>\n<|a|>[d]"
     assert marked(rules(6, truncation_method="left"), conversation) == "<|a|>[d][e][f][<|end|>][\n]"
     gone = read(rules(7), conversation)
-    assert gone is not None and gone.num_learned == 0
+    assert gone is not None
+    assert gone.num_learned == 0
     assert read(rules(), chat("u:abc")) is None
 
 
@@ -177,7 +181,8 @@ def test_the_tokens_are_those_of_the_template_of_the_whole(rules: Rules, charact
     messages = chat("s:x", "u:a b", "a:c", "u:d", "a:e")["messages"]
     theirs = transformers.AutoTokenizer.from_pretrained(characters).apply_chat_template(messages, return_dict=False)
     text = read(rules(), {"messages": messages})
-    assert text is not None and text.tokens == theirs
+    assert text is not None
+    assert text.tokens == theirs
 
 
 REASONING = (
@@ -230,7 +235,7 @@ def test_a_template_of_ones_own_takes_its_place(characters: Path, tmp_path: Path
     for given in (SWALLOWING, str(file)):
         rules = TextRules(DatasetConfig(sft=True), load(characters, chat_template=given), 100)
         assert marked(rules, chat("u:x", "a:y")) == "ux|a[y][|]"
-    with pytest.raises(UserError, match="chat-template.* = nowhere: no template, which has { in it, and no file"):
+    with pytest.raises(UserError, match=r"chat-template.* = nowhere: no template, which has { in it, and no file"):
         load(characters, chat_template="nowhere")
 
 

@@ -108,7 +108,9 @@ def make_plan(config: DatasetConfig, rules: TextRules) -> Plan:
         share = config.hf_validation_proportion
         return Plan({"train": _source(config.data_path, config, rules)}, config.split if share is None else share)
     of_split = {"train": config.train_data_path, "valid": config.valid_data_path, "test": config.test_data_path}
-    sources = {split: _source(paths, config, rules) for split in SPLITS if (paths := of_split[split])}
+    sources: dict[SplitName, Source] = {
+        split: _source(paths, config, rules) for split in SPLITS if (paths := of_split[split])
+    }
     if not sources:
         raise UserError(
             "no data for fine-tuning is named; give dataset.dataset_root (--dataset-root), dataset.hf_dataset_path, "
@@ -121,8 +123,9 @@ def _of_root(root: Path, config: DatasetConfig, rules: TextRules) -> dict[SplitN
     if not (root / ROOT_FILES["train"]).is_file():
         what = "has no" if root.is_dir() else "is no folder with a"
         raise UserError(
-            f"dataset.dataset_root (--dataset-root) = {root} {what} {ROOT_FILES['train']}; put {', '.join(ROOT_FILES.values())} "
-            "there, or name the files in dataset.train_data_path and dataset.valid_data_path"
+            f"dataset.dataset_root (--dataset-root) = {root} {what} {ROOT_FILES['train']}; put "
+            f"{', '.join(ROOT_FILES.values())} there, or name the files in dataset.train_data_path and "
+            "dataset.valid_data_path"
         )
     return {
         split: _source([str(root / name)], config, rules)

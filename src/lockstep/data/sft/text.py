@@ -14,11 +14,29 @@ from lockstep.errors import UserError, nearest
 
 Format = Literal["prompt", "chat"]
 CONVERSATIONS = "conversations"
+_OF_TEXT = (
+    "sft_format",
+    "prompt_column",
+    "completion_column",
+    "messages_column",
+    "prompt_template",
+    "separator",
+    "loss_mode",
+    "strip_whitespace",
+    "add_bos",
+    "add_sep",
+    "add_eos",
+    "truncation_method",
+    "truncation_field",
+)
 
 
 @dataclass(frozen=True)
 class Text:
-    """Token ids of a row; ``learned`` tells for each whether it belongs to a completion, ``cut`` that it was shortened."""
+    """Token ids of a row.
+
+    ``learned`` tells for each whether it belongs to a completion, ``cut`` that the row was shortened.
+    """
 
     tokens: list[int]
     learned: list[bool]
@@ -43,12 +61,8 @@ class TextRules:
 
     def identity(self) -> dict[str, Any]:
         """Return plain values that change when any token or flag could."""
-        c = self.config
-        names = ("sft_format", "prompt_column", "completion_column", "messages_column", "prompt_template", "separator")
-        names += ("loss_mode", "strip_whitespace", "add_bos", "add_sep", "add_eos")
-        names += ("truncation_method", "truncation_field")
         return {
-            **{name: getattr(c, name) for name in names},
+            **{name: getattr(self.config, name) for name in _OF_TEXT},
             "longest": self.longest,
             "tokenizer": self.tokenizer.identity(),
             "chat": self.tokenizer.chat_identity(),
