@@ -74,7 +74,7 @@ def test_what_does_not_belong_together_is_refused(tmp_path, capsys) -> None:
     words = ["pretrain-gpt", *FLAGS, "--run-dir", str(tmp_path / "x")]
     assert main([*words, "--load", saves, "--lora-dim", "4"]) == USER_ERROR
     assert "needs checkpoint.pretrained_checkpoint" in capsys.readouterr().err
-    assert main([*words, "--load", saves]) == USER_ERROR
+    assert main([*words, "--pretrained-checkpoint", saves]) == USER_ERROR
     assert "holds adapters only, for the weights of" in capsys.readouterr().err
     assert main([*words, "--peft-scheme", "lora", "--load", whole]) == USER_ERROR
     assert "needs checkpoint.pretrained_checkpoint" in capsys.readouterr().err
