@@ -188,7 +188,7 @@ def test_finetune_takes_the_weights_alone(configure, saved, tmp_path, capsys) ->
     config = configure({**changes, "model.max_position_embeddings": 256})
     capsys.readouterr()
     _run(config, tmp_path / "run")
-    first = capsys.readouterr().out.splitlines()[0]
+    first = capsys.readouterr().out.splitlines()[1]
     assert first == f"fine-tuning from iteration 0 with the weights of {saved}, iteration 2"
     lines = _lines(tmp_path / "run")
     assert lines[0]["consumed_samples"] == 4
