@@ -47,6 +47,7 @@ _DOORS: dict[str, Callable[[Sequence[str]], int]] = {
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of everything but the doors, whose words are their own."""
     from lockstep.data.cli import register as register_data
+    from lockstep.generation.cli import register as register_generate
     from lockstep.hf.cli import register as register_convert
     from lockstep.jobfile.cli import register as register_jobfile
     from lockstep.lab.cli import register as register_lab
@@ -67,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     register_jobfile(subparsers)
     register_plan(subparsers)
     register_convert(subparsers)
+    register_generate(subparsers)
     return parser
 
 
