@@ -1,6 +1,7 @@
 """Generation: token by token what transformers generates, whatever the batch."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def test_greedy_is_that_of_transformers_for_prompts_of_different_lengths(folder:
 
 def test_logits_of_a_batch_with_kept_keys_are_those_of_each_prompt_alone(folder: Path) -> None:
     model = load(folder, token_ids=True).model
-    texts = [prompt + [7, 8] for prompt in PROMPTS]
+    texts = [[*prompt, 7, 8] for prompt in PROMPTS]
     batch = decode._Batch(model, PROMPTS, room=2)
     found = [batch.logits()]
     for column in (-2, -1):
@@ -91,7 +92,9 @@ def test_a_stop_token_ends_its_prompt_alone(folder: Path) -> None:
 )
 def test_probabilities_are_those_of_transformers(settings: Sampling, warpers: list[Any]) -> None:
     logits = torch.randn(3, 40, generator=torch.Generator().manual_seed(1)) * 2
-    warped = LogitsProcessorList([TemperatureLogitsWarper(settings.temperature), *warpers])(None, logits.double())
+    warped = LogitsProcessorList([TemperatureLogitsWarper(settings.temperature), *warpers])(
+        torch.zeros(3, 1).long(), logits.double()
+    )
     tokens, shares = ranked(logits, settings)
     found = torch.zeros_like(shares).scatter(-1, tokens, shares)
     torch.testing.assert_close(found, warped.softmax(-1), rtol=1e-9, atol=1e-12)
@@ -222,3 +225,23 @@ def test_a_folder_without_a_tokenizer_says_what_to_do(tmp_path: Path, capsys: py
     assert main(["generate", str(folder), "5 6", "--token-ids"]) == 0
     with pytest.raises(UserError):
         load(tmp_path / "none")
+
+
+def test_a_trained_checkpoint_answers_with_its_whole_state(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = (
+        "--num-layers 1 --hidden-size 16 --num-attention-heads 2 --seq-length 64 --max-position-embeddings 64 "
+        "--micro-batch-size 2 --global-batch-size 2 --train-iters 2 --eval-iters 0 --lr 1e-2 --bf16 --mock-data "
+        "--tokenizer-type NullTokenizer --vocab-size 50 --num-experts 4 --moe-router-topk 2 "
+        "--moe-router-score-function sigmoid --moe-router-enable-expert-bias --moe-expert-capacity-factor 1.5 "
+        "--moe-router-load-balancing-type none --position-embedding-type rope --disable-bias-linear "
+        f"--save-interval 2 --save {tmp_path / 'saved'} --run-dir {tmp_path / 'run'} --device cpu"
+    )
+    assert main(["pretrain-gpt", *shlex.split(flags)]) == 0
+    loaded = load(tmp_path / "saved")
+    ((_, bias),) = loaded.model.named_buffers()
+    assert bias.abs().max() > 0
+    assert loaded.model.config.moe_expert_capacity_factor is None
+    assert loaded.model.dtype == torch.float32
+    capsys.readouterr()
+    assert main(["generate", str(tmp_path / "saved"), "3 4 5", "--max-new-tokens", "3", "--dtype", "bfloat16"]) == 0
+    assert capsys.readouterr().out.startswith("[1] 3 4 5\n--> ")

@@ -41,7 +41,7 @@ class Sampling:
 
     def chance(self, prompt: int) -> Random:
         """Return the random numbers of a prompt, by its number."""
-        return Random(f"{self.seed} {prompt}")  # noqa: S311  (no secret)
+        return Random(f"{self.seed} {prompt}")
 
 
 def ranked(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
