@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LogitsProcessorList, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LogitsProcessorList
 from transformers.generation.logits_process import (
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -22,7 +21,7 @@ from lockstep.generation.decode import generate
 from lockstep.generation.load import load
 from lockstep.generation.sampling import Sampling, choose, ranked
 from lockstep.guard import USER_ERROR
-from tests.hf.tiny import MAKERS, saved
+from tests.hf.tiny import MAKERS, saved, with_tokenizer
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [27, 18], [31], [11, 12, 13, 14, 15]]
 NEW = 12
@@ -127,24 +126,10 @@ def test_rows_of_padding_are_never_chosen(tmp_path: Path) -> None:
     assert max(chosen) < 9
 
 
-def words(folder: Path, size: int = 70) -> Path:
-    """Give a folder a tokenizer whose words are w2, w3, ..., with a chat template."""
-    vocabulary = {f"w{i}" if i > 1 else f"<{i}>": i for i in range(size)}
-    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<0>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<1>", unk_token="<0>")
-    made.chat_template = (
-        "{% for m in messages %}{{ 'w2 ' if m.role == 'user' else 'w3 ' }}{{ m.content }} w4 {% endfor %}"
-        "{% if add_generation_prompt %}w3{% endif %}"
-    )
-    made.save_pretrained(folder)
-    return folder
-
-
 def test_the_command_reads_text_and_chats_and_stops_as_the_folder_says(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = words(saved(tmp_path / "hf", "qwen3"))
+    folder = with_tokenizer(saved(tmp_path / "hf", "qwen3"))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": None}))
     output, prompts = tmp_path / "out.jsonl", tmp_path / "prompts.jsonl"
     talk = [
@@ -174,7 +159,7 @@ def test_the_command_reads_text_and_chats_and_stops_as_the_folder_says(
 
 
 def test_a_checkpoint_answers_as_the_folder_it_came_from(tmp_path: Path) -> None:
-    folder = words(saved(tmp_path / "hf", "qwen3_moe"))
+    folder = with_tokenizer(saved(tmp_path / "hf", "qwen3_moe"))
     divisor = ["--make-vocab-size-divisible-by", "64"]
     assert main(["convert", "import", str(folder), str(tmp_path / "ours"), *divisor]) == 0
     outputs = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
@@ -208,7 +193,7 @@ def test_mistakes_give_one_message(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    folder = words(saved(tmp_path / "hf", "gpt2"))
+    folder = with_tokenizer(saved(tmp_path / "hf", "gpt2"))
     (folder / "chat_template.jinja").unlink()
     (tmp_path / "bad.jsonl").write_text('{"prompt": "w1"}\n{"text": "w1"}\n')
     monkeypatch.chdir(tmp_path)

@@ -7,8 +7,11 @@ from typing import Any
 import pytest
 
 from lockstep.cli import main
+from lockstep.config import resolve
+from lockstep.errors import ConfigError
 from lockstep.guard import USER_ERROR
-from tests.hf.tiny import saved
+from lockstep.megatron_lm.parser import parse_flags
+from tests.hf.tiny import saved, with_tokenizer
 from tests.parallel.spawn import Turn, in_turn
 from tests.training.checkpoint_runs import train
 
@@ -99,3 +102,21 @@ def test_any_layout_in_and_out(family, tmp_path, capsys) -> None:
         out = str(tmp_path / f"{name}-out")
         assert main(["convert", "check", str(source), str(tmp_path / name), "--no-logits"]) == 0, capsys.readouterr()
         assert main(["convert", "export", str(tmp_path / name), out, "--hf-model", str(source)]) == 0
+
+
+def test_the_tokenizer_of_the_pretrained_model_is_taken_where_none_is_named(tmp_path) -> None:
+    source = with_tokenizer(saved(tmp_path / "hf", "llama"))
+    assert main(["convert", "import", str(source), str(tmp_path / "ours")]) == 0
+    sizes = "--num-layers 1 --hidden-size 8 --num-attention-heads 2 --seq-length 8 --max-position-embeddings 8"
+    flags = [*sizes.split(), "--micro-batch-size", "1", "--train-iters", "1", "--lr", "1", "--mock-data"]
+    flags += ["--tokenizer-type", "HuggingFaceTokenizer"]
+    carried = tmp_path / "ours" / "iter_0000000" / "hf"
+    for folder, expected in ((source, source), (tmp_path / "ours", carried)):
+        config = resolve(parse_flags([*flags, "--pretrained-checkpoint", str(folder)]))
+        assert config.tokenizer.tokenizer_model == str(expected)
+        assert config.origin("tokenizer.tokenizer_model").kind == "checkpoint"
+    named = ["--tokenizer-model", "mine", "--pretrained-checkpoint", str(source)]
+    assert resolve(parse_flags([*flags, *named])).tokenizer.tokenizer_model == "mine"
+    assert resolve(parse_flags(flags)).tokenizer.tokenizer_model is None
+    with pytest.raises(ConfigError, match="none"):
+        resolve(parse_flags([*flags, "--pretrained-checkpoint", str(tmp_path / "none")]))

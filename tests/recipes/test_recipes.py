@@ -67,7 +67,7 @@ def test_a_recipe_builds_the_published_model(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(VANILLA))
 def test_a_recipe_without_a_model_says_so(name: str) -> None:
     assert count_parameters(derived(name).model) is None
-    with pytest.raises(ConfigError, match="model.num_layers"):
+    with pytest.raises(ConfigError, match=r"model\.num_layers"):
         resolve(get_recipe(name))
 
 
