@@ -34,6 +34,10 @@ class GrowingSequence(WholeSequence):
         """Return where the new tokens stand in sequences of this length, int64 [q]."""
         return torch.arange(self._past, length, device=device)
 
+    def runs(self, length: int) -> tuple[range, ...]:
+        """Return the same positions as a run of neighbours."""
+        return (range(self._past, length),)
+
     def joined(self, x: Tensor) -> Tensor:
         """Return x of all tokens so far [b, s, ...], given that of the new ones [b, q, ...]."""
         if self._asked == len(self._kept):
