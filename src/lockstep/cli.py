@@ -52,6 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of everything but the doors, whose words are their own."""
     from lockstep.core.cli import register as register_core
     from lockstep.data.cli import register as register_data
+    from lockstep.generation.cli import register as register_generate
     from lockstep.hf.cli import register as register_convert
     from lockstep.jobfile.cli import register as register_jobfile
     from lockstep.lab.bisect.cli import register as register_bisect
@@ -77,6 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     register_convert(subparsers)
     register_adapter(subparsers)
     register_core(subparsers)
+    register_generate(subparsers)
     return parser
 
 

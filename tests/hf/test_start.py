@@ -7,8 +7,11 @@ from typing import Any
 import pytest
 
 from lockstep.cli import main
+from lockstep.config import resolve
+from lockstep.errors import ConfigError
 from lockstep.guard import USER_ERROR
-from tests.hf.tiny import saved
+from lockstep.megatron_lm.parser import parse_flags
+from tests.hf.tiny import saved, with_tokenizer
 
 FLAGS = (
     "--seq-length 32 --micro-batch-size 2 --global-batch-size 4 --train-iters 2 --mock-data --lr 1e-3 --eval-iters 0 "
@@ -59,3 +62,21 @@ def test_another_model_is_refused(tmp_path, capsys) -> None:
     assert "model.vocab_size = 69 is below the vocabulary of 70" in capsys.readouterr().err
     assert main(["pretrain-gpt", *words, *sizes, "--pretrained-checkpoint", str(tmp_path / "none")]) == USER_ERROR
     assert "there is no such folder" in capsys.readouterr().err
+
+
+def test_the_tokenizer_of_the_pretrained_model_is_taken_where_none_is_named(tmp_path) -> None:
+    source = with_tokenizer(saved(tmp_path / "hf", "llama"))
+    assert main(["convert", "import", str(source), str(tmp_path / "ours")]) == 0
+    sizes = "--num-layers 1 --hidden-size 8 --num-attention-heads 2 --seq-length 8 --max-position-embeddings 8"
+    flags = [*sizes.split(), "--micro-batch-size", "1", "--train-iters", "1", "--lr", "1", "--mock-data"]
+    flags += ["--tokenizer-type", "HuggingFaceTokenizer"]
+    carried = tmp_path / "ours" / "iter_0000000" / "hf"
+    for folder, expected in ((source, source), (tmp_path / "ours", carried)):
+        config = resolve(parse_flags([*flags, "--pretrained-checkpoint", str(folder)]))
+        assert config.tokenizer.tokenizer_model == str(expected)
+        assert config.origin("tokenizer.tokenizer_model").kind == "checkpoint"
+    named = ["--tokenizer-model", "mine", "--pretrained-checkpoint", str(source)]
+    assert resolve(parse_flags([*flags, *named])).tokenizer.tokenizer_model == "mine"
+    assert resolve(parse_flags(flags)).tokenizer.tokenizer_model is None
+    with pytest.raises(ConfigError, match="none"):
+        resolve(parse_flags([*flags, "--pretrained-checkpoint", str(tmp_path / "none")]))

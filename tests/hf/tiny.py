@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     DeepseekV2Config,
     DeepseekV2ForCausalLM,
@@ -13,6 +14,7 @@ from transformers import (
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
@@ -123,4 +125,18 @@ def saved(folder: Path, family: str, dtype: torch.dtype = torch.float32, seed: i
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     model.to(dtype).save_pretrained(folder, **options)
+    return folder
+
+
+def with_tokenizer(folder: Path, size: int = 70) -> Path:
+    """Give a folder a tokenizer whose words are w2, w3, ..., with a chat template."""
+    vocabulary = {f"w{i}" if i > 1 else f"<{i}>": i for i in range(size)}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<0>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<1>", unk_token="<0>")
+    made.chat_template = (
+        "{% for m in messages %}{{ 'w2 ' if m.role == 'user' else 'w3 ' }}{{ m.content }} w4 {% endfor %}"
+        "{% if add_generation_prompt %}w3{% endif %}"
+    )
+    made.save_pretrained(folder)
     return folder

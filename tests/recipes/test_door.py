@@ -86,7 +86,10 @@ def test_overrides_follow_the_grammar(word: str, path: str, value: object) -> No
             ["dataset.sequence_length=256", "model.seq_length=512"],
             "dataset.sequence_length=256 and model.seq_length=512",
         ),
-        (["--mode", "sft"], "fine-tuning is not supported yet; only --mode pretrain is"),
+        (
+            ["--mode", "sft"],
+            "recipe vanilla_gpt_pretrain_config is one of pretrain; give --model vanilla_gpt --mode sft",
+        ),
         (["--unknown-option", "3"], "unknown option --unknown-option"),
         (["--dataset", "squad"], "use mock or megatron-indexed"),
         (["-gb", "many"], "--global_batch_size: expected int, got 'many'"),

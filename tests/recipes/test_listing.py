@@ -20,10 +20,20 @@ def test_every_recipe_has_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes"]) == 0
     listed = rows(capsys.readouterr().out)
     assert list(listed) == sorted(RECIPES)
-    assert listed["llama3_8b_pretrain_config"] == ["8.03B", "4,194,304", "2", "sharded", "CP2"]
-    assert listed["qwen3_600m_pretrain_config"] == ["596M", "4,194,304", "1", "one", "process"]
-    assert listed["deepseek_v2_lite_pretrain_config"] == ["15.71B", "2,097,152", "8", "EP8", "x", "sharded", "DP8"]
-    assert listed["vanilla_gpt_pretrain_config"] == ["-", "32,768", "1", "one", "process"]
+    assert listed["llama3_8b_pretrain_config"] == ["8.03B", "8.03B", "4,194,304", "2", "sharded", "CP2"]
+    assert listed["qwen3_600m_pretrain_config"] == ["596M", "596M", "4,194,304", "1", "one", "process"]
+    assert listed["deepseek_v2_lite_pretrain_config"] == [
+        "15.71B",
+        "15.71B",
+        "2,097,152",
+        "8",
+        "EP8",
+        "x",
+        "sharded",
+        "DP8",
+    ]
+    assert listed["vanilla_gpt_pretrain_config"] == ["-", "-", "32,768", "1", "one", "process"]
+    assert listed["qwen3_8b_peft_config"] == ["8.19B", "5M", "65,536", "1", "one", "process"]
 
 
 def test_named_recipes_alone_by_either_name(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,11 @@ def resolve(config: ConfigContainer, world_size: int = 1) -> ConfigContainer:
         from lockstep.training.checkpoint_args import take_settings
 
         take_settings(resolved)
+    if resolved.checkpoint.pretrained_checkpoint is not None:
+        from lockstep.training.checkpoint_args import lacks_tokenizer, take_tokenizer
+
+        if lacks_tokenizer(resolved):
+            take_tokenizer(resolved)
     derive(resolved, world_size)
     found = problems(resolved, world_size)
     if found:

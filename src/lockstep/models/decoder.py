@@ -119,7 +119,7 @@ class GPTModel(nn.Module):
         if span.first:
             assert self.embedding is not None, "the first span has the embedding"
             x = self.embedding(x, position_ids, streams)
-        length = position_ids.shape[1] * self.sequence.parts
+        length = self.sequence.length(position_ids.shape[1])
         positions = self.sequence.positions(length, x.device)
         context = AttentionContext(
             hidden_positions(positions, length, document_ids),

@@ -12,6 +12,10 @@ class WholeSequence:
 
     parts = 1
 
+    def length(self, tokens: int) -> int:
+        """Return how long the sequences are of which this model works on so many tokens."""
+        return tokens * self.parts
+
     def positions(self, length: int, device: torch.device) -> Tensor:
         """Return where in a sequence of so many tokens those of this model stand, int64 [q]."""
         return torch.arange(length, device=device)

@@ -2,7 +2,7 @@
 
 from lockstep.config import ConfigContainer
 from lockstep.errors import ConfigError, nearest
-from lockstep.recipes import deepseek, gpt, llama, qwen  # noqa: F401  (registers their recipes)
+from lockstep.recipes import deepseek, gpt, llama, llama_tuning, qwen, qwen_tuning  # noqa: F401  (registers their recipes)
 from lockstep.recipes.registry import RECIPES, Recipe
 
 
@@ -20,8 +20,6 @@ def find_recipe(name: str) -> Recipe:
     by_name = RECIPES | {found.long_name: found for found in RECIPES.values() if found.long_name}
     if name in by_name:
         return by_name[name]
-    if name.endswith(("_sft_config", "_peft_config")):
-        raise ConfigError(f"recipe {name}: fine-tuning is not supported yet; recipes end with _pretrain_config")
     hint = nearest(name, by_name) or nearest(f"{name}_pretrain_config", RECIPES)
     hint = hint or f" Known recipes: {', '.join(sorted(RECIPES))}."
     raise ConfigError(f"unknown recipe {name}.{hint}")

@@ -3,6 +3,7 @@
 from lockstep.config import ConfigContainer
 from lockstep.recipes.families import GATED_DECODER, PRETRAINING
 from lockstep.recipes.registry import from_differences, recipe_for
+from lockstep.recipes.tuning import FINE_TUNING, LORA
 
 
 @recipe_for(8, "deepseek_v2_lite_pretrain_8gpu_h100_bf16_config")
@@ -29,6 +30,22 @@ def deepseek_v2_lite_pretrain_config() -> ConfigContainer:
         },
         _LATENTS,
         _EXPERTS,
+    )
+
+
+@recipe_for(8)
+def deepseek_v2_lite_sft_config() -> ConfigContainer:
+    """DeepSeek-V2-Lite, all weights fine-tuned on packed samples of 4096 tokens."""
+    return from_differences("deepseek_v2_lite_sft_config", FINE_TUNING, parent=deepseek_v2_lite_pretrain_config)
+
+
+@recipe_for(1)
+def deepseek_v2_lite_peft_config() -> ConfigContainer:
+    """DeepSeek-V2-Lite, adapters trained on packed samples of 4096 tokens."""
+    latents = ["linear_q_proj", "linear_kv_down_proj", "linear_kv_up_proj", "linear_proj", "linear_fc1", "linear_fc2"]
+    own = {"model.expert_model_parallel_size": 1, "peft.target_modules": latents}
+    return from_differences(
+        "deepseek_v2_lite_peft_config", FINE_TUNING, LORA, own, parent=deepseek_v2_lite_pretrain_config
     )
 
 

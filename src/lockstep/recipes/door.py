@@ -10,8 +10,9 @@ from lockstep.config import ConfigContainer, Origin, all_fields, canonical
 from lockstep.config.fields import coerce, describe, members
 from lockstep.errors import ConfigError, nearest
 from lockstep.launch import launch
-from lockstep.recipes.catalog import get_recipe
+from lockstep.recipes.catalog import find_recipe, get_recipe
 from lockstep.recipes.overrides import apply_overrides, apply_yaml
+from lockstep.recipes.registry import Task
 
 _CONVENIENCE: dict[str, tuple[tuple[str, ...], str]] = {
     "max_steps": (("-ms", "--max_steps"), "train.train_iters"),
@@ -36,10 +37,13 @@ _CONVENIENCE: dict[str, tuple[tuple[str, ...], str]] = {
     "save_interval": (("--save_interval",), "checkpoint.save_interval"),
 }
 _STEP_FUNCTIONS = ("gpt_step",)
-_FINE_TUNING = ("sft", "lora", "dora")
+_TASKS: dict[str, Task] = {"pretrain": "pretrain", "sft": "sft", "lora": "peft", "dora": "peft"}
+"""What a recipe has to do for a mode."""
+_DATA = {False: ("mock", "megatron-indexed"), True: ("mock", "local-jsonl")}
+"""Data by its name, for pre-training and for fine-tuning."""
 _REFUSED_DATA = {
-    ("squad", "tulu3", "openmathinstruct2", "openmathinstruct2-thinking", "gsm8k", "local-jsonl"): (
-        "this is data for fine-tuning, which is not supported yet"
+    ("squad", "tulu3", "openmathinstruct2", "openmathinstruct2-thinking", "gsm8k"): (
+        "nothing is fetched from the Hugging Face hub; save it to a folder and name that in dataset.hf_dataset_path"
     ),
     ("energon", "local-vlm", "cord-v2", "llava-video-178k", "medpix", "raven", "rdr"): (
         "this is data for models that see images or sound, which are not supported"
@@ -57,10 +61,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--recipe", metavar="NAME", help="Full recipe name; `lockstep recipes` lists them.")
     parser.add_argument(
-        "--model", metavar="STEM", help="Recipe stem: --model llama32_1b is llama32_1b_pretrain_config."
+        "--model", metavar="STEM", help="Recipe stem: --model llama32_1b --mode sft is llama32_1b_sft_config."
     )
-    parser.add_argument("--mode", default="pretrain", metavar="MODE", help="pretrain; fine-tuning is refused for now.")
-    parser.add_argument("--dataset", metavar="KIND", help="mock, or megatron-indexed with dataset.data_path=...")
+    parser.add_argument("--mode", metavar="MODE", help=f"{', '.join(_TASKS)}; pretrain without it.")
+    parser.add_argument(
+        "--dataset",
+        metavar="KIND",
+        help="mock; megatron-indexed with dataset.data_path=...; to fine-tune, local-jsonl with dataset.dataset_root.",
+    )
     parser.add_argument("--step-func", "--step_func", default="gpt_step", metavar="NAME", help="gpt_step.")
     parser.add_argument("--config", metavar="FILE", help="YAML file of sections and keys, applied before overrides.")
     parser.add_argument("--deterministic", action="store_true", help="Same as model.deterministic_mode=true.")
@@ -114,15 +122,22 @@ def recipe_name(options: argparse.Namespace) -> str:
     """Return the full name of the recipe that the options ask for.
 
     Raises:
-        ConfigError: neither or both of --recipe and --model, or a mode that is not supported.
+        ConfigError: neither or both of --recipe and --model, or a mode that is not that of the recipe.
     """
-    if options.mode in _FINE_TUNING:
-        raise ConfigError(f"--mode {options.mode}: fine-tuning is not supported yet; only --mode pretrain is")
-    if options.mode != "pretrain":
-        raise ConfigError(f"--mode {options.mode}: no such mode; only pretrain is supported")
+    mode = options.mode
+    if mode is not None and mode not in _TASKS:
+        raise ConfigError(f"--mode {mode}: no such mode; use {', '.join(_TASKS)}.{nearest(mode, _TASKS)}")
     if bool(options.recipe) == bool(options.model):
         raise ConfigError("give --recipe NAME or --model STEM, one of the two; `lockstep recipes` lists them")
-    return str(options.recipe or f"{options.model}_{options.mode}_config")
+    if options.model:
+        return f"{options.model}_{_TASKS[mode or 'pretrain']}_config"
+    found = find_recipe(options.recipe)
+    if mode is not None and found.task != _TASKS[mode]:
+        raise ConfigError(
+            f"--mode {mode}: recipe {found.name} is one of {found.task}; give --model {found.stem} --mode {mode}, or "
+            "drop --mode"
+        )
+    return str(options.recipe)
 
 
 def configure(options: argparse.Namespace) -> ConfigContainer:
@@ -130,6 +145,8 @@ def configure(options: argparse.Namespace) -> ConfigContainer:
     if options.step_func not in _STEP_FUNCTIONS:
         raise ConfigError(f"--step-func {options.step_func}: only {', '.join(_STEP_FUNCTIONS)} is supported")
     config = get_recipe(recipe_name(options))
+    if options.mode == "dora":
+        config.set("peft.scheme", "dora", Origin("command line", "--mode"))
     if options.config:
         apply_yaml(config, Path(options.config))
     _apply_dataset(config, options.dataset)
@@ -137,20 +154,22 @@ def configure(options: argparse.Namespace) -> ConfigContainer:
         config.set("model.deterministic_mode", True, Origin("command line", "--deterministic"))
     _apply_convenience(config, options)
     apply_overrides(config, options.overrides)
-    if options.dataset == "megatron-indexed" and config.dataset.mock is None:
+    if options.dataset in ("megatron-indexed", "local-jsonl") and config.dataset.mock is None:
         config.set("dataset.mock", False, Origin("command line", "--dataset"))
     return config
 
 
 def _apply_dataset(config: ConfigContainer, kind: str | None) -> None:
-    if kind is None or kind == "megatron-indexed":
-        return
-    if kind != "mock":
-        reason = next(
-            (why for names, why in _REFUSED_DATA.items() if kind in names), "there is no data set of this name"
+    known = _DATA[config.dataset.sft]
+    if kind is not None and kind not in known:
+        reason = next((why for names, why in _REFUSED_DATA.items() if kind in names), None)
+        if kind in _DATA[not config.dataset.sft]:
+            reason = f"this is no data for {'fine-tuning' if config.dataset.sft else 'pre-training'}"
+        raise ConfigError(
+            f"--dataset {kind}: {reason or 'there is no data set of this name'}; use {' or '.join(known)}"
         )
-        raise ConfigError(f"--dataset {kind}: {reason}; use mock or megatron-indexed")
-    config.set("dataset.mock", True, Origin("command line", "--dataset"))
+    if kind == "mock":
+        config.set("dataset.mock", True, Origin("command line", "--dataset"))
 
 
 def _apply_convenience(config: ConfigContainer, options: argparse.Namespace) -> None:

@@ -1,7 +1,9 @@
 """Recipes of the plain GPT family."""
 
 from lockstep.config import ConfigContainer, Ref
+from lockstep.recipes.families import PRETRAINING
 from lockstep.recipes.registry import from_differences, recipe_for
+from lockstep.recipes.tuning import FINE_TUNING, LORA
 
 
 @recipe_for(1, "vanilla_gpt_pretrain_1gpu_h100_bf16_config")
@@ -30,3 +32,16 @@ def vanilla_gpt_pretrain_config() -> ConfigContainer:
             "logger.log_interval": 10,
         },
     )
+
+
+@recipe_for(1)
+def vanilla_gpt_sft_config() -> ConfigContainer:
+    """The model of ``checkpoint.pretrained_checkpoint``, whatever its family, all weights fine-tuned."""
+    its_model = {"checkpoint.use_checkpoint_args": True}
+    return from_differences("vanilla_gpt_sft_config", PRETRAINING, FINE_TUNING, its_model)
+
+
+@recipe_for(1)
+def vanilla_gpt_peft_config() -> ConfigContainer:
+    """The model of ``checkpoint.pretrained_checkpoint``, whatever its family, with adapters trained."""
+    return from_differences("vanilla_gpt_peft_config", LORA, parent=vanilla_gpt_sft_config)

@@ -11,7 +11,7 @@ from lockstep.plan.gpus import GIB, Gpu, gpu_type, known_gpus
 from lockstep.plan.layouts import layout_of
 from lockstep.recipes.catalog import find_recipe
 from lockstep.recipes.registry import RECIPES, Recipe
-from lockstep.recipes.size import count_parameters
+from lockstep.recipes.size import count_parameters, count_trained
 
 _UNKNOWN = "-"
 
@@ -22,12 +22,14 @@ class Entry:
 
     Attributes:
         parameters: of the whole model; None where the recipe gives no size.
+        trained: parameters that are trained, likewise.
         tokens: consumed by an optimizer step.
         gpus: that its layout is made for.
         layout: sizes of the axes.
     """
 
     parameters: int | None
+    trained: int | None
     tokens: int | None
     gpus: int
     layout: str
@@ -40,7 +42,13 @@ def entry_of(recipe: Recipe) -> Entry:
     derive(config, recipe.gpus)
     batch, length = config.train.global_batch_size, config.model.seq_length
     tokens = batch * length if batch and length else None
-    return Entry(count_parameters(config.model), tokens, recipe.gpus, str(layout_of(config, recipe.gpus)))
+    return Entry(
+        parameters=count_parameters(config.model),
+        trained=count_trained(config.model, config.peft),
+        tokens=tokens,
+        gpus=recipe.gpus,
+        layout=str(layout_of(config, recipe.gpus)),
+    )
 
 
 def main(argv: Sequence[str]) -> int:
@@ -54,11 +62,14 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--gpu {options.gpu} says on what --memory is measured; add --memory")
     gpu = gpu_type(options.gpu or "h100") if options.memory else None
     recipes = [find_recipe(name) for name in options.names] or [found for _, found in sorted(RECIPES.items())]
-    rows = [["recipe", "parameters", "tokens/step", "GPUs", "layout"] + ([f"GiB of {gpu.name}"] if gpu else [])]
+    rows = [
+        ["recipe", "parameters", "trained", "tokens/step", "GPUs", "layout"] + ([f"GiB of {gpu.name}"] if gpu else [])
+    ]
     notes = []
     for recipe in recipes:
         entry = entry_of(recipe)
-        row = [recipe.name, size_text(entry.parameters), number_text(entry.tokens), str(entry.gpus), entry.layout]
+        sizes = [size_text(entry.parameters), size_text(entry.trained)]
+        row = [recipe.name, *sizes, number_text(entry.tokens), str(entry.gpus), entry.layout]
         if gpu:
             needed, why = _memory(recipe, gpu)
             row.append(needed)
@@ -70,7 +81,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _aligned(rows: list[list[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    numbers = (1, 2, 3)
+    numbers = (1, 2, 3, 4)
     return [
         "  ".join(
             cell.rjust(width) if column in numbers else cell.ljust(width)

@@ -1,12 +1,15 @@
 """How a recipe is written: a function without arguments that returns a config tree, registered under its name."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, cast
 
 from lockstep.config import ConfigContainer, Origin
 
 Build = Callable[[], ConfigContainer]
+Task = Literal["pretrain", "sft", "peft"]
+_TASK = re.compile(r"_(pretrain|sft|peft)_")
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,17 @@ class Recipe:
     long_name: str | None = None
 
     @property
+    def task(self) -> Task:
+        """What the recipe does, as its name says; one that says nothing trains from scratch."""
+        found = _TASK.search(self.name)
+        return cast(Task, found[1]) if found else "pretrain"
+
+    @property
+    def stem(self) -> str:
+        """The name without what the recipe does."""
+        return _TASK.split(self.name)[0]
+
+    @property
     def summary(self) -> str:
         """The first line of what the recipe says of itself."""
         return (self.build.__doc__ or "").partition("\n")[0]
@@ -40,8 +54,11 @@ def recipe(build: Build) -> Build:
     return build
 
 
-def recipe_for(gpus: int, long_name: str) -> Callable[[Build], Build]:
-    """Register a recipe under its function's name and NVIDIA's long one, with the GPUs that its layout is made for."""
+def recipe_for(gpus: int, long_name: str | None = None) -> Callable[[Build], Build]:
+    """Register a recipe under its function's name and NVIDIA's long one, if it has the recipe.
+
+    ``gpus`` are those that its layout is made for.
+    """
 
     def register(build: Build) -> Build:
         RECIPES[build.__name__] = Recipe(build.__name__, build, gpus, long_name)

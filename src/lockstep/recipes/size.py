@@ -1,7 +1,10 @@
 """How many parameters a configuration's model has, counted without building it."""
 
+from collections.abc import Iterator
+
 from lockstep.config.experts import expert_layers
 from lockstep.config.model import ModelConfig
+from lockstep.config.peft import PEFTConfig
 
 
 def count_parameters(m: ModelConfig) -> int | None:
@@ -17,6 +20,42 @@ def count_parameters(m: ModelConfig) -> int | None:
     if m.position_embedding_type == "learned_absolute":
         total += (m.max_position_embeddings or 0) * m.hidden_size
     return total
+
+
+def count_trained(m: ModelConfig, peft: PEFTConfig) -> int | None:
+    """Return the parameters that are trained: all, or those of adapters on plain names of linears.
+
+    None where the model's size is not given.
+    """
+    if peft.scheme is None or count_parameters(m) is None:
+        return count_parameters(m)
+    extra = 1 if peft.scheme == "dora" else 0
+    return sum(
+        peft.dim * (inputs + outputs) + extra * outputs
+        for name, inputs, outputs in _linears(m)
+        if name in peft.target_modules
+    )
+
+
+def _linears(m: ModelConfig) -> Iterator[tuple[str, int, int]]:
+    """Yield the name, inputs and outputs of every linear of all layers; the experts of a layer share one."""
+    hidden, heads, layers = m.hidden_size or 0, m.num_attention_heads or 0, m.num_layers or 0
+    mlps = [m.ffn_hidden_size or 0], [m.moe_ffn_hidden_size or 0, m.moe_shared_expert_intermediate_size or 0]
+    if m.multi_latent_attention:
+        attention = [
+            ("linear_q_proj", hidden, heads * (m.qk_head_dim + m.qk_pos_emb_head_dim)),
+            ("linear_kv_down_proj", hidden, m.kv_lora_rank + m.qk_pos_emb_head_dim),
+            ("linear_kv_up_proj", m.kv_lora_rank, heads * (m.qk_head_dim + m.v_head_dim)),
+            ("linear_proj", heads * m.v_head_dim, hidden),
+        ]
+    else:
+        width, groups = m.kv_channels or 0, m.num_query_groups or 0
+        attention = [("linear_qkv", hidden, (heads + 2 * groups) * width), ("linear_proj", heads * width, hidden)]
+    yield from attention * layers
+    for sparse in expert_layers(m):
+        for inner in filter(None, mlps[sparse]):
+            yield "linear_fc1", hidden, inner * (2 if m.gated_linear_unit else 1)
+            yield "linear_fc2", inner, hidden
 
 
 def _attention(m: ModelConfig) -> int:

@@ -46,6 +46,7 @@ _GIVEN_COUNTS = {
 }
 _GIVEN: tuple[OriginKind, ...] = ("command line", "file", "python")
 _REPLACES = "replaces"
+_HUGGING_FACE = "HuggingFaceTokenizer"
 
 
 def names_weights(info: FieldInfo) -> bool:
@@ -78,6 +79,30 @@ def take_settings(config: ConfigContainer) -> None:
             continue
         detail = f"{folder.name}, {_REPLACES} {spelled(info, origin)} = {ours}" if given else folder.name
         config.set(info.path, decode_number(theirs), Origin("checkpoint", detail))
+
+
+def lacks_tokenizer(config: ConfigContainer) -> bool:
+    """Tell whether a run needs the tokenizer of the model it starts from: of Hugging Face, and none is named."""
+    return (
+        config.tokenizer.tokenizer_type == _HUGGING_FACE
+        and config.tokenizer.tokenizer_model is None
+        and config.checkpoint.pretrained_checkpoint is not None
+    )
+
+
+def take_tokenizer(config: ConfigContainer) -> None:
+    """Name, in place, the tokenizer that a pretrained model has, where there is one; the origin says so.
+
+    Raises:
+        ConfigError: there is no such checkpoint.
+    """
+    try:
+        folder, saved = _saved_settings(config.checkpoint)
+    except UserError as error:
+        raise ConfigError(str(error)) from None
+    theirs = saved.get("tokenizer", {})
+    if theirs.get("tokenizer_type") == _HUGGING_FACE:
+        config.set("tokenizer.tokenizer_model", theirs.get("tokenizer_model"), Origin("checkpoint", folder.name))
 
 
 def named_source(settings: CheckpointConfig) -> tuple[Path, bool]:

@@ -1,0 +1,1 @@
+"""Text from a model: what ``lockstep generate`` does, as Python calls."""
