@@ -8,8 +8,11 @@ import torch
 from lockstep.config import ConfigContainer, Origin
 from lockstep.errors import ConfigError, UserError
 from lockstep.models import GPTModel
+from lockstep.models.moe import Experts
+from lockstep.parallel.mesh import Mesh
 from lockstep.peft.apply import adapter_names, add_adapters, initial_adapters
 from lockstep.recipes.overrides import apply_overrides
+from lockstep.training.setup import build_parallel_model
 from tests.parallel import sweep
 
 _BASE: dict[str, Any] = {"checkpoint.pretrained_checkpoint": "unread", "peft.scheme": "lora"}
@@ -119,3 +122,23 @@ def test_initial_values(method: str) -> None:
     assert not first[name + "linear_out.weight"].any()
     expected = {"xavier": (2 / 64) ** 0.5, "kaiming": (3 * 32) ** -0.5, "normal": 0.2}[method]
     assert float(first[name + "linear_in.weight"].std()) == pytest.approx(expected, rel=0.1)
+
+
+def test_grouped_products_have_shared_adapters_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts that are multiplied at once, as on a GPU, give what one after the other gives."""
+    config, cpu = _config("experts", lora_B_init_method="normal"), torch.device("cpu")
+    model, _, _ = build_parallel_model(config, Mesh(), cpu, torch.float32)
+    tokens = torch.arange(32).view(2, 16)
+    one_by_one = model.eval()(tokens, tokens % 16)
+
+    def grouped(x: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
+        ends = [0, *offs.tolist()]
+        return torch.cat([x[a:b] @ w for a, b, w in zip(ends, ends[1:], weight, strict=False)])
+
+    monkeypatch.setattr("lockstep.models.moe.takes_grouped_products", lambda *_: True)
+    monkeypatch.setattr("lockstep.models.moe.F.grouped_mm", grouped, raising=False)
+    at_once = model(tokens, tokens % 16)
+    assert torch.allclose(at_once, one_by_one, rtol=1e-5, atol=1e-6)
+    for experts in (module for module in model.modules() if isinstance(module, Experts)):
+        experts.linear_fc2 = None
+    assert not torch.allclose(model(tokens, tokens % 16), one_by_one, rtol=1e-3)

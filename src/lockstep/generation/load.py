@@ -12,10 +12,10 @@ from lockstep.config import ConfigContainer, Origin
 from lockstep.config.model import ModelConfig
 from lockstep.data.tokenizers import HuggingFaceTokenizer, NullTokenizer, Tokenizer, build_tokenizer
 from lockstep.errors import UserError
-from lockstep.hf.check import build
 from lockstep.hf.checkpoint import Checkpoint
 from lockstep.hf.convert import open_weights
 from lockstep.hf.folder import CONFIG, Folder, read_json
+from lockstep.hf.logits import build
 from lockstep.hf.settings import to_config
 from lockstep.models import GPTModel
 from lockstep.training import checkpoint_files as files
