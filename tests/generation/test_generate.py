@@ -139,7 +139,7 @@ def test_the_command_reads_text_and_chats_and_stops_as_the_folder_says(
         {"role": "user", "content": "w7"},
     ]
     prompts.write_text(json.dumps({"prompt": "w5 w6"}) + "\n\n" + json.dumps({"messages": talk}) + "\n")
-    asked = [str(folder), "w10 w11 w12", "--prompts-file", str(prompts), "--max-new-tokens", "6"]
+    asked = [str(folder), "--prompt", "w10 w11 w12", "--prompts-file", str(prompts), "--max-new-tokens", "6"]
     assert main(["generate", *asked, "--output", str(output)]) == 0
     found = [json.loads(line) for line in output.read_text().splitlines()]
     assert [line["prompt_tokens"] for line in found] == [[10, 11, 12], [5, 6], [2, 9, 4, 3, 8, 4, 2, 7, 4, 3]]
@@ -153,7 +153,7 @@ def test_the_command_reads_text_and_chats_and_stops_as_the_folder_says(
     assert main(["generate", *asked, "--chat", "--output", str(output)]) == 0
     found = [json.loads(line) for line in output.read_text().splitlines()]
     assert [line["prompt_tokens"] for line in found][:2] == [[2, 10, 11, 12, 4, 3], [2, 5, 6, 4, 3]]
-    assert main(["generate", str(folder), "w10 w11 w12", "--output", str(output)]) == 0
+    assert main(["generate", str(folder), "--prompt", "w10 w11 w12", "--output", str(output)]) == 0
     (line,) = map(json.loads, output.read_text().splitlines())
     assert (line["ended_by"], line["completion_tokens"][-1]) == ("stop token", stop)
     assert f"w{stop}" not in line["completion"].split()
@@ -165,7 +165,7 @@ def test_a_checkpoint_answers_as_the_folder_it_came_from(tmp_path: Path) -> None
     assert main(["convert", "import", str(folder), str(tmp_path / "ours"), *divisor]) == 0
     outputs = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
     for source, output in zip([folder, tmp_path / "ours"], outputs, strict=True):
-        assert main(["generate", str(source), "w5 w6", "w7", "--output", str(output)]) == 0
+        assert main(["generate", str(source), "--prompt", "w5 w6", "--prompt", "w7", "--output", str(output)]) == 0
     assert outputs[0].read_text() == outputs[1].read_text()
 
 
@@ -173,18 +173,18 @@ def test_a_checkpoint_answers_as_the_folder_it_came_from(tmp_path: Path) -> None
     ("options", "message"),
     [
         ([], "there is nothing to continue"),
-        (["w1", "--top-k", "3"], "--top-k: without a --temperature above 0 the likeliest token is taken"),
-        (["w1", "--temperature", "-1"], "a temperature of -1.0 is below 0"),
-        (["w1", "--temperature", "1", "--top-p", "1.5"], "top-p of 1.5 is not above 0"),
-        (["w1", "--ckpt-step", "3"], "--ckpt-step 3"),
-        (["w1", "--chat"], "the tokenizer has no chat template"),
-        (["1 2", "--token-ids", "--chat"], "the NullTokenizer has none"),
-        (["1 2", "--token-ids", "--tokenizer", "x"], "drop one of the two"),
-        ([""], "prompt 1 is empty"),
-        (["w1 w2", "--max-new-tokens", "63"], "more than the 64 positions of the model"),
+        (["--prompt", "w1", "--top-k", "3"], "--top-k: without a --temperature above 0 the likeliest token is taken"),
+        (["--prompt", "w1", "--temperature", "-1"], "a temperature of -1.0 is below 0"),
+        (["--prompt", "w1", "--temperature", "1", "--top-p", "1.5"], "top-p of 1.5 is not above 0"),
+        (["--prompt", "w1", "--ckpt-step", "3"], "--ckpt-step 3"),
+        (["--prompt", "w1", "--chat"], "the tokenizer has no chat template"),
+        (["--prompt", "1 2", "--token-ids", "--chat"], "the NullTokenizer has none"),
+        (["--prompt", "1 2", "--token-ids", "--tokenizer", "x"], "drop one of the two"),
+        (["--prompt", ""], "prompt 1 is empty"),
+        (["--prompt", "w1 w2", "--max-new-tokens", "63"], "more than the 64 positions of the model"),
         (["--prompts-file", "bad.jsonl"], "bad.jsonl, line 2: expected"),
         (["--prompts-file", "none.jsonl"], "none.jsonl cannot be read"),
-        (["w1", "--tokenizer", "none"], "tokenizer none does not exist"),
+        (["--prompt", "w1", "--tokenizer", "none"], "tokenizer none does not exist"),
     ],
 )
 def test_mistakes_give_one_message(
@@ -204,11 +204,11 @@ def test_mistakes_give_one_message(
 
 def test_a_folder_without_a_tokenizer_says_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = saved(tmp_path / "hf", "llama")
-    assert main(["generate", str(folder), "5 6"]) == USER_ERROR
+    assert main(["generate", str(folder), "--prompt", "5 6"]) == USER_ERROR
     assert "has no tokenizer; give one with --tokenizer FOLDER, or prompts as numbers with --token-ids" in (
         capsys.readouterr().err
     )
-    assert main(["generate", str(folder), "5 6", "--token-ids"]) == 0
+    assert main(["generate", str(folder), "--prompt", "5 6", "--token-ids"]) == 0
     with pytest.raises(UserError):
         load(tmp_path / "none")
 
@@ -229,5 +229,8 @@ def test_a_trained_checkpoint_answers_with_its_whole_state(tmp_path: Path, capsy
     assert loaded.model.config.moe_expert_capacity_factor is None
     assert loaded.model.dtype == torch.float32
     capsys.readouterr()
-    assert main(["generate", str(tmp_path / "saved"), "3 4 5", "--max-new-tokens", "3", "--dtype", "bfloat16"]) == 0
+    assert (
+        main(["generate", str(tmp_path / "saved"), "--prompt", "3 4 5", "--max-new-tokens", "3", "--dtype", "bfloat16"])
+        == 0
+    )
     assert capsys.readouterr().out.startswith("[1] 3 4 5\n--> ")

@@ -29,7 +29,7 @@ def register(subparsers: Any) -> None:
     )
     add = parser.add_argument
     add("model", type=Path, metavar="MODEL", help="folder of checkpoints, one checkpoint, or a Hugging Face folder")
-    add("prompts", nargs="*", metavar="PROMPT", help="text to continue")
+    add("--prompt", action="append", default=[], metavar="TEXT", help="text to continue; may be given several times")
     add(
         "--prompts-file",
         type=Path,
@@ -97,7 +97,7 @@ def _generate(options: argparse.Namespace) -> int:
         tokenizer=options.tokenizer,
         token_ids=options.token_ids,
     )
-    prompts = read_prompts(options.prompts, options.prompts_file, loaded.tokenizer, chat=options.chat)
+    prompts = read_prompts(options.prompt, options.prompts_file, loaded.tokenizer, chat=options.chat)
     began = time.perf_counter()
     completions = generate(
         loaded.model,

@@ -29,7 +29,7 @@ def read_prompts(texts: Sequence[str], file: Path | None, tokenizer: Tokenizer, 
     """
     given: list[str | list[dict[str, Any]]] = [*texts, *(_lines(file) if file is not None else [])]
     if not given:
-        raise UserError("there is nothing to continue; give a PROMPT, or --prompts-file FILE")
+        raise UserError("there is nothing to continue; give --prompt TEXT or --prompts-file FILE")
     return [_prompt([{"role": "user", "content": p}] if chat and isinstance(p, str) else p, tokenizer) for p in given]
 
 
