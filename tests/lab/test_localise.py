@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from lockstep.lab.localise.foreign import from_conversion
 from lockstep.lab.localise.localise import Localised, in_question, judge, localise
 from lockstep.lab.localise.probes import load_probes
 from lockstep.lab.localise.reference import ReferenceDecoder
-from lockstep.lab.localise.replay import replay
+from lockstep.lab.localise.replay import Decoder, replay
 from lockstep.lab.localise.sides import Foreign, Rerun, from_record, open_sides
 from lockstep.lab.localise.walk import Pass
 from lockstep.lab.localise.worker import RUN, TWIN, Job, config_of
@@ -82,12 +83,58 @@ def test_another_decoder_is_rounding(kind: str, decoder: str, clean: dict[str, P
     assert not [r for r in found.walked.results if r.state == "unknown"]
 
 
-def _against(decoder: str, start: Path, folder: Path) -> Localised:
+_VARIANTS: dict[str, dict[str, Any]] = {
+    "Llama 3.1's positions, norms of heads, loss by token, documents": {
+        **faults.LLAMA,
+        "model.rope_scaling": True,
+        "model.qk_layernorm": True,
+        "model.calculate_per_token_loss": True,
+        "dataset.reset_attention_mask": True,
+    },
+    "experts": {
+        **faults.LLAMA,
+        "model.num_moe_experts": 4,
+        "model.moe_ffn_hidden_size": 16,
+        "model.moe_layer_freq": "[0]+[1]",
+        "model.moe_router_load_balancing_type": ["none"],
+    },
+    "experts chosen by shares": {
+        **faults.LLAMA,
+        "model.num_moe_experts": 4,
+        "model.moe_ffn_hidden_size": 16,
+        "model.moe_router_pre_softmax": True,
+        "model.moe_router_load_balancing_type": ["none"],
+    },
+    "BF16": {**faults.LLAMA, "mixed_precision.bf16": True},
+    "SGD": {**faults.GPT, "optimizer.optimizer": "sgd"},
+}
+
+
+@pytest.mark.parametrize("variant", _VARIANTS)
+def test_the_reference_decoder_takes_two_steps_of_a_variant(variant: str, tmp_path: Path) -> None:
+    _probe(Job(faults.config(_VARIANTS[variant]), [1, 2], str(tmp_path / "a")))
+    found = _against("reference", tmp_path / "a", tmp_path / "b", [1, 2])
+    assert found.verdict == "rounding", found.sentence
+
+
+def test_recomputed_activations_are_seen_once(clean: dict[str, Path], tmp_path: Path) -> None:
+    again = {
+        "model.recompute_granularity": "full",
+        "model.recompute_method": "uniform",
+        "model.recompute_num_layers": 1,
+    }
+    job = faults.job_of(None, tmp_path, clean["gpt"])
+    _probe(replace(job, config=faults.config({**faults.GPT, **again})))
+    assert _outcome(clean["gpt"], tmp_path).verdict == "identical"
+
+
+def _against(decoder: str, start: Path, folder: Path, iterations: Sequence[int] = (1,)) -> Localised:
     run = load_probes(start, RUN)
     model = run.facts["config"]["model"]
-    replay(ReferenceDecoder(model) if decoder == "reference" else from_conversion(model, folder), run, [1], folder)
-    other = Pass("B", decoder, load_probes(folder, RUN), load_probes(folder, TWIN), foreign=True)
-    return judge((_pass("A", start), other), [1])
+    other: Decoder = ReferenceDecoder(model) if decoder == "reference" else from_conversion(model, folder)
+    replay(other, run, list(iterations), folder)
+    side = Pass("B", decoder, load_probes(folder, RUN), load_probes(folder, TWIN), foreign=True)
+    return judge((_pass("A", start), side), list(iterations))
 
 
 @pytest.mark.parametrize("kind", faults.KINDS)
@@ -187,12 +234,12 @@ def test_streams_that_were_not_restored_are_named(resumed, tmp_path: Path) -> No
 
 
 def test_moments_that_were_not_restored_are_named(resumed, tmp_path: Path) -> None:
-    """A moment that is zero where it should be small looks like nothing beside the weights."""
+    """Both sides repeat the same operations: nothing is left to rounding."""
     good = checkpoint_load.Source.read
 
     def without(self: Any, tensors: Any, config: Any) -> None:
         good(self, tensors, config)
-        tensors["optimizer.exp_avg.decoder.final_layernorm.weight"].tensor.zero_()
+        tensors["optimizer.exp_avg.decoder.final_layernorm.weight"].tensor.mul_(0.9)
 
     with mock.patch.object(checkpoint_load.Source, "read", without):
         found = _resumed(resumed, tmp_path)
