@@ -154,6 +154,14 @@ def _one_step_late(rate: Any, self: Any, samples: int) -> float:
     return float(rate(self, samples)) * 0.9
 
 
+def _a_replica_drifts(build: Any, config: Any, mesh: Any, *args: Any) -> Any:
+    model, *rest = build(config, mesh, *args)
+    if mesh.dp.rank == 1:
+        with torch.no_grad():
+            model.decoder.final_layernorm.weight[0] += 1e-6
+    return (model, *rest)
+
+
 # Forward.
 
 
@@ -194,6 +202,11 @@ def _no_mask(hidden_positions: Any, where: torch.Tensor, length: int, documents:
 
 def _product_not_added(product: Any, self: Any, x: torch.Tensor) -> torch.Tensor:
     return ops.linear(x, self.weight)
+
+
+def _one_process_is_off(product: Any, self: Any, x: torch.Tensor) -> torch.Tensor:
+    found = product(self, x)
+    return found * 1.001 if self.mesh.tp.rank == 1 else found
 
 
 # Loss and backward.
@@ -288,6 +301,12 @@ FAULTS: dict[str, Fault] = {
     "another seed": Fault(
         _changed(setup, "initial_weights", _another_seed), stages.WEIGHTS, "decoder.layers.1.mlp.linear_fc1.weight"
     ),
+    "replica that drifts": Fault(
+        _changed(setup, "build_parallel_model", _a_replica_drifts),
+        stages.WEIGHTS,
+        "decoder.final_layernorm.weight",
+        processes=2,
+    ),
     "schedule off": Fault(_changed(LearningRateSchedule, "__call__", _one_step_late), stages.SCHEDULE, "lr"),
     "bias given weight decay": Fault(
         _changed(optimizer, "is_decayed", _always),
@@ -316,6 +335,13 @@ FAULTS: dict[str, Fault] = {
     ),
     "missing sum in the forward pass": Fault(
         _changed(modules.RowParallelLinear, "product", _product_not_added),
+        stages.FORWARD,
+        "decoder.layers.0.self_attention",
+        layout=TENSOR,
+        processes=2,
+    ),
+    "one process is off": Fault(
+        _changed(modules.RowParallelLinear, "product", _one_process_is_off),
         stages.FORWARD,
         "decoder.layers.0.self_attention",
         layout=TENSOR,

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lockstep.lab.localise.probes import Logical
+from lockstep.lab.localise.probes import Copies, Logical
 from lockstep.lab.localise.stages import CLIPPED, GRADIENTS, REDUCED, UPDATE
 
 State = Literal["equal", "rounding", "differs", "unknown"]
@@ -155,6 +155,10 @@ def exact_row(iteration: int, stage: str, name: str, a: Logical, b: Logical) -> 
     if a.whole.shape != b.whole.shape:
         reason = f"its shape is {_shape(a)} in A and {_shape(b)} in B"
         return Row(iteration, stage, name, "differs", reason, math.inf)
+    for side, found in (("A", a), ("B", b)):
+        if found.copies:
+            reason, where = torn(side, found.copies[0])
+            return Row(iteration, stage, name, "differs", reason, where=where)
     if torch.equal(a.whole, b.whole):
         return Row(iteration, stage, name, "equal", apart=0.0)
     share = float((a.whole != b.whole).double().mean())
@@ -194,11 +198,9 @@ def four_row(
     shown: dict[str, Any] = {"apart": apart, "apart_in_float64": exact, "bound": bound}
     for side, found in (("A", a64), ("B", b64)):
         scale = max(rms(found.whole), floor)
-        torn = next((c for c in found.copies if c.apart > bound * max(scale, 1e-300) * 1e2), None)
-        if torn is not None:
-            first, second = torn.ranks
-            reason = f"processes {first} and {second} of {side} should have the same and are {torn.apart:.3g} apart"
-            where = Where((), 0.0, 0.0, side, torn.ranks, ())
+        apart_copies = next((c for c in found.copies if c.apart > bound * scale), None)
+        if apart_copies is not None:
+            reason, where = torn(side, apart_copies)
             return Row(iteration, stage, name, "differs", reason, where=where, **shown)
     if exact > bound:
         reason = f"in float64 the sides are {exact:.3g} of its size apart, where rounding explains {bound:.2g}"
@@ -217,6 +219,13 @@ def four_row(
         )
         return Row(iteration, stage, name, "differs", reason, where=farthest(a, b, 0.0), **shown)
     return Row(iteration, stage, name, "rounding", "the sides agree in float64", **shown)
+
+
+def torn(side: str, copies: Copies) -> tuple[str, Where]:
+    """Return the reason and the place where processes of one side have not what they should have alike."""
+    first, second = copies.ranks
+    reason = f"processes {first} and {second} of {side} should have the same and are {copies.apart:.3g} apart"
+    return reason, Where((), 0.0, 0.0, side, copies.ranks, ())
 
 
 def _shape(found: Logical) -> str:

@@ -142,6 +142,14 @@ class Probes:
         found = self.numbers.get((iteration, stage, name))
         return found[0][1] if found else None
 
+    def torn(self, iteration: int, stage: str, name: str) -> Copies | None:
+        """Return two processes that tell another number, or None."""
+        found = self.numbers.get((iteration, stage, name)) or []
+        for rank, value in found[1:]:
+            if value != found[0][1]:
+                return Copies((found[0][0], rank), abs(value - found[0][1]))
+        return None
+
     def logical(self, iteration: int, stage: str, name: str) -> Logical | None:
         """Return a tensor put together, or None where no process has written it."""
         entries = self.entries.get((iteration, stage, name))

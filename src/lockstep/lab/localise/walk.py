@@ -19,6 +19,7 @@ from lockstep.lab.localise.measure import (
     four_row,
     relative,
     rms,
+    torn,
 )
 from lockstep.lab.localise.probes import Logical, Probes
 from lockstep.record.schema import encode
@@ -231,7 +232,7 @@ class _Walker:
         """Compare what an iteration begins with: later ones inherit the rounding of those before."""
         one, other = self._pair(iteration, stage, name)
         row = exact_row(iteration, stage, name, one, other)
-        if row.state == "equal" or one.whole.shape != other.whole.shape:
+        if row.state == "equal" or one.whole.shape != other.whole.shape or one.copies or other.copies:
             return row
         for exact, low in ((one, other), (other, one)):
             if torch.equal(exact.whole.to(getattr(torch, low.dtype)).double(), low.whole):
@@ -280,6 +281,12 @@ class _Walker:
         one, other = self._a.run.number(iteration, stage, name), self._b.run.number(iteration, stage, name)
         if one is None or other is None:
             return
+        for side in (self._a, self._b):
+            copies = side.run.torn(iteration, stage, name)
+            if copies is not None:
+                reason, where = torn(side.label, copies)
+                yield Row(iteration, stage, name, "differs", reason, where=where)
+                return
         if one == other:
             yield Row(iteration, stage, name, "equal", apart=0.0)
             return
