@@ -23,7 +23,7 @@ from lockstep.lab.localise.localise import Localised, in_question, judge, locali
 from lockstep.lab.localise.probes import load_probes
 from lockstep.lab.localise.reference import ReferenceDecoder
 from lockstep.lab.localise.replay import Decoder, replay
-from lockstep.lab.localise.sides import Foreign, Rerun, from_record, open_sides
+from lockstep.lab.localise.sides import Foreign, Rerun, from_checkpoint, from_record, open_sides
 from lockstep.lab.localise.walk import Pass
 from lockstep.lab.localise.worker import RUN, TWIN, Job, config_of
 from lockstep.models import norms
@@ -231,6 +231,16 @@ def test_streams_that_were_not_restored_are_named(resumed, tmp_path: Path) -> No
         first = _resumed(resumed, tmp_path).walked.first
     assert first is not None
     assert (first.stage, first.name) == (stages.STATE, "random stream embedding 0")
+
+
+def test_a_side_begins_at_its_newest_checkpoint_before_the_iteration(resumed) -> None:
+    saved = resumed[1]["checkpoint.load"]
+    settings = {name: value for name, value in resumed[1].items() if not name.startswith("checkpoint.")}
+    side = Rerun("run", faults.config({**settings, "checkpoint.save": saved, "checkpoint.save_interval": 2}))
+    assert from_checkpoint(side, 2) is side
+    found = from_checkpoint(side, 3).config["checkpoint"]
+    assert (found["load"], found["ckpt_step"]) == (saved, 2)
+    assert from_checkpoint(Rerun("run", faults.config(settings)), 3).config["checkpoint"]["load"] is None
 
 
 def test_moments_that_were_not_restored_are_named(resumed, tmp_path: Path) -> None:
