@@ -17,7 +17,7 @@ from lockstep.cli import main
 from lockstep.errors import UserError
 from lockstep.hf.rules import Grouped
 from lockstep.lab.compare import compare_paths
-from lockstep.lab.localise import stages
+from lockstep.lab.localise import stages, worker
 from lockstep.lab.localise.foreign import from_conversion
 from lockstep.lab.localise.localise import Localised, in_question, judge, localise
 from lockstep.lab.localise.probes import load_probes
@@ -169,6 +169,37 @@ def test_two_precisions_are_rounding(clean: dict[str, Path], tmp_path: Path) -> 
     found = _outcome(clean["gpt"], tmp_path)
     assert found.verdict == "rounding", found.sentence
     assert "mixed_precision.bf16 (false against true)" in found.sentence
+
+
+def test_an_overflow_of_fp16_is_rounding(clean: dict[str, Path], tmp_path: Path) -> None:
+    half = {"mixed_precision.fp16": True, "mixed_precision.initial_loss_scale": 2.0**30}
+    job = faults.job_of(None, tmp_path, clean["gpt"])
+    _probe(replace(job, config=faults.config({**faults.GPT, **half})))
+    found = _outcome(clean["gpt"], tmp_path)
+    assert found.verdict == "rounding", found.sentence
+    assert any(row.reason == "float16 overflowed in B" for result in found.walked.results for row in result.rows)
+
+
+def test_a_moment_that_is_zero_is_named_across_precisions(tmp_path: Path) -> None:
+    """What two precisions begin a later iteration with may differ, but not by a state that is not there."""
+    _probe(Job(faults.config(faults.GPT), [3], str(tmp_path / "a")))
+    low = {**faults.GPT, "mixed_precision.bf16": True, "train.train_iters": 3}
+    good = worker.optimizer_tensors
+
+    def without(*arguments: Any) -> Any:
+        found = good(*arguments)
+        if found:
+            found["optimizer.exp_avg.decoder.final_layernorm.weight"].tensor.zero_()
+        return found
+
+    for number, job_patch in enumerate((good, without)):
+        folder = tmp_path / f"b{number}"
+        with mock.patch.object(worker, "optimizer_tensors", job_patch):
+            _probe(Job(faults.config(low), [3], str(folder), str(tmp_path / "a")))
+        first = judge((_pass("A", tmp_path / "a"), _pass("B", folder)), [3]).walked.first
+        assert (None if first is None else (first.stage, first.name, first.reason)) == (
+            (stages.STATE, "exp_avg.decoder.final_layernorm.weight", "it is zero in B") if number else None
+        )
 
 
 def test_a_fault_below_the_rounding_of_bf16_is_named(clean: dict[str, Path], tmp_path: Path) -> None:

@@ -208,6 +208,9 @@ def four_row(
         return Row(iteration, stage, name, "differs", reason, where=farthest(a64, b64, bound * scale), **shown)
     if apart == 0:
         return Row(iteration, stage, name, "equal", **shown)
+    for number, (side, found) in enumerate((("A", a), ("B", b))):
+        if dtypes[number] == "float16" and not bool(found.whole.isfinite().all()):
+            return Row(iteration, stage, name, "rounding", f"float16 overflowed in {side}", **shown)
     found_units = units(a, a64, dtypes[0], floor), units(b, b64, dtypes[1], floor)
     shown["units"] = found_units
     low, high = sorted(found_units)

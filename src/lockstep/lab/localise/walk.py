@@ -25,8 +25,6 @@ from lockstep.lab.localise.probes import Logical, Probes
 from lockstep.record.schema import encode
 
 _SURROUNDINGS = ("code", "packages", "device", "environment")
-_MOST_INHERITED = 0.5
-"""How far apart, relative to their size, what two layouts or precisions begin a later iteration with may be."""
 _HOST = ("LOCAL_WORLD_SIZE", "WORLD_SIZE")
 
 
@@ -243,8 +241,9 @@ class _Walker:
         if self._repeats:
             reason = "both sides repeat the same steps and have to begin with the same bits"
             return replace(row, reason=reason)
-        if (row.apart or 0.0) > _MOST_INHERITED:
-            return replace(row, reason=f"they are {row.apart:.2g} of their size apart, too much for rounding before")
+        for label, this, that in (("A", one, other), ("B", other, one)):
+            if stage == stages.STATE and not bool(this.whole.any()) and bool(that.whole.any()):
+                return replace(row, reason=f"it is zero in {label}")
         return replace(row, state="rounding", reason="left by the iterations before")
 
     @property
