@@ -361,7 +361,7 @@ def test_a_fault_is_named_by_way_of_the_launcher(tmp_path: Path) -> None:
     found = localise(one, other, tmp_path, say=lambda line: None)
     _assert_named(found, name)
     assert found.verdict == "bug"
-    assert found.next_step.startswith("Look at the sum over processes")
+    assert found.next_step.startswith("Look at the sums over micro-batches and processes")
 
 
 _LAYOUTS: dict[str, dict[str, Any]] = {
@@ -409,4 +409,7 @@ def test_a_layout_is_rounding(layout: str, clean: dict[str, Path], together: dic
 @pytest.mark.slow
 @pytest.mark.parametrize("name", _TOGETHER)
 def test_a_fault_in_two_processes_is_named(name: str, clean: dict[str, Path], together: dict[str, Path]) -> None:
-    _assert_named(_outcome(clean["gpt"], together[name]), name)
+    found = _outcome(clean["gpt"], together[name])
+    _assert_named(found, name)
+    if name in ("one process is off", "replica that drifts", "micro-batches of the first process"):
+        assert ", on process 1 of B" in found.sentence

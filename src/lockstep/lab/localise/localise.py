@@ -248,7 +248,7 @@ _LOOK = {
     stages.FORWARD: "Look at what computes this tensor from those before it, which are equal.",
     stages.LOSS: "Look at masks, the count of valid tokens and the divisor.",
     stages.GRADIENTS: "Look at the backward pass of what stands behind this tensor: all later ones are equal.",
-    stages.REDUCED: "Look at the sum over processes: each one's gradients add up to the right one.",
+    stages.REDUCED: "Look at the sums over micro-batches and processes: their gradients add up to the right one.",
     stages.NORM: "Look at which parameters are counted how often.",
     stages.CLIPPED: "Look at the clipping: norm and gradients before it are equal.",
     stages.UPDATE: "Look at the optimizer: gradients, learning rate and weight decay are equal.",

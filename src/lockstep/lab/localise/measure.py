@@ -7,14 +7,14 @@ of its own dtype, two correct sides round about alike.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from lockstep.lab.localise.probes import Copies, Logical
+from lockstep.lab.localise.probes import Box, Copies, Logical
 from lockstep.lab.localise.stages import CLIPPED, GRADIENTS, REDUCED, UPDATE
 
 State = Literal["equal", "rounding", "differs", "unknown"]
@@ -141,13 +141,23 @@ def farthest(a: Logical, b: Logical, tolerance: float) -> Where | None:
     apart = (a.whole.double() - b.whole.double()).abs().nan_to_num(math.inf)
     place = int(apart.argmax())
     index = tuple(int(i) for i in torch.unravel_index(torch.tensor(place), apart.shape)) if apart.dim() else ()
-    side, with_boxes = ("A", a) if len({x.rank for x in a.boxes}) > len({x.rank for x in b.boxes}) else ("B", b)
-    beyond = [box for box in with_boxes.boxes if box.tensor.numel() and float(apart[box.place].max()) > tolerance]
-    if len({box.term for box in with_boxes.boxes}) > 1:
-        beyond = []  # a sum: no process has it alone
+    side, one, other = ("A", a, b) if len({x.rank for x in a.boxes}) > len({x.rank for x in b.boxes}) else ("B", b, a)
+    beyond = _beyond(one, other, tolerance)
     ranks = tuple(sorted({box.rank for box in beyond}))
     micro = tuple(sorted({box.micro_batch for box in beyond if box.micro_batch is not None}))
     return Where(index, float(a.whole.flatten()[place]), float(b.whole.flatten()[place]), side, ranks, micro)
+
+
+def _beyond(one: Logical, other: Logical, tolerance: float) -> list[Box]:
+    """Return the boxes of a tensor that are farther than ``tolerance`` from another one; none of a sum."""
+    if len({box.term for box in one.boxes}) > 1:
+        return []  # no process has it alone
+    return [
+        box
+        for box in one.boxes
+        if box.tensor.numel()
+        and not bool(((box.tensor.double() - other.whole[box.place].double()).abs() <= tolerance).all())
+    ]
 
 
 def exact_row(iteration: int, stage: str, name: str, a: Logical, b: Logical) -> Row:
@@ -157,12 +167,12 @@ def exact_row(iteration: int, stage: str, name: str, a: Logical, b: Logical) -> 
         return Row(iteration, stage, name, "differs", reason, math.inf)
     for side, found in (("A", a), ("B", b)):
         if found.copies:
-            reason, where = torn(side, found.copies[0])
+            reason, where = torn(side, found.copies[0], _beyond(found, b if side == "A" else a, 0.0))
             return Row(iteration, stage, name, "differs", reason, where=where)
     if torch.equal(a.whole, b.whole):
         return Row(iteration, stage, name, "equal", apart=0.0)
     share = float((a.whole != b.whole).double().mean())
-    reason = f"{share:.2g} of its values differ"
+    reason = "all of its values differ" if share == 1 else f"{share:.2%} of its values differ"
     return Row(iteration, stage, name, "differs", reason, relative(a.whole, b.whole), where=farthest(a, b, 0.0))
 
 
@@ -200,7 +210,7 @@ def four_row(
         scale = max(rms(found.whole), floor)
         apart_copies = next((c for c in found.copies if c.apart > bound * scale), None)
         if apart_copies is not None:
-            reason, where = torn(side, apart_copies)
+            reason, where = torn(side, apart_copies, _beyond(found, b64 if side == "A" else a64, bound * scale))
             return Row(iteration, stage, name, "differs", reason, where=where, **shown)
     if exact > bound:
         reason = f"in float64 the sides are {exact:.3g} of its size apart, where rounding explains {bound:.2g}"
@@ -224,11 +234,17 @@ def four_row(
     return Row(iteration, stage, name, "rounding", "the sides agree in float64", **shown)
 
 
-def torn(side: str, copies: Copies) -> tuple[str, Where]:
-    """Return the reason and the place where processes of one side have not what they should have alike."""
+def torn(side: str, copies: Copies, beyond: Sequence[Box] = ()) -> tuple[str, Where | None]:
+    """Return the reason and the place where processes of one side have not what they should have alike.
+
+    ``beyond`` are those of its boxes that are not what the other side has.
+    """
     first, second = copies.ranks
     reason = f"processes {first} and {second} of {side} should have the same and are {copies.apart:.3g} apart"
-    return reason, Where((), 0.0, 0.0, side, copies.ranks, ())
+    ranks = tuple(sorted({box.rank for box in beyond}))
+    if not ranks or set(ranks) >= {first, second}:
+        return reason, None
+    return reason, Where((), 0.0, 0.0, side, ranks, ())
 
 
 def _shape(found: Logical) -> str:

@@ -133,7 +133,10 @@ def _features(a: Pass, b: Pass) -> StageResult:
         if not side.foreign
         for text in disagreements(side.run.facts["active"], side.run.facts["config"])
     ]
-    rows = [Row(0, stages.FEATURES, text.partition(":")[0], "differs", f"in {who} {text}") for who, text in found]
+    rows = []
+    for who, text in found:
+        name, _, reason = text.partition(": ")
+        rows.append(Row(0, stages.FEATURES, name, "differs", f"{reason} of {who}"))
     detail = "; ".join(f"{who}: {text}" for who, text in found) or "what is asked for is active"
     return StageResult(None, stages.FEATURES, "differs" if rows else "equal", detail, rows)
 
