@@ -387,6 +387,11 @@ def together(clean: dict[str, Path], tmp_path_factory) -> dict[str, Path]:
     for number, name in enumerate(_TOGETHER):
         found[name] = folder / f"fault-{number}"
         turns.append(Turn(2, faults.planted, (name, faults.job_of(name, found[name], clean["gpt"]))))
+    dropped = {**faults.GPT, "model.hidden_dropout": 0.1}
+    found["dropout"], found["DP2, dropout"] = folder / "dropout", folder / "dropout-2"
+    _probe(Job(faults.config(dropped), [1], str(found["dropout"])))
+    other = Job(faults.config(dropped, 2), [1], str(found["DP2, dropout"]), str(found["dropout"]))
+    turns.append(Turn(2, faults.planted, (None, other)))
     for turn, results in zip(turns, in_turn(turns), strict=True):
         assert results == [0, 0], turn
     return found
@@ -404,6 +409,13 @@ def test_a_layout_is_rounding(layout: str, clean: dict[str, Path], together: dic
         "gradients after reduction",
         "gradient norm",
     )
+
+
+@pytest.mark.slow
+def test_masks_that_layouts_draw_apart_are_no_bug(together: dict[str, Path]) -> None:
+    found = _outcome(together["dropout"], together["DP2, dropout"])
+    assert found.verdict == "cannot tell"
+    assert found.next_step == "Localise runs with dropout 0."
 
 
 @pytest.mark.slow

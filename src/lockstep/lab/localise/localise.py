@@ -10,7 +10,7 @@ from lockstep.lab.dormant import COMPUTE, DATA, INIT, SCHEDULE, UPDATE
 from lockstep.lab.localise import stages
 from lockstep.lab.localise.measure import Row
 from lockstep.lab.localise.sides import REFERENCE, TRANSFORMERS, Foreign, Rerun, from_checkpoint, run_again
-from lockstep.lab.localise.walk import Pass, Walked, walk
+from lockstep.lab.localise.walk import Pass, Walked, drops, same_streams, walk
 from lockstep.lab.verdict import Verdict
 
 _PLACE = "at {index} it is {a:.9g} in A and {b:.9g} in B"
@@ -202,6 +202,10 @@ def _cause(walked: Walked, row: Row) -> tuple[Verdict, str, str]:
         sentence += f", on {_ranks(row.where.ranks)} of {row.where.side}"
         if row.where.micro_batches:
             sentence += f" in micro-batch {row.where.micro_batches[0]}"
+    masked = row.stage not in (*stages.FACTS, stages.DATA, stages.WEIGHTS, stages.STATE, stages.SCHEDULE)
+    if masked and drops(walked.a) and drops(walked.b) and not same_streams(walked.a, walked.b):
+        sentence += ". Both have dropout, and layouts or micro-batches that draw other masks"
+        return "cannot tell", f"{sentence}.", "Localise runs with dropout 0."
     inherited = row.stage in (stages.WEIGHTS, stages.STATE) and row.iteration > 1
     if inherited and not settings and not _begins_here(walked, row.iteration):
         sentence += ". It comes from an earlier iteration"

@@ -63,10 +63,18 @@ Run = tuple[int, int, int]
 class Recorder(Observer):
     """Writes what one step works with; ``micro_batch_size`` samples at a time of the global batch."""
 
-    def __init__(self, writer: ProbeWriter, model: GPTModel, step: TrainStep, mesh: Mesh, iteration: int) -> None:
+    def __init__(
+        self,
+        writer: ProbeWriter,
+        model: GPTModel,
+        step: TrainStep,
+        mesh: Mesh,
+        placement: Placement,
+        iteration: int,
+    ) -> None:
         self._writer, self._model, self._step, self._mesh = writer, model, step, mesh
         self._iteration = iteration
-        self._placement = Placement(model.config, mesh)
+        self._placement = placement
         self._calls: Counter[str] = Counter()
         self._sums: dict[str, Tensor] = {}
         self._losses: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -114,7 +122,7 @@ class Recorder(Observer):
         self._writer.number(self._iteration, SCHEDULE, "weight decay", weight_decay)
         self._writer.number(self._iteration, SCHEDULE, "loss scale", self._step.optimizer.loss_scale)
         for number, part in enumerate(batch.split(micro_batch_size)):
-            for name in ("tokens", "labels", "loss_mask", "position_ids", "document_ids"):
+            for name in ("tokens", "labels", "loss_mask", "position_ids", "document_ids", "rotary_positions"):
                 tensor = getattr(part, name)
                 if tensor is not None:
                     whole = [(0, 0, tensor.shape[1])]
@@ -167,8 +175,10 @@ class Recorder(Observer):
             return
         context, number = arguments[1], self._calls[name]
         runs, length = self._tokens(_WHOLE)
-        if context.cos_sin is not None and number == 0:
-            for what, tensor in zip(("cosine", "sine"), context.cos_sin, strict=True):
+        for what, tensor in zip(("cosine", "sine"), context.cos_sin or (), strict=False):
+            if tensor.dim() == 4:  # of packed samples
+                self._write(FORWARD, f"rotary {what}", tensor, number, runs, length)
+            elif number == 0:
                 for first, there, size in runs:
                     shape, offsets = (length, *tensor.shape[1:]), (there, *(0,) * (tensor.dim() - 1))
                     self._tensor(FORWARD, f"rotary {what}", tensor[first : first + size], shape, offsets)
@@ -202,8 +212,8 @@ class Recorder(Observer):
     def _tokens(self, kind: str) -> tuple[list[Run], int]:
         """Return where the tokens of this process stand in a sample, and its length."""
         cp, tp = self._mesh.cp, self._mesh.tp
-        length = self._model.config.seq_length
-        assert length is not None, "a resolved tree has a sample length"
+        assert self.batch is not None, "the step has begun"
+        length = self.batch.tokens.shape[1]  # fine-tuning cuts batches to their longest sample
         positions = torch.arange(length)
         if cp.size > 1:
             positions = SequencePart(cp).positions(length, positions.device)

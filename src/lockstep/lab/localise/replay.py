@@ -52,6 +52,10 @@ def replay(decoder: Decoder, run: Probes, iterations: list[int], folder: Path) -
     config = run.facts["config"]
     if max(config["model"]["hidden_dropout"], config["model"]["attention_dropout"]) > 0:
         raise UserError(f"{decoder.title} draws no dropout masks; compare a run with dropout 0")
+    if config.get("peft", {}).get("scheme") is not None:
+        raise UserError(f"{decoder.title} has no adapters; compare a run that trains all weights")
+    if any(run.logical(iteration, stages.DATA, "rotary_positions") is not None for iteration in iterations):
+        raise UserError(f"{decoder.title} has one sample in each row; compare a run without packing")
     for kind, dtype in ((RUN, getattr(torch, run.facts["dtype"])), (TWIN, torch.float64)):
         writer = ProbeWriter()
         writer.facts = {**run.facts, "active": {}, "dtype": str(dtype).removeprefix("torch."), "inner": decoder.inner}

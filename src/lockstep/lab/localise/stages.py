@@ -55,7 +55,17 @@ _IN_LAYER = (
     "linear_fc2",
     "mlp",
 )
-_FIRST = ("tokens", "labels", "loss_mask", "position_ids", "document_ids", "lr", "weight decay", "loss scale")
+_FIRST = (
+    "tokens",
+    "labels",
+    "loss_mask",
+    "position_ids",
+    "document_ids",
+    "rotary_positions",
+    "lr",
+    "weight decay",
+    "loss scale",
+)
 _LAST = ("final_layernorm", "output_layer", "loss of each token", "loss numerator", "valid tokens", "divisor")
 
 

@@ -95,6 +95,22 @@ def walk(a: Pass, b: Pass, iterations: Sequence[int]) -> Walked:
     return Walked(a, b, results, differences)
 
 
+def same_streams(a: Pass, b: Pass) -> bool:
+    """Tell whether both sides draw the same dropout masks: data-parallel processes and stages have their own."""
+    layouts = [side.run.facts["layout"] for side in (a, b)]
+    micro = [side.run.facts["config"]["train"]["micro_batch_size"] for side in (a, b)]
+    axes = ("data_parallel", "pipeline_parallel")
+    return micro[0] == micro[1] and all(layouts[0][axis] == layouts[1][axis] for axis in axes)
+
+
+def drops(side: Pass) -> bool:
+    """Tell whether a side has dropout anywhere."""
+    config = side.run.facts["config"]
+    chances = [config["model"]["hidden_dropout"], config["model"]["attention_dropout"]]
+    adapters = config.get("peft", {})
+    return max(*chances, adapters.get("dropout") or 0.0 if adapters.get("scheme") else 0.0) > 0
+
+
 def _flat(probes: Probes) -> dict[str, Any]:
     config = probes.facts["config"]
     return {f"{section}.{key}": encode(value) for section, values in config.items() for key, value in values.items()}
@@ -259,18 +275,10 @@ class _Walker:
 
     def _state(self, iteration: int) -> Iterator[Row]:
         for name in self._a.run.number_names(iteration, stages.STATE):
-            if not name.startswith(stages.STREAM) or self._same_streams():
+            if not name.startswith(stages.STREAM) or same_streams(self._a, self._b):
                 yield from self._number(iteration, stages.STATE, name)
         for name in self._shared(iteration, stages.STATE):
             yield self._start_row(iteration, stages.STATE, name)
-
-    def _same_streams(self) -> bool:
-        """Tell whether both sides draw the same masks from the same streams."""
-        layouts = [side.run.facts["layout"] for side in (self._a, self._b)]
-        micro = [side.run.facts["config"]["train"]["micro_batch_size"] for side in (self._a, self._b)]
-        return micro[0] == micro[1] and all(
-            layouts[0][axis] == layouts[1][axis] for axis in ("data_parallel", "pipeline_parallel")
-        )
 
     def _schedule(self, iteration: int) -> Iterator[Row]:
         names = stages.in_order(stages.SCHEDULE, self._a.run.number_names(iteration, stages.SCHEDULE))

@@ -29,7 +29,7 @@ from lockstep.parallel.fsdp import is_sharded
 from lockstep.parallel.placement import Placed, Placement
 from lockstep.record.environment import code_version, device_facts, environment_variables, package_versions
 from lockstep.record.schema import decode_number, encode
-from lockstep.training.checkpoint_load import open_source, restore
+from lockstep.training.checkpoint_load import open_base, open_source, restore, restore_base
 from lockstep.training.checkpoint_peers import Peers
 from lockstep.training.checkpoint_state import (
     MODEL,
@@ -141,16 +141,18 @@ class _Side:
     def placement(self) -> Placement:
         """Where this process's parameters lie; the config knows the vocabulary once the data are there."""
         if self._placement is None:
-            self._placement = Placement(self._config.model, self._mesh)
+            self._placement = Placement(self._config.model, self._mesh, self._config.peft)
         return self._placement
 
     def run(self) -> None:
         """Take all steps up to the last iteration and write the probes of those in question."""
         config, mesh, wanted = self._config, self._mesh, self._job.iterations
         peers = Peers.of(mesh, timedelta(minutes=config.dist.distributed_timeout_minutes))
-        source = open_source(config, peers)
+        base, source = open_base(config, peers), open_source(config, peers)
         parts = build(config, self._device, mesh, ExitRule(time.monotonic()))
         progress = Progress()
+        if base is not None:
+            parts = restore_base(base, config, mesh, parts, peers)
         if source is not None:
             parts = restore(source, config, mesh, parts, progress, peers)
         if parts.trainer is None or parts.train_iters < max(wanted):
@@ -176,12 +178,14 @@ class _Side:
         writer.number(iteration, STATE, "consumed samples", progress.consumed_samples)
         writer.number(iteration, STATE, "samples of the schedule", progress.stepped_samples)
         streams = None if step.dropout is None else step.dropout.state_dict()
-        if streams is not None and max(model.config.hidden_dropout, model.config.attention_dropout) > 0:
+        peft = self._config.peft
+        chances = model.config.hidden_dropout, model.config.attention_dropout, peft.dropout if peft.scheme else 0.0
+        if streams is not None and max(chances) > 0:
             for name, state in streams.items():
                 title = f"{STREAM} {name} {stream_number(self._mesh)}"
                 writer.number(iteration, STATE, title, _digest(state))
         scaler = None if step.optimizer.scaler is None else step.optimizer.scaler.state_dict()
-        with Recorder(writer, model, step, self._mesh, iteration) as seen:
+        with Recorder(writer, model, step, self._mesh, self.placement, iteration) as seen:
             report = run_iteration(info, trainer, progress)
         assert seen.batch is not None, "a step has a batch"
         self._steps[iteration] = _Step(seen.batch, seen.micro, report.lr, report.weight_decay, streams, scaler)
@@ -203,7 +207,7 @@ class _Side:
                 step.dropout.load_state_dict(taken.streams)
             if taken.scaler is not None and optimizer.scaler is not None:
                 optimizer.scaler.load_state_dict(taken.scaler)
-            with Recorder(writer, model, step, mesh, iteration):
+            with Recorder(writer, model, step, mesh, self.placement, iteration):
                 result = step(taken.batch, taken.micro_batch_size, taken.lr, taken.weight_decay)
             self._write_end(writer, model, optimizer, iteration, result)
         assert writer is not None, "a job has iterations"
