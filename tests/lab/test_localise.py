@@ -18,7 +18,7 @@ from lockstep.errors import UserError
 from lockstep.hf.rules import Grouped
 from lockstep.lab.compare import compare_paths
 from lockstep.lab.localise import stages, worker
-from lockstep.lab.localise.foreign import from_conversion
+from lockstep.lab.localise.foreign import from_conversion, from_folder
 from lockstep.lab.localise.localise import Localised, in_question, judge, localise
 from lockstep.lab.localise.probes import load_probes
 from lockstep.lab.localise.reference import ReferenceDecoder
@@ -81,6 +81,17 @@ def test_another_decoder_is_rounding(kind: str, decoder: str, clean: dict[str, P
     found = _against(decoder, clean[kind], tmp_path)
     assert found.verdict == "rounding", found.sentence
     assert not [r for r in found.walked.results if r.state == "unknown"]
+
+
+def test_a_hugging_face_folder_is_a_side(clean: dict[str, Path], tmp_path: Path) -> None:
+    _against("transformers", clean["llama"], tmp_path / "conversion")
+    folder = tmp_path / "conversion" / "hf-0"
+    run = write(tmp_path / "run", features={"layout": {"processes": 1}})
+    assert open_sides(str(run), str(folder))[1] == Foreign("folder", folder)
+    replay(from_folder(folder), load_probes(clean["llama"], RUN), [1], tmp_path / "b")
+    side = Pass("B", "folder", load_probes(tmp_path / "b", RUN), load_probes(tmp_path / "b", TWIN), foreign=True)
+    found = judge((_pass("A", clean["llama"]), side), [1])
+    assert found.verdict == "rounding", found.sentence
 
 
 _VARIANTS: dict[str, dict[str, Any]] = {
