@@ -57,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     from lockstep.jobfile.cli import register as register_jobfile
     from lockstep.lab.bisect.cli import register as register_bisect
     from lockstep.lab.cli import register as register_lab
+    from lockstep.lab.localise.cli import register as register_localise
     from lockstep.peft.cli import register as register_adapter
     from lockstep.plan.cli import register as register_plan
     from lockstep.record.cli import register as register_record
@@ -71,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
         subparsers.add_parser(name, help=(door.__doc__ or "").rstrip("."), add_help=False)
     register_lab(subparsers)
     register_bisect(subparsers)
+    register_localise(subparsers)
     register_record(subparsers)
     register_data(subparsers)
     register_jobfile(subparsers)

@@ -31,9 +31,9 @@ class Gradients:
         self._split = [mesh.tp.size > 1 and shard_of(name, config) is not None for name in owned]
         self._expert = [mesh.experts_apart and is_expert(name) for name in owned]
         self._partial = [_is_partial(name, config, mesh) for name in names]
-        self._tied = [_is_tied(name, config, mesh) for name in names]
+        self._tied = [is_tied(name, config, mesh) for name in names]
         # The first stage counts what both ends of a pipeline have.
-        self._elsewhere = [_is_tied(name, config, mesh) and mesh.ends.rank > 0 for name in owned]
+        self._elsewhere = [is_tied(name, config, mesh) and mesh.ends.rank > 0 for name in owned]
 
     def add_shared(self, grads: Sequence[torch.Tensor]) -> None:
         """Add up, in place, partial gradients over tensor parallel and those of tied weights over both ends.
@@ -92,14 +92,15 @@ class Gradients:
 
 def is_shared(name: str, config: ModelConfig, mesh: Mesh) -> bool:
     """Tell whether ``Gradients.add_shared`` changes the gradient of a parameter."""
-    return _is_partial(name, config, mesh) or _is_tied(name, config, mesh)
+    return _is_partial(name, config, mesh) or is_tied(name, config, mesh)
 
 
 def _is_partial(name: str, config: ModelConfig, mesh: Mesh) -> bool:
     return mesh.tp.size > 1 and has_partial_gradient(name, config, mesh.sequence_parallel)
 
 
-def _is_tied(name: str, config: ModelConfig, mesh: Mesh) -> bool:
+def is_tied(name: str, config: ModelConfig, mesh: Mesh) -> bool:
+    """Tell whether both ends of the pipeline have a parameter."""
     return config.share_embeddings_and_output_weights and mesh.ends.size > 1 and name == WORD_EMBEDDINGS
 
 

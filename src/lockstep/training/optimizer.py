@@ -9,6 +9,7 @@ from lockstep.config import ConfigContainer
 from lockstep.config.training import OptimizerConfig
 from lockstep.parallel import Mesh
 from lockstep.parallel.gradients import Gradients
+from lockstep.training.observe import Observer
 from lockstep.training.precision import LossScaler, MainWeights, build_loss_scaler
 from lockstep.training.sharded import build_main_weights
 
@@ -50,6 +51,7 @@ class Optimizer:
         self._count_zeros = config.logger.log_num_zeros_in_grad
         self.groups = _groups(self.weights, config.optimizer.apply_wd_to_qk_layernorm)
         self.inner = _build(self.groups, config.optimizer)
+        self.observer = Observer()
 
     @property
     def loss_scale(self) -> float:
@@ -74,9 +76,11 @@ class Optimizer:
                 grad.mul_(grad_factor)
         if self.scaler is not None and self._unscale(grads, self.scaler):
             return Update(skipped=True, grad_norm=None, num_zeros=None)
+        self.observer.gradients("reduced", grads)
         norm = self._gradients.norm(grads)
         if self._settings.clip_grad > 0:
             nn.utils.clip_grads_with_norm_(self.weights.main_params, self._settings.clip_grad, norm)
+        self.observer.gradients("clipped", grads)
         zeros = self._zeros(grads) if self._count_zeros else None
         for group in self.inner.param_groups:
             group["lr"] = lr

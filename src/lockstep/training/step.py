@@ -11,6 +11,7 @@ import torch
 from lockstep.models import DropoutStreams
 from lockstep.parallel import Axis
 from lockstep.training.feed import Batch, in_global_order
+from lockstep.training.observe import Observer
 from lockstep.training.optimizer import Optimizer
 from lockstep.training.passes import Passes
 
@@ -57,6 +58,7 @@ class TrainStep:
         self.optimizer = optimizer
         self._per_token = per_token
         self._dp = dp or Axis()
+        self.observer = Observer()
 
     @property
     def dropout(self) -> DropoutStreams | None:
@@ -65,6 +67,7 @@ class TrainStep:
 
     def __call__(self, batch: Batch, micro_batch_size: int, lr: float, weight_decay: float) -> StepResult:
         """Take one step on this process's part of a global batch with a learning rate and weight decay."""
+        self.observer.begin(batch, micro_batch_size, lr, weight_decay)
         micro_batches = len(batch) // micro_batch_size
         self.optimizer.start_step(micro_batches)
         count = micro_batches * self._dp.size
@@ -72,7 +75,9 @@ class TrainStep:
 
         def objective(loss_sum: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
             value = loss_sum if self._per_token else loss_sum / tokens.clamp(min=1) / count
-            return value * scale if scale != 1.0 else value
+            value = value * scale if scale != 1.0 else value
+            self.observer.loss(loss_sum, tokens, value)
+            return value
 
         router_weight = scale * (micro_batch_size * batch.tokens.shape[1] if self._per_token else 1.0 / count)
         found = self._passes.train(batch, micro_batch_size, objective, router_weight)

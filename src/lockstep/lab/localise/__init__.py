@@ -1,0 +1,1 @@
+"""Where two runs part: both are run again with probes on, and walked through in the order of execution."""

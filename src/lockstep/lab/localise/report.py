@@ -1,0 +1,90 @@
+"""The report of a localisation: the walk with a mark at each stage, the numbers behind the first cause, JSON."""
+
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from lockstep.lab.localise.localise import Localised
+from lockstep.lab.localise.measure import Row
+from lockstep.lab.localise.walk import StageResult
+from lockstep.lab.report import PIPE_WIDTH
+from lockstep.record.schema import encode
+
+REPORT_SCHEMA = 1
+
+_MARKS = {"equal": ("=", "green"), "rounding": ("~", "green"), "differs": ("✗", "red"), "unknown": ("?", "yellow")}
+_AROUND = 3
+
+
+def as_json(found: Localised) -> dict[str, Any]:
+    """Return the whole outcome as plain JSON values."""
+    walked = found.walked
+    return encode(
+        {
+            "schema": REPORT_SCHEMA,
+            "verdict": found.verdict,
+            "exit_code": found.exit_code,
+            "sentence": found.sentence,
+            "next_step": found.next_step,
+            "iterations": found.iterations,
+            "sides": {side.label: {"title": side.title, "dtype": side.dtype} for side in (walked.a, walked.b)},
+            "first": None if walked.first is None else vars(walked.first),
+            "begins": None if walked.begins is None else vars(walked.begins),
+            "stages": [vars(result) | {"rows": [vars(row) for row in result.rows]} for result in walked.results],
+            "config_differences": walked.differences,
+            "notes": found.notes,
+        }
+    )
+
+
+def show(found: Localised, console: Console | None = None) -> None:
+    """Print the outcome, the verdict last."""
+    console = console or Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
+    for side in (found.walked.a, found.walked.b):
+        console.print(Text(f"{side.label}: {side.title} ({side.dtype})"), soft_wrap=True)
+    console.print(_walk(found.walked.results))
+    if found.walked.first is not None:
+        console.print(_numbers(found))
+    for note in found.notes:
+        console.print(Text(f"Note: {note}."))
+    body = Text(found.sentence)
+    if found.next_step:
+        body.append(f"\nNext: {found.next_step}")
+    style = "green" if found.exit_code == 0 else "red"
+    console.print(Panel(body, title=Text(f"verdict: {found.verdict}"), border_style=style))
+
+
+def _walk(results: list[StageResult]) -> Table:
+    table = Table("Iteration", "Stage", "", "Finding", title="Walk", title_justify="left")
+    walked = [result for result in results if not result.detail.startswith("not walked")]
+    for result in walked:
+        mark, style = _MARKS[result.state]
+        number = "" if result.iteration is None else str(result.iteration)
+        table.add_row(number, result.stage, Text(mark, style=style), Text(result.detail))
+    left = len(results) - len(walked)
+    if left:
+        table.add_row("", f"{left} more", "", Text("not walked: an earlier stage differs"))
+    return table
+
+
+def _numbers(found: Localised) -> Table:
+    """Return the rows around the first that differs."""
+    result = next(r for r in found.walked.results if any(row.state == "differs" for row in r.rows))
+    place = next(number for number, row in enumerate(result.rows) if row.state == "differs")
+    table = Table(title=f"{result.stage}, around the first that differs", title_justify="left")
+    table.add_column("Tensor", overflow="fold")
+    for name in ("", "apart", "in float64", "rounding explains", "roundings A", "roundings B"):
+        table.add_column(name, justify="right")
+    for row in result.rows[max(0, place - _AROUND) : place + _AROUND + 1]:
+        mark, style = _MARKS[row.state]
+        table.add_row(row.name, Text(mark, style=style), *_cells(row))
+    return table
+
+
+def _cells(row: Row) -> list[str]:
+    numbers = [row.apart, row.apart_in_float64, row.bound, *(row.units or (None, None))]
+    return ["" if number is None else "0" if number == 0 else f"{number:.2g}" for number in numbers]
