@@ -1,4 +1,4 @@
-"""The commands of README.md and docs/first-hour.md do what the pages say."""
+"""The commands of README.md and of the guides do what the pages say."""
 
 import json
 import os
@@ -78,6 +78,27 @@ def run_blocks(page: str, folder: Path, *names: str, path: str) -> str:
     )
     assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
     return ended.stdout + ended.stderr
+
+
+@pytest.mark.slow
+def test_a_hugging_face_folder_learns_answers_as_the_first_fine_tuning_says(tmp_path: Path) -> None:
+    page = "docs/first-finetune.md"
+    (tmp_path / "scripts").symlink_to(ROOT / "scripts")
+    subprocess.run([sys.executable, "-c", block(page, "model")], cwd=tmp_path, check=True)
+    before = run_blocks(page, tmp_path, "before", "samples", path=str(ROOT / "src"))
+    assert "It is Lima ." in before
+    assert "--> " in before
+    assert "-->  It is Lima ." not in before
+    assert "assistant :[[It is Lima . </s>]]" in before
+    assert "logits in float32       same" in before
+    after = run_blocks(page, tmp_path, "train", "after", path=str(ROOT / "src"))
+    assert "-->  It is Lima ." in after
+    losses = [line.lm_loss for line in load_run(tmp_path / "my-data/lora").train]
+    assert losses[0] > 3
+    assert losses[-1] < 0.1
+    code = block(page, "transformers")
+    told = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "assistant : It is Oslo . </s>" in told.stdout
 
 
 @pytest.fixture

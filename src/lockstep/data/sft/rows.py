@@ -111,7 +111,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise UserError(f"{path}: parquet needs pyarrow; install lockstep[datasets], or give JSON lines") from None
+        raise UserError(f"{path}: parquet needs pyarrow; install lockstep-lm[datasets], or give JSON lines") from None
     number = 0
     try:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
@@ -165,7 +165,7 @@ def _open_saved(path: Path, split: str | None) -> Rows:
         import datasets
     except ImportError:
         raise UserError(
-            f"{path}: data sets that Hugging Face datasets saved need that library; install lockstep[datasets], "
+            f"{path}: data sets that Hugging Face datasets saved need that library; install lockstep-lm[datasets], "
             "or export JSON lines with its to_json"
         ) from None
     folder = path / split if split else path
