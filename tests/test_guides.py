@@ -93,9 +93,9 @@ def test_a_hugging_face_folder_learns_answers_as_the_first_fine_tuning_says(tmp_
     assert "logits in float32       same" in before
     after = run_blocks(page, tmp_path, "train", "after", path=str(ROOT / "src"))
     assert "-->  It is Lima ." in after
-    losses = [line.lm_loss for line in load_run(tmp_path / "my-data/lora").train]
+    losses = [line.lm_loss or 0.0 for line in load_run(tmp_path / "my-data/lora").train]
     assert losses[0] > 3
-    assert losses[-1] < 0.1
+    assert 0 < losses[-1] < 0.1
     code = block(page, "transformers")
     told = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "assistant : It is Oslo . </s>" in told.stdout

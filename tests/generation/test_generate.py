@@ -91,10 +91,8 @@ def test_a_stop_token_ends_its_prompt_alone(folder: Path) -> None:
 )
 def test_probabilities_are_those_of_transformers(settings: Sampling, warpers: list[Any]) -> None:
     logits = torch.randn(3, 40, generator=torch.Generator().manual_seed(1)) * 2
-    warped = LogitsProcessorList([TemperatureLogitsWarper(settings.temperature), *warpers])(
-        torch.zeros(3, 1).long(),
-        logits.double(),
-    )
+    processors: Any = LogitsProcessorList([TemperatureLogitsWarper(settings.temperature), *warpers])
+    warped = processors(torch.zeros(3, 1).long(), logits.double())
     tokens, shares = ranked(logits, settings)
     found = torch.zeros_like(shares).scatter(-1, tokens, shares)
     torch.testing.assert_close(found, warped.softmax(-1), rtol=1e-9, atol=1e-12)
