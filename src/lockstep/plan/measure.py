@@ -21,6 +21,7 @@ from lockstep.parallel.mesh import build_mesh
 from lockstep.plan.gpus import Gpu
 from lockstep.plan.standins import like_gpu
 from lockstep.plan.tracker import PARTS, MemoryTracker, Part
+from lockstep.training.attention import choose_attention, use_attention
 from lockstep.training.batches import build_batch_schedule, eval_batch_size
 from lockstep.training.feed import Batch
 from lockstep.training.optimizer import Optimizer, Update
@@ -119,6 +120,7 @@ class _Run:
         with tracker.during("weights", "building the model"):
             self._model = GPTModel(config.model, dtype=params_dtype(config), device=_META)
             spans = parallelize(self._model, mesh)
+        use_attention(self._model, choose_attention(config, _META))
         self.parameters = sum(p.numel() for p in self._model.parameters())
         self._label_weights()
         self._model.head = _Head(self._model.head, tracker)

@@ -22,6 +22,7 @@ from lockstep.parallel import Mesh, parallelize
 from lockstep.parallel.apply import part_of
 from lockstep.parallel.dropout import LayoutDropoutStreams
 from lockstep.parallel.fsdp import WeightSharding, keeper
+from lockstep.training.attention import choose_attention, use_attention
 from lockstep.training.batches import build_batch_schedule, eval_batch_size, num_samples, train_iterations
 from lockstep.training.console import dataset_size_lines, parameters_line, say
 from lockstep.training.context import ContextPasses
@@ -125,6 +126,7 @@ def build_parallel_model(
     model = GPTModel(config.model, dtype=dtype, device=torch.device("meta"))
     sharding = _weight_sharding(config, mesh, dtype, device)
     spans = parallelize(model, mesh, sharding)
+    use_attention(model, choose_attention(config, device))
     prints = Fingerprint()
     weights = initial_weights(config.model, config.rng.seed, dtype, device)
     part = partial(part_of, config=config.model, mesh=mesh)
