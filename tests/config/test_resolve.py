@@ -86,7 +86,7 @@ def test_all_problems_come_back_at_once() -> None:
         ),
         (["--save", "x"], "--save needs checkpoint.save_interval (--save-interval)"),
         (["--use-checkpoint-args"], "--use-checkpoint-args has no effect without checkpoint.load"),
-        (["--attention-backend", "flash"], "fused attention is not supported yet"),
+        (["--attention-backend", "flash"], "has no attention dropout"),
         (["--position-embedding-type", "yarn"], "use learned_absolute, rope or none"),
         (["--train-samples", "8"], "exclude each other"),
         (["--data-path", "x"], "exclude each other"),

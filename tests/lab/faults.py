@@ -256,9 +256,9 @@ def _all_split(norm: Any, self: Any, tensors: Any) -> torch.Tensor:
     return norm(self, tensors)
 
 
-def _clipped_twice(clip: Any, params: Any, limit: float, norm: torch.Tensor) -> None:
-    clip(params, limit, norm)
-    clip(params, limit, norm)
+def _clipped_twice(multiply: Any, self: Any, factor: torch.Tensor) -> None:
+    multiply(self, factor)
+    multiply(self, factor)
 
 
 def _always(original: Any, *args: Any) -> bool:
@@ -331,7 +331,7 @@ FAULTS: dict[str, Fault] = {
         "decoder.layers.0.self_attention.linear_qkv",
     ),
     "last key always seen": Fault(
-        _changed(sys.modules["lockstep.models.decoder"], "hidden_positions", _no_mask), stages.FORWARD, "attention mask"
+        _changed(sys.modules["lockstep.models.mask"], "hidden_positions", _no_mask), stages.FORWARD, "attention mask"
     ),
     "missing sum in the forward pass": Fault(
         _changed(modules.RowParallelLinear, "product", _product_not_added),
@@ -388,7 +388,7 @@ FAULTS: dict[str, Fault] = {
         _changed(Gradients, "norm", _all_split), stages.NORM, "gradient norm", layout=TENSOR, processes=2
     ),
     "clipped twice": Fault(
-        _changed(torch.nn.utils, "clip_grads_with_norm_", _clipped_twice),
+        _changed(optimizer.WideGradients, "multiply", _clipped_twice),
         stages.CLIPPED,
         "embedding.position_embeddings.weight",
     ),

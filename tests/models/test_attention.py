@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lockstep.models import build_model
 from lockstep.models.attention import AttentionContext, core_attention
-from lockstep.models.decoder import hidden_positions
+from lockstep.models.mask import CausalMask, hidden_positions
 from lockstep.models.positions import inverse_frequencies, rotary_cos_sin, rotate, scaled_frequencies
 
 CPU = torch.device("cpu")
@@ -142,7 +142,7 @@ def test_qk_norm_is_applied_per_head_before_rotation(llama_like):
     prefix = "decoder.layers.0.self_attention"
     assert names[:2] == [f"{prefix}.q_layernorm.weight", f"{prefix}.k_layernorm.weight"]
     attention: Any = model.get_submodule(prefix)
-    context = AttentionContext(hidden_positions(torch.arange(6), 6, None), None, None)
+    context = AttentionContext(CausalMask(6, CPU), None, None)
     query, key, _ = attention._query_key_value(torch.randn(1, 6, 32), context)
-    for part in (query, key):
-        torch.testing.assert_close(part.square().mean(dim=-1), torch.ones(1, 6, 4), rtol=1e-2, atol=1e-2)
+    for part, heads in ((query, 4), (key, 2)):
+        torch.testing.assert_close(part.square().mean(dim=-1), torch.ones(1, 6, heads), rtol=1e-2, atol=1e-2)

@@ -9,8 +9,8 @@ import torch.nn.functional as F  # noqa: N812
 
 from lockstep.models import GPTModel, build_model
 from lockstep.models.attention import AttentionContext
-from lockstep.models.decoder import hidden_positions
 from lockstep.models.flops import flops_per_iteration, flops_per_token
+from lockstep.models.mask import CausalMask
 from lockstep.models.mlp import MLP, uses_fused_activation
 from lockstep.models.norms import Norm
 
@@ -52,7 +52,7 @@ def test_residual_may_start_at_the_norm_output(tiny):
                 parameter.zero_()
     hidden = torch.randn(2, 6, 32)
     twice = layer.pre_mlp_layernorm(layer.input_layernorm(hidden))
-    context = AttentionContext(hidden_positions(torch.arange(6), 6, None), None, None)
+    context = AttentionContext(CausalMask(6, CPU), None, None)
     assert torch.equal(layer(hidden, context), twice)
 
 

@@ -339,7 +339,8 @@ def play(
 def _grads(optimizer: Optimizer, mesh: Mesh) -> dict[str, torch.Tensor]:
     """Return the gradient of every parameter that this process has, put together from the pieces of all."""
     weights = optimizer.weights
-    grads = [p.grad for p in weights.main_params if p.grad is not None]
+    assert optimizer.grads is not None, "a step has been taken"
+    grads = list(optimizer.grads)
     if not weights.sharded:
         return dict(zip(weights.main_names, grads, strict=True))
     found = {

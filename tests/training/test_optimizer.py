@@ -134,3 +134,31 @@ def test_params_norm(configure, tiny_model) -> None:
     model = tiny_model(dtype=torch.bfloat16)
     flat = torch.cat([p.detach().double().flatten() for p in model.parameters()])
     assert _optimizer(configure, model).params_norm() == pytest.approx(float(flat.norm()), rel=1e-6)
+
+
+def test_low_gradients_are_widened_some_at_a_time(configure, tiny_model, monkeypatch) -> None:
+    """Parts change neither weights nor norm, and no more wide gradients are there than a part has."""
+    found = {}
+    for elements in (1, 1 << 28):
+        monkeypatch.setattr("lockstep.training.optimizer._WIDE_ELEMENTS", elements)
+        config = configure({"mixed_precision.bf16": True, "ddp.grad_reduce_in_fp32": False, "optimizer.clip_grad": 0.1})
+        model = tiny_model(dtype=torch.bfloat16)
+        optimizer = Optimizer(model, config)
+        counts: list[int] = []
+        step = optimizer.inner.step
+
+        def counted(step=step, optimizer=optimizer, counts=counts) -> None:
+            counts.append(sum(p.grad is not None for p in optimizer.weights.main_params))
+            step()
+
+        monkeypatch.setattr(optimizer.inner, "step", counted)
+        optimizer.start_step(1)
+        generator = torch.Generator().manual_seed(1)
+        for param in model.parameters():
+            (param * torch.randn(param.shape, generator=generator).to(param.dtype)).sum().backward()
+        update = optimizer.step(0.1, 0.1, torch.tensor(0.3))
+        assert counts == ([1] * len(counts) if elements == 1 else [len(optimizer.weights.main_params)])
+        assert all(p.grad is None for p in optimizer.weights.main_params)
+        found[elements] = (float(update.grad_norm or 0), [p.detach().clone() for p in optimizer.weights.main_params])
+    assert found[1][0] == found[1 << 28][0] > 0
+    assert all(torch.equal(a, b) for a, b in zip(found[1][1], found[1 << 28][1], strict=True))

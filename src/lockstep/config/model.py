@@ -50,7 +50,11 @@ class Architecture(Section):
     hidden_size: int | None = opt(None, "--hidden-size", help="Width of the residual stream.")
     num_attention_heads: int | None = opt(None, "--num-attention-heads", help="Number of query heads.")
     attention_backend: Literal["flash", "fused", "unfused", "local", "auto"] = opt(
-        "auto", "--attention-backend", help="How attention is computed; auto takes the unfused path."
+        "auto",
+        "--attention-backend",
+        help="What computes attention: fused is cuDNN's kernel, flash that of FlashAttention, unfused and local are "
+        "explicit scores. auto takes explicit scores on a CPU, and on a GPU the fastest kernel that can do what is "
+        "asked.",
     )
     flash_attention_version: Literal[2, 3, 4] | None = opt(
         None, "--flash-attention-version", refused="this model option is not supported yet"

@@ -318,12 +318,23 @@ def _model(c: ConfigContainer) -> Iterator[str]:
             "channels cannot be rotated in pairs; change one of them"
         )
     if m.attention_backend in ("flash", "fused"):
-        yield (
-            f"{_name(c, 'model.attention_backend')} = {m.attention_backend}: fused attention is not supported yet; "
-            "use auto, unfused or local"
-        )
+        yield from _fused_attention(c)
     if m.transformer_impl == "inference_optimized":
         yield f"{_name(c, 'model.transformer_impl')} = inference_optimized: Lockstep trains; use local"
+
+
+def _fused_attention(c: ConfigContainer) -> Iterator[str]:
+    said = f"{_name(c, 'model.attention_backend')} = {c.model.attention_backend}"
+    if c.model.attention_dropout > 0:
+        yield f"{said} has no attention dropout; use --attention-dropout 0, or auto"
+    if c.model.attention_backend == "flash":
+        return
+    if c.model.context_parallel_size > 1:
+        yield f"{said} (cuDNN) does not work with context parallelism; use flash or auto"
+    if c.dataset.reset_attention_mask:
+        yield f"{said} (cuDNN) does not keep documents apart (--reset-attention-mask); use flash or auto"
+    if c.model.deterministic_mode:
+        yield f"{said} (cuDNN) is not deterministic; use flash or auto with --deterministic-mode"
 
 
 def _experts(c: ConfigContainer) -> Iterator[str]:

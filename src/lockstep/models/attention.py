@@ -1,4 +1,4 @@
-"""Self-attention with explicit scores.
+"""Self-attention, with explicit scores or by a fused kernel.
 
 Shape legend: b batch, s sequence (keys), q queries, h hidden, n query heads, g key/value groups, d head dim, v channels
 of a value where these are not d, m = b * n.
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from lockstep.config.model import ModelConfig
 from lockstep.models.dropout import DropoutStreams, dropout, kept_scale
+from lockstep.models.kernels import Kernel, fused_attention
 from lockstep.models.layers import Linear, required
+from lockstep.models.mask import CausalMask
 from lockstep.models.norms import Norm
 from lockstep.models.ops import matmul_mode, widened
 from lockstep.models.positions import rotate
@@ -31,12 +33,11 @@ _CPU_CHUNK_SCORES = 1 << 20  # 4 MiB of float32 scores at a time
 class AttentionContext:
     """What every layer needs to know about the batch.
 
-    hidden_positions is True where a query must not see a key, [1 or b, q, s]; cos_sin has the queries' rotary cosine
-    and sine; sequence tells which tokens these are;
-    router_losses takes what routers add to the loss.
+    mask tells which keys a query may see; cos_sin has the queries' rotary cosine and sine; sequence tells which tokens
+    these are; router_losses takes what routers add to the loss.
     """
 
-    hidden_positions: Tensor
+    mask: CausalMask
     cos_sin: tuple[Tensor, Tensor] | None
     streams: DropoutStreams | None
     sequence: WholeSequence = field(default_factory=WholeSequence)
@@ -47,6 +48,7 @@ class Attention(nn.Module):
     """What all kinds of attention share: how heads attend, and what is recomputed of it."""
 
     scale: float | None = None  # on the scores, in place of that of the width of a head
+    kernel: Kernel = "explicit"  # what attends; whoever builds the model for a device chooses
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -56,32 +58,39 @@ class Attention(nn.Module):
         self.recompute_core = recomputes(config, "core_attn")
 
     def attended(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
-        """Return what the heads attend to, [b, q, n * v], for query [b, q, n, d], key and value [b, s, n, d or v]."""
-        batch, length = query.shape[:2]
-        query, key, value = self._as_matrices(query), self._as_matrices(key), self._as_matrices(value)
+        """Return what the heads attend to, [b, q, n * v], for query [b, q, n, d], key and value [b, s, g, d or v]."""
         if self.recompute_core and self.training:
-            result = recomputed(self._core, query, key, value, context, streams=context.streams)
-        else:
-            result = self._core(query, key, value, context)
-        merged: Tensor = result.view(batch, self.heads, length, -1).transpose(1, 2).flatten(2)
-        return merged
+            merged: Tensor = recomputed(self._core, query, key, value, context, streams=context.streams)
+            return merged
+        return self._core(query, key, value, context)
 
     def _core(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
-        """Return what the heads attend to, [m, q, v]; draws the dropout mask."""
+        if self.kernel == "explicit":
+            return self._explicit(query, key, value, context)
+        return fused_attention(self.kernel, query, key, value, context.mask, self.scale).flatten(2)
+
+    def _explicit(self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Tensor:
+        """Return what the heads attend to, [b, q, n * v]; draws the dropout mask."""
+        batch, length, heads = query.shape[:3]
+        copies = heads // key.shape[2]
+        if copies > 1:
+            key, value = key.repeat_interleave(copies, dim=2), value.repeat_interleave(copies, dim=2)
+        query, key, value = self._as_matrices(query), self._as_matrices(key), self._as_matrices(value)
         dropped = None
         if self.training and context.streams is not None and self.dropout_probability > 0:
             shape = (query.shape[0], query.shape[1], key.shape[1])
             dropped = context.streams.dropped("attention", shape, self.dropout_probability)
-        return core_attention(
+        result = core_attention(
             query,
             key,
             value,
-            context.hidden_positions,
+            context.mask.hidden,
             scale=self.scale,
             dropped=dropped,
             dropout_probability=self.dropout_probability,
             softmax_in_fp32=self.softmax_in_fp32,
         )
+        return result.view(batch, heads, length, -1).transpose(1, 2).flatten(2)
 
     @staticmethod
     def _as_matrices(x: Tensor) -> Tensor:
@@ -113,7 +122,7 @@ class SelfAttention(Attention):
         return self.linear_proj.product(result), self.linear_proj.bias
 
     def _query_key_value(self, x: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor, Tensor]:
-        """Return query [b, q, n, d], key and value [b, s, n, d].
+        """Return query [b, q, n, d], key and value [b, s, g, d].
 
         The rows of the projection are grouped: per group its query heads, then its key, then its value.
         """
@@ -126,10 +135,7 @@ class SelfAttention(Attention):
         if context.cos_sin is not None:
             query = rotate(query, *context.cos_sin, interleaved=self.interleaved)
             key = rotate(key, *context.cos_sin, interleaved=self.interleaved)
-        key, value = context.sequence.joined(key), context.sequence.joined(value)
-        if per_group > 1:
-            key, value = key.repeat_interleave(per_group, dim=2), value.repeat_interleave(per_group, dim=2)
-        return query, key, value
+        return query, context.sequence.joined(key), context.sequence.joined(value)
 
 
 def core_attention(

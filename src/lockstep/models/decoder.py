@@ -18,6 +18,7 @@ from lockstep.models.attention import AttentionContext, SelfAttention
 from lockstep.models.cross_entropy import linear_cross_entropy
 from lockstep.models.dropout import DropoutStreams, bias_dropout_add, dropout
 from lockstep.models.layers import Linear, Table, required
+from lockstep.models.mask import CausalMask
 from lockstep.models.mla import MultiLatentAttention
 from lockstep.models.mlp import MLP
 from lockstep.models.moe import MixtureOfExperts
@@ -120,10 +121,10 @@ class GPTModel(nn.Module):
             assert self.embedding is not None, "the first span has the embedding"
             x = self.embedding(x, position_ids, streams)
         length = self.sequence.length(position_ids.shape[1])
-        positions = self.sequence.positions(length, x.device)
+        mask = CausalMask(length, x.device, document_ids, self.sequence)
         context = AttentionContext(
-            hidden_positions(positions, length, document_ids),
-            self._cos_sin(positions if rotary_positions is None else rotary_positions, x),
+            mask,
+            self._cos_sin(mask.positions if rotary_positions is None else rotary_positions, x),
             streams,
             self.sequence,
             router_losses,
@@ -150,15 +151,6 @@ class GPTModel(nn.Module):
 def head(hidden: Tensor, weight: Tensor, labels: Tensor | None) -> Tensor:
     """Return the loss of each token [b, s] for hidden states [b, s, h], or without labels the logits [b, s, v]."""
     return linear(hidden, weight) if labels is None else linear_cross_entropy(hidden, weight, labels)
-
-
-def hidden_positions(positions: Tensor, length: int, document_ids: Tensor | None) -> Tensor:
-    """Return a boolean mask [1 or b, q, s], True where a query (row) must not see a key (column).
-
-    The queries stand at positions [q] of a sequence of ``length`` keys, whose documents are document_ids [b, s].
-    """
-    later = positions[:, None] < torch.arange(length, device=positions.device)
-    return later[None] if document_ids is None else later | (document_ids[:, positions, None] != document_ids[:, None])
 
 
 class Embedding(nn.Module):

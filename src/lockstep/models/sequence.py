@@ -20,6 +20,10 @@ class WholeSequence:
         """Return where in a sequence of so many tokens those of this model stand, int64 [q]."""
         return torch.arange(length, device=device)
 
+    def runs(self, length: int) -> tuple[range, ...]:
+        """Return the same positions as runs of neighbours."""
+        return (range(length),)
+
     def total(self, counts: Tensor) -> Tensor:
         """Return a count over the tokens of whole sequences, given that over this model's."""
         return counts

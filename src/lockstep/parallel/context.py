@@ -23,8 +23,13 @@ class SequencePart(WholeSequence):
 
     def positions(self, length: int, device: torch.device) -> Tensor:
         """Return where in a sequence of so many tokens those of this process stand, int64 [q]."""
-        chunks = torch.arange(length, device=device).chunk(2 * self.parts)
-        return torch.cat((chunks[self._axis.rank], chunks[-1 - self._axis.rank]))
+        return torch.cat([torch.arange(run.start, run.stop, device=device) for run in self.runs(length)])
+
+    def runs(self, length: int) -> tuple[range, ...]:
+        """Return both chunks."""
+        size, early = length // (2 * self.parts), self._axis.rank
+        late = 2 * self.parts - 1 - early
+        return range(early * size, (early + 1) * size), range(late * size, (late + 1) * size)
 
     def total(self, counts: Tensor) -> Tensor:
         """Return a count over the tokens of whole sequences, given that over this process's; it has no gradient."""

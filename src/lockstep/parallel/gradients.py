@@ -1,6 +1,6 @@
 """Gradients of parameters that several processes have: adding them up, and measuring each parameter once."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 import torch
@@ -45,14 +45,18 @@ class Gradients:
         _sum_(self._mesh.ends, [grad for grad, tied in zip(grads, self._tied, strict=True) if tied])
 
     def norm(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return the L2 norm over all parameters of the model, each counted once, as a scalar (at least FP32)."""
+        """Return the L2 norm over all parameters of the model, each counted once, as a scalar (at least FP32).
+
+        No two tensors of the sequence are held at a time.
+        """
         dtype = widened(tensors[0]).dtype
         if not (self._sharded or any(self._split) or any(self._expert) or self._mesh.pp.size > 1):
             return l2_norm(tensors).to(dtype)
+        zero = tensors[0].new_zeros((), dtype=torch.float64)
         squares = torch.stack(
             [
-                l2_norm(group).square() if group else tensors[0].new_zeros((), dtype=torch.float64)
-                for group in self._sorted(tensors)
+                l2_norm(tensors[i] for i in group).square() if group else zero
+                for group in self._sorted(range(len(tensors)))
             ]
         )
         return self._total(squares).sqrt().to(dtype)
@@ -112,7 +116,7 @@ def _sum_(axis: Axis, tensors: Sequence[torch.Tensor]) -> None:
         tensor.copy_(piece.view_as(tensor))
 
 
-def l2_norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+def l2_norm(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     """Return the L2 norm over all tensors as a scalar FP64 tensor.
 
     Row norms first, and those in FP64: one FP32 sum over millions of squares would lose digits.

@@ -22,6 +22,7 @@ from lockstep.peft.apply import add_adapters
 from lockstep.plan.gpus import Gpu
 from lockstep.plan.standins import like_gpu
 from lockstep.plan.tracker import PARTS, MemoryTracker, Part
+from lockstep.training.attention import choose_attention, use_attention
 from lockstep.training.batches import build_batch_schedule, eval_batch_size
 from lockstep.training.feed import Batch
 from lockstep.training.optimizer import Optimizer, Update
@@ -121,6 +122,7 @@ class _Run:
             self._model = GPTModel(config.model, dtype=params_dtype(config), device=_META)
             add_adapters(self._model, config.peft)
             spans = parallelize(self._model, mesh)
+        use_attention(self._model, choose_attention(config, _META))
         self.parameters = sum(p.numel() for p in self._model.parameters())
         self._label_weights()
         self._model.head = _Head(self._model.head, tracker)

@@ -1,17 +1,23 @@
 """The optimizer: weight-decay groups, gradient norm, clipping, and one update of the main weights."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from lockstep.config import ConfigContainer
 from lockstep.config.training import OptimizerConfig
+from lockstep.models.ops import widened
 from lockstep.parallel import Mesh
 from lockstep.parallel.gradients import Gradients
 from lockstep.training.observe import Observer
 from lockstep.training.precision import LossScaler, MainWeights, build_loss_scaler
 from lockstep.training.sharded import build_main_weights
+
+_WIDE_ELEMENTS = 1 << 28  # 1 GiB of FP32 gradients
+_CLIP_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,47 @@ def is_decayed(name: str, shape: torch.Size, apply_wd_to_qk_layernorm: bool) -> 
     return not name.endswith(".bias") and len(shape) != 1
 
 
+class WideGradients(Sequence[torch.Tensor]):
+    """Gradients as at least FP32 tensors, times what they have been multiplied by.
+
+    Those ``given`` in FP32 are multiplied in place. Lower ones are widened and multiplied anew whenever they are asked
+    for, so that not all wide ones are held at once.
+    """
+
+    def __init__(self, given: list[torch.Tensor]) -> None:
+        self.given = given
+        self.low = bool(given) and widened(given[0][:0]).dtype != given[0].dtype
+        self._factors: list[torch.Tensor | float] = []
+
+    def multiply(self, factor: torch.Tensor | float) -> None:
+        """Multiply all gradients by a number or scalar tensor."""
+        if self.low:
+            self._factors.append(factor)
+        elif self.given:
+            torch._foreach_mul_(self.given, factor)
+
+    def parts(self) -> Iterator[range]:
+        """Yield which gradients to take at a time: all, or some whose wide copies take little memory."""
+        first, elements = 0, 0
+        for number, grad in enumerate(self.given):
+            if self.low and number > first and elements + grad.numel() > _WIDE_ELEMENTS:
+                yield range(first, number)
+                first, elements = number, 0
+            elements += grad.numel()
+        yield range(first, len(self.given))
+
+    def __len__(self) -> int:
+        return len(self.given)
+
+    def __getitem__(self, index: Any) -> Any:
+        if not self.low:
+            return self.given[index]
+        wide = widened(self.given[index])
+        for factor in self._factors:
+            wide.mul_(factor)
+        return wide
+
+
 class Optimizer:
     """Updates a model's weights through FP32 main weights; ``mesh`` is the layout of the model.
 
@@ -47,6 +94,7 @@ class Optimizer:
         pieces = self.weights.main_names if self.weights.sharded else None
         self._gradients = Gradients(self.weights.names, config.model, mesh, pieces)
         self.scaler: LossScaler | None = build_loss_scaler(config.mixed_precision)
+        self.grads: WideGradients | None = None  # what the last step applied, until the next one begins
         self._settings = config.optimizer
         self._count_zeros = config.logger.log_num_zeros_in_grad
         self.groups = _groups(self.weights, config.optimizer.apply_wd_to_qk_layernorm)
@@ -60,6 +108,7 @@ class Optimizer:
 
     def start_step(self, micro_batches: int | None = None) -> None:
         """Forget the gradients of the step before; ``micro_batches`` are the backward passes to come, where known."""
+        self.grads = None
         self.weights.start_step(micro_batches)
 
     @torch.no_grad()
@@ -70,36 +119,46 @@ class Optimizer:
         they were and lower the loss scale.
         """
         self._gradients.add_shared(self.weights.collect_grads())
-        grads = self.weights.hand_over()
+        grads = self.grads = WideGradients(self.weights.hand_over())
         if grad_factor is not None:
-            for grad in grads:
-                grad.mul_(grad_factor)
+            grads.multiply(grad_factor)
         if self.scaler is not None and self._unscale(grads, self.scaler):
             return Update(skipped=True, grad_norm=None, num_zeros=None)
         self.observer.gradients("reduced", grads)
         norm = self._gradients.norm(grads)
         if self._settings.clip_grad > 0:
-            nn.utils.clip_grads_with_norm_(self.weights.main_params, self._settings.clip_grad, norm)
+            grads.multiply((self._settings.clip_grad / (norm + _CLIP_EPSILON)).clamp(max=1.0))
         self.observer.gradients("clipped", grads)
         zeros = self._zeros(grads) if self._count_zeros else None
         for group in self.inner.param_groups:
             group["lr"] = lr
             group["weight_decay"] = weight_decay if group["decayed"] else 0.0
-        self.inner.step()
+        self._apply(grads)
         self.weights.copy_to_model()
         return Update(skipped=False, grad_norm=norm, num_zeros=zeros)
 
-    def _unscale(self, grads: list[torch.Tensor], scaler: LossScaler) -> bool:
+    def _apply(self, grads: WideGradients) -> None:
+        """Update the main weights, some after the others where their gradients must be widened."""
+        for part in grads.parts():
+            for i in part:
+                self.weights.main_params[i].grad = grads[i]
+            self.inner.step()
+            if grads.low:
+                for i in part:
+                    self.weights.main_params[i].grad = None
+
+    def _unscale(self, grads: WideGradients, scaler: LossScaler) -> bool:
         """Divide the gradients by the loss scale, update the scale, and tell whether any gradient overflowed."""
-        for grad in grads:
-            grad.mul_(1.0 / scaler.scale)
-        overflow = not torch.isfinite(nn.utils.get_total_norm(grads, norm_type=float("inf"))).item()
-        overflow = self._gradients.anywhere(overflow, grads[0].device)
+        grads.multiply(1.0 / scaler.scale)
+        highest = torch.stack([torch.linalg.vector_norm(grad, float("inf")) for grad in grads])
+        overflow = not torch.isfinite(torch.linalg.vector_norm(highest, float("inf"))).item()
+        overflow = self._gradients.anywhere(overflow, highest.device)
         scaler.update(overflow)
         return overflow
 
-    def _zeros(self, grads: list[torch.Tensor]) -> int:
-        return self._gradients.count([int(g.numel() - g.count_nonzero()) for g in grads], grads[0].device)
+    def _zeros(self, grads: WideGradients) -> int:
+        counts = [int(g.numel() - g.count_nonzero()) for g in grads.given]
+        return self._gradients.count(counts, grads.given[0].device)
 
     @torch.no_grad()
     def params_norm(self) -> float:

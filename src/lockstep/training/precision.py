@@ -9,7 +9,6 @@ from torch import nn
 from lockstep.config import ConfigContainer
 from lockstep.config.training import MixedPrecisionConfig
 from lockstep.models import GPTModel
-from lockstep.models.ops import widened
 from lockstep.parallel.buckets import GradientBuckets, Reduction
 
 
@@ -67,11 +66,8 @@ class MainWeights:
         return self._gradients.collected()
 
     def hand_over(self) -> list[torch.Tensor]:
-        """Give every main weight the sum of its gradients, at least FP32; return the gradients of the main weights."""
-        grads = [widened(grad) for grad in self._gradients.finish()]
-        for main, grad in zip(self.main_params, grads, strict=True):
-            main.grad = grad
-        return grads
+        """Return the sum of the gradients of every main weight, in the dtype they were added up in."""
+        return self._gradients.finish()
 
     @torch.no_grad()
     def copy_to_model(self) -> None:

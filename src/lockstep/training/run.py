@@ -21,6 +21,7 @@ from lockstep.record.environment import code_version, device_facts, environment_
 from lockstep.record.paths import create_run_dir
 from lockstep.record.schema import RUN_FILE
 from lockstep.record.writer import RunWriter
+from lockstep.training.attention import choose_attention
 from lockstep.training.checkpoint_load import (
     Source,
     announce,
@@ -169,6 +170,7 @@ def _complete_record(
         **_config_facts(config),
     )
     say(f"precision: {features['precision']}, matrix products: {features['matmul']}")
+    say(f"attention: {features['attention']}")
 
 
 def _sharding(config: ConfigContainer, mesh: Mesh) -> dict[str, Any]:
@@ -194,6 +196,7 @@ def _features(config: ConfigContainer, device: torch.device) -> dict[str, Any]:
     return {
         "precision": str(dtype).removeprefix("torch."),
         "matmul": str(matmul_mode(device, dtype)),
+        "attention": str(choose_attention(config, device)),
         "optimizer": {"adam": "torch.optim.AdamW (fused)", "sgd": "torch.optim.SGD (fused)"}[
             config.optimizer.optimizer
         ],

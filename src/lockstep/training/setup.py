@@ -26,6 +26,7 @@ from lockstep.parallel.apply import part_of
 from lockstep.parallel.dropout import LayoutDropoutStreams
 from lockstep.parallel.fsdp import WeightSharding, keeper
 from lockstep.peft.apply import add_adapters, draw_from, initial_adapters
+from lockstep.training.attention import choose_attention, use_attention
 from lockstep.training.batches import build_batch_schedule, eval_batch_size, num_samples, train_iterations
 from lockstep.training.console import dataset_size_lines, parameters_line, say
 from lockstep.training.context import ContextPasses
@@ -139,6 +140,7 @@ def build_parallel_model(
     spans = parallelize(model, mesh, sharding)
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError("peft.target_modules leaves a pipeline stage without adapters; name linears of every stage")
+    use_attention(model, choose_attention(config, device))
     prints = Fingerprint()
     weights = itertools.chain(
         initial_weights(config.model, config.rng.seed, dtype, device),

@@ -33,8 +33,7 @@ class _Weights:
             view.copy_(param.detach())
             param.data = view
         self._part = bucket.part(self._whole)
-        self.main = widened(self._part).clone()
-        self._sent: torch.Tensor | None = None
+        self.main = torch.empty_like(self._part, dtype=widened(self._part[:0]).dtype).copy_(self._part)
         self._work: dist.Work | None = None
 
     def reload(self) -> None:
@@ -42,15 +41,15 @@ class _Weights:
         self.main.copy_(self._part)
 
     def gather(self) -> None:
-        """Start to round the main weights of all processes into the model."""
-        self._sent = self.main.to(self._whole.dtype)
-        self._work = self._axis.begin_stacked(self._sent, self._whole)
+        """Start to round the main weights of all processes into the model; they travel from where they arrive."""
+        self._part.copy_(self.main)
+        self._work = None if self._axis.group is None else self._axis.begin_stacked(self._part, self._whole)
 
     def wait(self) -> None:
         """Wait until the model has them; a GPU waits, not the host."""
         if self._work is not None:
             self._work.wait()
-        self._work = self._sent = None
+        self._work = None
 
 
 class ShardedMainWeights(MainWeights):
@@ -95,14 +94,11 @@ class ShardedMainWeights(MainWeights):
                 self._pieces.append(bucket.part(bucket.grads)[place])
 
     def hand_over(self) -> list[torch.Tensor]:
-        """Give every piece the sum of its gradients; return the gradients of the pieces."""
+        """Return the sum of the gradients of every piece."""
         self._gradients.finish()
         for bucket in self._gradients.buckets:
             self._instances.sum_(bucket.part(bucket.grads))
-        grads = [widened(grad) for grad in self._pieces]
-        for piece, grad in zip(self.main_params, grads, strict=True):
-            piece.grad = grad
-        return grads
+        return self._pieces
 
     @torch.no_grad()
     def copy_to_model(self) -> None:
@@ -193,14 +189,12 @@ class FullyShardedMainWeights(MainWeights):
         return self._grads
 
     def hand_over(self) -> list[torch.Tensor]:
-        """Give all rows the sum of their gradients over the instances; return the gradients of the main weights."""
+        """Return the sum of the gradients of all rows over the instances."""
         grads = [grad for grad in self._grads if grad.numel()]
         if self._instances.size > 1:
             sums = self._instances.sum_(torch.cat([grad.flatten() for grad in grads]).to(self._reduce_dtype))
             for grad, total in zip(grads, sums.split([grad.numel() for grad in grads]), strict=True):
                 grad.copy_(total.view_as(grad))
-        for main, grad in zip(self.main_params, grads, strict=True):
-            main.grad = grad
         return grads
 
     def copy_to_model(self) -> None:

@@ -182,7 +182,7 @@ class Recorder(Observer):
                 for first, there, size in runs:
                     shape, offsets = (length, *tensor.shape[1:]), (there, *(0,) * (tensor.dim() - 1))
                     self._tensor(FORWARD, f"rotary {what}", tensor[first : first + size], shape, offsets)
-        hidden = context.hidden_positions
+        hidden = context.mask.hidden
         if hidden.shape[0] > 1:
             self._write(FORWARD, "attention mask", hidden, number, runs, length)
         elif number == 0:
