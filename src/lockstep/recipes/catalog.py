@@ -20,7 +20,7 @@ def find_recipe(name: str) -> Recipe:
     by_name = RECIPES | {found.long_name: found for found in RECIPES.values() if found.long_name}
     if name in by_name:
         return by_name[name]
-    hint = nearest(name, by_name) or nearest(f"{name}_pretrain_config", RECIPES)
+    hint = nearest(name if name.endswith("_config") else f"{name}_pretrain_config", by_name) or nearest(name, by_name)
     hint = hint or f" Known recipes: {', '.join(sorted(RECIPES))}."
     raise ConfigError(f"unknown recipe {name}.{hint}")
 
