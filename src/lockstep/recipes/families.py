@@ -23,7 +23,6 @@ PRETRAINING: dict[str, Any] = {
     "ddp.use_distributed_optimizer": True,
     "ddp.overlap_grad_reduce": True,
     "ddp.overlap_param_gather": True,
-    "model.recompute_granularity": "selective",
     "mixed_precision.bf16": True,
     "dataset.split": "9999,8,2",
     "tokenizer.tokenizer_type": "NullTokenizer",
