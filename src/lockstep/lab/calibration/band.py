@@ -35,7 +35,6 @@ class Band:
         made_from: what was run, in words.
         bitwise: whether a repeat gave every digit again.
         precision: by quantity, the largest distance of the same run in a wider precision; empty where none was run.
-        config: fingerprint-free facts of the run it was measured on: its name and iterations.
     """
 
     spread: dict[str, dict[int, float]]
@@ -45,7 +44,7 @@ class Band:
     precision: dict[str, float] = field(default_factory=dict)
 
     def width(self, quantity: str, iteration: int, value: float) -> float | None:
-        """Return how far rounding takes a quantity at an iteration, around ``value``; None where it was not measured."""
+        """Return how far rounding takes a quantity at an iteration, around ``value``; None if not measured."""
         spread = self.spread.get(quantity, {}).get(iteration)
         if spread is None or not math.isfinite(spread):
             return None
