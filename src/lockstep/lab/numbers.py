@@ -15,8 +15,10 @@ LOSS, NORM = "lm_loss", "grad_norm"
 
 @dataclass(frozen=True)
 class Mismatch:
-    """A number that differs. ``band`` is how far rounding may take it: measured, or else ``unmeasured_band``; ``key`` is
-    set for an evaluation."""
+    """A number that differs. ``band`` is how far rounding may take it: as measured, or else ``unmeasured_band``.
+
+    ``key`` is set for an evaluation.
+    """
 
     iteration: int
     what: str

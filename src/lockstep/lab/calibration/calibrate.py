@@ -133,11 +133,11 @@ def _run(side: Rerun, jobs: list[Any], scratch: Path, say: Callable[[str], None]
     if side.processes > 1:
         words += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={side.processes}"]
     words += ["-m", "lockstep.lab.calibration.worker", str(scratch / "jobs.json")]
-    environment = {name: value for name, value in os.environ.items() if name not in _LAUNCHERS}
+    environment = {name: value for name, value in os.environ.items() if name not in _LAUNCHERS} | side.variables
     log = scratch / "output.log"
     with log.open("w", encoding="utf-8") as output:
         process = subprocess.Popen(
-            words, stdout=output, stderr=subprocess.STDOUT, env={**environment, **side.variables}
+            words, stdout=output, stderr=subprocess.STDOUT, env=environment
         )
         waiting = list(jobs)
         while waiting:
