@@ -43,8 +43,8 @@ class Pair:
 def correlate(mlm: str | None, bridge: str | None, out: Path | None, calibrated: bool = False) -> int:
     """Run a pair, write the report beside the runs, and return the exit code of the comparison.
 
-    ``calibrated`` has the band of the flag side measured before the comparison. Both sides are checked before either starts. They run one after the other: on a small machine two at a time would
-    only get in each other's way.
+    ``calibrated`` has the band of the flag side measured before the comparison. Both sides are checked before either
+    starts. They run one after the other: on a small machine two at a time would only get in each other's way.
 
     Raises:
         UserError: bad flags or overrides, a folder that is not empty, or a side that fails.

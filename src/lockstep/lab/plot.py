@@ -22,6 +22,9 @@ def draw(found: Comparison) -> bytes:
     # A is wide and pale under B, so that two equal curves are both seen.
     top.plot(at, [_finite(row.loss_a) for row in rows], color=_BLUE, linewidth=5, alpha=0.35, label="A")
     top.plot(at, [_finite(row.loss_b) for row in rows], color=_ORANGE, linewidth=1.5, marker=marker, ms=3, label="B")
+    if found.findings.band:
+        low, high = ([_finite(row.loss_a) + sign * row.band for row in rows] for sign in (-1, 1))
+        top.fill_between(at, low, high, color="#888888", alpha=0.3, linewidth=0, label="band around A")
     top.set_ylabel("lm loss")
     top.legend(frameon=False)
     top.set_title(f"verdict: {found.decision.verdict}", loc="left")

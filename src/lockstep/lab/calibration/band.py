@@ -105,8 +105,11 @@ def load_band(run_dir: Path) -> Band | None:
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         schema = found.pop("schema")
-        if schema != BAND_SCHEMA:
-            raise UserError(f"{path} has schema {schema!r}, this Lockstep reads schema {BAND_SCHEMA}; {remedy}")
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise UserError(f"{path} is cut off or damaged; {remedy}") from None
+    if schema != BAND_SCHEMA:
+        raise UserError(f"{path} has schema {schema!r}, this Lockstep reads schema {BAND_SCHEMA}; {remedy}")
+    try:
         spread = {name: {int(i): float(v) for i, v in values.items()} for name, values in found.pop("spread").items()}
         band = Band(spread=spread, **found)
         if set(spread) != set(QUANTITIES) or not band.factor > 0:

@@ -136,9 +136,7 @@ def _run(side: Rerun, jobs: list[Any], scratch: Path, say: Callable[[str], None]
     environment = {name: value for name, value in os.environ.items() if name not in _LAUNCHERS} | side.variables
     log = scratch / "output.log"
     with log.open("w", encoding="utf-8") as output:
-        process = subprocess.Popen(
-            words, stdout=output, stderr=subprocess.STDOUT, env=environment
-        )
+        process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, env=environment)
         waiting = list(jobs)
         while waiting:
             try:
