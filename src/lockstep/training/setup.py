@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -150,7 +150,7 @@ def build_parallel_model(
         raise UserError("peft.target_modules leaves a pipeline stage without adapters; name linears of every stage")
     use_attention(model, choose_attention(config, device))
     prints = Fingerprint()
-    weights = itertools.chain(
+    weights: Iterator[tuple[str, torch.Tensor]] = itertools.chain(
         initial_weights(config.model, config.rng.seed, dtype, device),
         initial_adapters(config.model, config.peft, config.rng.seed, dtype, device),
     )

@@ -136,7 +136,7 @@ class TrainStep:
     def _divisors_of(self, tokens: torch.Tensor, count: int) -> list[float]:
         if self._per_token:
             return [float(tokens.sum().clamp(min=1))] * len(tokens)
-        return [math.prod(map(float, _divisors(n, count))) for n in tokens]
+        return [float(valid) * float(batches) for valid, batches in (_divisors(n, count) for n in tokens)]
 
 
 def _divisors(tokens: torch.Tensor, count: int) -> tuple[torch.Tensor, int]:
