@@ -47,6 +47,7 @@ def compare(a: Side, b: Side) -> Comparison:
     differences = None
     if a.config is not None and b.config is not None:
         differences = config_differences(a.config, b.config, a.fact("origins"), b.fact("origins"))
+    numbers = compare_numbers(a, b, pairs, band)
     findings = Findings(
         a=a,
         b=b,
@@ -56,8 +57,8 @@ def compare(a: Side, b: Side) -> Comparison:
         data=data_stage(a, b, pairs),
         init=init_stage(a, b),
         schedule=schedule_stage(a, b, pairs, printed),
-        numbers=compare_numbers(a, b, pairs, band),
-        ledger=ledger_stage(a, b, pairs),
+        numbers=numbers,
+        ledger=ledger_stage(a, b, pairs, numbers.first_outside is not None),
         band=band,
         band_of=band_of,
     )

@@ -15,8 +15,11 @@ _EXACT = (
 """Entries of which there is one a micro-batch; equal in two runs of one contract, whatever their layouts."""
 
 
-def ledger_stage(a: Side, b: Side, pairs: Pairs) -> Stage:
-    """Compare what losses and gradient norms are made of; ``differs`` only where rounding cannot be the reason."""
+def ledger_stage(a: Side, b: Side, pairs: Pairs, parted: bool) -> Stage:
+    """Compare what losses and gradient norms are made of; ``differs`` only where rounding cannot be the reason.
+
+    Where numbers ``parted`` by more than rounding, the evidence names the kind of parameters whose gradients did first.
+    """
     ledgers = [_by_iteration(side) for side in (a, b)]
     shared = [pair[0].iteration for pair in pairs.pairs if all(pair[0].iteration in known for known in ledgers)]
     if not shared:
@@ -26,7 +29,7 @@ def ledger_stage(a: Side, b: Side, pairs: Pairs) -> Stage:
         if detail:
             return Stage(NAME, "differs", f"{detail}, at iteration {iteration}", iteration)
     same = f"micro-batches and divisors of {len(shared)} iterations are equal"
-    return Stage(NAME, "equal", same, evidence=_kinds_apart(ledgers, shared))
+    return Stage(NAME, "equal", same, evidence=_kinds_apart(ledgers, shared) if parted else [])
 
 
 def _by_iteration(side: Side) -> dict[int, dict[str, Any]]:
