@@ -56,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     from lockstep.hf.cli import register as register_convert
     from lockstep.jobfile.cli import register as register_jobfile
     from lockstep.lab.bisect.cli import register as register_bisect
+    from lockstep.lab.calibration.cli import register as register_calibrate
     from lockstep.lab.cli import register as register_lab
     from lockstep.lab.localise.cli import register as register_localise
     from lockstep.peft.cli import register as register_adapter
@@ -71,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name, door in _DOORS.items():
         subparsers.add_parser(name, help=(door.__doc__ or "").rstrip("."), add_help=False)
     register_lab(subparsers)
+    register_calibrate(subparsers)
     register_bisect(subparsers)
     register_localise(subparsers)
     register_record(subparsers)

@@ -385,7 +385,7 @@ FAULTS: dict[str, Fault] = {
         processes=2,
     ),
     "norm counts whole parameters twice": Fault(
-        _changed(Gradients, "norm", _all_split), stages.NORM, "gradient norm", layout=TENSOR, processes=2
+        _changed(Gradients, "norms", _all_split), stages.NORM, "gradient norm", layout=TENSOR, processes=2
     ),
     "clipped twice": Fault(
         _changed(optimizer.WideGradients, "multiply", _clipped_twice),

@@ -33,9 +33,9 @@ class _NoPartial(Gradients):
 class _CountedTwice(Gradients):
     """Adds up the squares of whole parameters over the tensor-parallel processes too."""
 
-    def norm(self, tensors: Any) -> torch.Tensor:
+    def norms(self, tensors: Any) -> tuple[torch.Tensor, torch.Tensor]:
         self._split = [True] * len(self._split)
-        return super().norm(tensors)
+        return super().norms(tensors)
 
 
 def _replaced(kind: type[Gradients]) -> Callable[..., None]:

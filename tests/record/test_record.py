@@ -99,7 +99,7 @@ def test_writer_refuses_what_the_schema_lacks(tmp_path: Path):
 @pytest.mark.parametrize(
     ("name", "old", "new", "message"),
     [
-        ("run.json", '"schema": 1', '"schema": 2', "has schema 2, this Lockstep reads schema 1"),
+        ("run.json", '"schema": 2', '"schema": 3', "has schema 3, this Lockstep reads schemas 1 and 2"),
         ("run.json", '"name"', '"nom"', "the entry name is missing"),
         ("run.json", '"seeds": {', '"colour": 1, "seeds": {', "no entry colour"),
         ("run.json", '"fingerprint"', '"print"', "lacks its fingerprint"),
@@ -219,3 +219,21 @@ def test_inspect_json_is_the_record(tmp_path: Path, capsys: pytest.CaptureFixtur
     shown = json.loads(capsys.readouterr().out)
     assert shown["run"]["config"] == FACTS["config"]
     assert shown["train"][0]["lm_loss"] == 10 / 3 + 1
+
+
+def test_records_of_schema_1_are_still_read(tmp_path: Path):
+    damage(write_run(tmp_path / "run"), "run.json", '"schema": 2', '"schema": 1')
+    run = load_run(tmp_path / "run")
+    assert [line.ledger for line in run.train] == [None] * 3
+
+
+def test_ledger_comes_back_with_its_numbers(tmp_path: Path):
+    ledger = {"ranks": 2, "loss_sums": [1 / 3, math.inf], "hashes": ["ab", "cd"], "grad_norms": {"mlp": math.nan}}
+    writer = RunWriter(tmp_path)
+    writer.start(**FACTS)
+    writer.metrics({"kind": "train", "iteration": 1, "lm_loss": 1.0, "ledger": ledger})
+    writer.finish("finished")
+    found = load_run(tmp_path).train[0].ledger
+    assert found is not None
+    assert math.isnan(found["grad_norms"].pop("mlp"))
+    assert found == {**ledger, "grad_norms": {}}

@@ -284,3 +284,17 @@ def test_data_that_runs_out_is_one_message(configure, tmp_path, monkeypatch) -> 
     with pytest.raises(UserError, match=r"the train split ended after 4 samples of the \d+ it has"):
         _run(configure(), tmp_path / "run")
     assert _facts(tmp_path / "run")["status"] == "failed"
+
+
+def test_ledger_adds_up_to_the_line_it_stands_in(configure, tmp_path) -> None:
+    _run(configure(_EXPERTS), tmp_path / "run")
+    for line in load_run(tmp_path / "run").train:
+        ledger = line.ledger
+        assert ledger is not None
+        assert line.valid_tokens == sum(ledger["tokens"])
+        assert line.lm_loss == math.fsum(ledger["loss_sums"]) / sum(ledger["tokens"])
+        assert ledger["divisors"] == [tokens * 2 for tokens in ledger["tokens"]]
+        assert ledger["router_weight"] == 0.5
+        assert len(set(ledger["hashes"])) == len(ledger["hashes"]) == 2
+        assert set(ledger["grad_norms"]) == {"embedding", "attention", "experts", "router", "norms"}
+        assert math.hypot(*ledger["grad_norms"].values()) == pytest.approx(line.grad_norm, rel=1e-6)

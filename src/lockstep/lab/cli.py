@@ -4,6 +4,8 @@ import argparse
 import json
 from pathlib import Path
 
+from lockstep.errors import UserError
+
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add ``lockstep compare`` and ``lockstep correlate``."""
@@ -39,6 +41,9 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     correlate.add_argument(
         "--out", metavar="DIR", help="new or empty folder; a new one under nemo_experiments/correlate/ when unset"
     )
+    correlate.add_argument(
+        "--calibrate", action="store_true", help="measure what rounding does to the pair, for the verdict"
+    )
     correlate.set_defaults(func=_correlate)
 
 
@@ -67,5 +72,7 @@ def _correlate(arguments: argparse.Namespace) -> int:
     if arguments.left is not None or arguments.right is not None:
         from lockstep.lab.cores import correlate_cores
 
+        if arguments.calibrate:
+            raise UserError("--calibrate goes with two doors, not with two cores; run `lockstep calibrate` on a side")
         return correlate_cores(arguments.left, arguments.right, arguments.mlm, arguments.bridge, out)
-    return correlate(arguments.mlm, arguments.bridge, out)
+    return correlate(arguments.mlm, arguments.bridge, out, arguments.calibrate)

@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from lockstep.lab.calibration.band import Band, load_band
 from lockstep.lab.config_diff import ConfigDifference, config_differences
 from lockstep.lab.findings import Findings
+from lockstep.lab.ledger import ledger_stage
 from lockstep.lab.numbers import compare_numbers
 from lockstep.lab.side import Side, align, load_side
 from lockstep.lab.stages import Stage, data_stage, init_stage, schedule_stage
@@ -40,10 +42,12 @@ def compare_paths(a: Path | str, b: Path | str) -> Comparison:
 def compare(a: Side, b: Side) -> Comparison:
     """Walk over both sides in the order of the verdicts and decide."""
     pairs = align(a, b)
+    band, band_of = _measured(a, b)
     printed = a.printed or b.printed
     differences = None
     if a.config is not None and b.config is not None:
         differences = config_differences(a.config, b.config, a.fact("origins"), b.fact("origins"))
+    numbers = compare_numbers(a, b, pairs, band)
     findings = Findings(
         a=a,
         b=b,
@@ -53,7 +57,10 @@ def compare(a: Side, b: Side) -> Comparison:
         data=data_stage(a, b, pairs),
         init=init_stage(a, b),
         schedule=schedule_stage(a, b, pairs, printed),
-        numbers=compare_numbers(a, b, pairs),
+        numbers=numbers,
+        ledger=ledger_stage(a, b, pairs, numbers.first_outside is not None),
+        band=band,
+        band_of=band_of,
     )
     decision = decide(findings)
     stages = [
@@ -61,10 +68,20 @@ def compare(a: Side, b: Side) -> Comparison:
         findings.data,
         findings.init,
         findings.schedule,
+        *([findings.ledger] if findings.ledger.state != "unknown" else []),
         _numbers_stage(findings),
         _evaluations_stage(findings),
     ]
     return Comparison(findings, decision, stages, _notes(findings))
+
+
+def _measured(a: Side, b: Side) -> tuple[Band | None, str]:
+    """Return the band of the side that has one, and the side: A where both have."""
+    for side in (a, b):
+        band = load_band(side.run.path) if side.run else None
+        if band is not None:
+            return band, side.label
+    return None, ""
 
 
 def _config_stage(found: Findings) -> Stage:
@@ -117,6 +134,10 @@ def _notes(found: Findings) -> list[str]:
             notes.append(f"{side.label} has the status {side.run.status}: it did not come to its end")
         if side.past:
             notes.append(f"{side.label} {side.past}")
+    if found.band:
+        notes.append(f"the band was measured on {found.band_of}: {found.band.describe()}")
+        if found.pairs.pairs and found.pairs.pairs[-1][0].iteration > found.band.last:
+            notes.append(f"no band was measured after iteration {found.band.last}")
     idle = [d for d in found.differences or [] if d.role != "active"]
     if idle:
         notes.append(f"settings that differ without effect: {', '.join(d.path for d in idle)}")

@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from lockstep.errors import UserError
@@ -39,11 +40,11 @@ class Pair:
     recipe: list[str]
 
 
-def correlate(mlm: str | None, bridge: str | None, out: Path | None) -> int:
+def correlate(mlm: str | None, bridge: str | None, out: Path | None, calibrated: bool = False) -> int:
     """Run a pair, write the report beside the runs, and return the exit code of the comparison.
 
-    Both sides are checked before either starts. They run one after the other: on a small machine two at a time would
-    only get in each other's way.
+    ``calibrated`` has the band of the flag side measured before the comparison. Both sides are checked before either
+    starts. They run one after the other: on a small machine two at a time would only get in each other's way.
 
     Raises:
         UserError: bad flags or overrides, a folder that is not empty, or a side that fails.
@@ -56,6 +57,10 @@ def correlate(mlm: str | None, bridge: str | None, out: Path | None) -> int:
     flags_dir, recipe_dir = folder / "mlm", folder / "bridge"
     run_side("mlm", ["pretrain-gpt", *pair.flags, "--run-dir", str(flags_dir)], folder)
     run_side("bridge", ["train", *pair.recipe, f"run.dir={spell(str(recipe_dir))}"], folder)
+    if calibrated:
+        from lockstep.lab.calibration.calibrate import calibrate
+
+        calibrate(flags_dir, partial(print, flush=True))
     found = compare_paths(flags_dir, recipe_dir)
     show(found)
     print(f"report: {write_report(found, folder)[-1]}")

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from lockstep.lab.calibration.band import Band
 from lockstep.lab.config_diff import ConfigDifference
 from lockstep.lab.dormant import COMPUTE, DATA, EVALUATION, INIT, LENGTH, SCHEDULE, UPDATE
 from lockstep.lab.numbers import Mismatch, Numbers, evaluation_name
@@ -12,7 +13,7 @@ from lockstep.lab.stages import Stage
 
 @dataclass(frozen=True)
 class Findings:
-    """The walk's results. ``differences`` is None where a side states no config."""
+    """The walk's results. ``differences`` is None where a side states no config; ``band_of`` is whose band is used."""
 
     a: Side
     b: Side
@@ -23,6 +24,9 @@ class Findings:
     init: Stage
     schedule: Stage
     numbers: Numbers
+    ledger: Stage
+    band: Band | None = None
+    band_of: str = ""
 
     @property
     def active(self) -> list[ConfigDifference]:

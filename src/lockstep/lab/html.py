@@ -29,6 +29,9 @@ img { max-width: 100%; height: auto; background: #fff; border-radius: 6px; borde
 """
 
 
+_MARKS = {"equal": "\u2713", "differs": "\u2717", "unknown": "?"}
+
+
 def as_html(found: Comparison, picture: bytes) -> str:
     """Return the report; ``picture`` is the PNG it shows."""
     a, b = found.findings.a, found.findings.b
@@ -42,7 +45,10 @@ def as_html(found: Comparison, picture: bytes) -> str:
         "<h2>What was compared, in this order</h2>",
         _table(
             ("Compared", "Result", "Finding"),
-            [(stage.name, stage.state, "; ".join([stage.detail, *stage.evidence])) for stage in found.stages],
+            [
+                (stage.name, f"{_MARKS[stage.state]} {stage.state}", "; ".join([stage.detail, *stage.evidence]))
+                for stage in found.stages
+            ],
             [stage.state for stage in found.stages],
         ),
         "<h2>Settings that differ</h2>",

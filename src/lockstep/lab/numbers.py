@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lockstep.lab.bands import loss_band, norm_band
+from lockstep.lab.calibration.band import Band
 from lockstep.lab.side import EvaluationKey, Pairs, Point, Side, as_printed, reader
 from lockstep.lab.stages import both
 
@@ -14,7 +15,10 @@ LOSS, NORM = "lm_loss", "grad_norm"
 
 @dataclass(frozen=True)
 class Mismatch:
-    """A number that differs. ``band`` is how far rounding may take it; ``key`` is set for an evaluation."""
+    """A number that differs. ``band`` is how far rounding may take it: as measured, or else ``unmeasured_band``.
+
+    ``key`` is set for an evaluation.
+    """
 
     iteration: int
     what: str
@@ -23,6 +27,8 @@ class Mismatch:
     band: float
     grade: Grade
     key: EvaluationKey | None = None
+    measured: bool = False
+    unmeasured_band: float = 0.0
 
     @property
     def size(self) -> float:
@@ -53,6 +59,7 @@ class Row:
     lr_a: float | None
     lr_b: float | None
     grade: Grade
+    band: float = 0.0
 
     @property
     def difference(self) -> float | None:
@@ -104,19 +111,19 @@ def judge(a: float | None, b: float | None, band: float) -> Grade:
     return "inside" if abs(a - b) <= band else "outside"
 
 
-def compare_numbers(a: Side, b: Side, pairs: Pairs) -> Numbers:
-    """Compare losses, gradient norms, loss scales, skipped iterations and evaluations."""
+def compare_numbers(a: Side, b: Side, pairs: Pairs, measured: Band | None = None) -> Numbers:
+    """Compare losses, gradient norms, loss scales, skipped iterations and evaluations, by a measured band if any."""
     printed = a.printed or b.printed
     names = _comparable(pairs)
     rows, mismatches = [], []
     for pair in pairs.pairs:
-        found = [m for m in (_compare(name, pair, printed) for name in names) if m]
+        found = [m for m in (_compare(name, pair, printed, measured) for name in names) if m]
         mismatches += found
-        rows.append(_row(pair, printed, found))
+        rows.append(_row(pair, printed, found, measured))
     shared = [key for key in a.evaluations if key in b.evaluations]
     evaluations = []
     for key in sorted(shared, key=_run_order):
-        row, found = _evaluation(a, b, key, printed)
+        row, found = _evaluation(a, b, key, printed, measured)
         evaluations.append(row)
         mismatches += found
     mismatches.sort(key=lambda m: (m.iteration, m.key is not None))
@@ -133,23 +140,36 @@ def _comparable(pairs: Pairs) -> list[str]:
     return [name for name in names if name == LOSS or any(both(pair, name) for pair in pairs.pairs)]
 
 
-def _compare(name: str, pair: tuple[Point, Point], printed: bool) -> Mismatch | None:
+def _compare(name: str, pair: tuple[Point, Point], printed: bool, measured: Band | None) -> Mismatch | None:
     read = reader(name, printed)
     a, b = read(pair[0]), read(pair[1])
     if name in (LOSS, NORM) and pair[0].skipped and pair[1].skipped and not (_finite(a) or _finite(b)):
         return None  # Both overflowed and threw the step away: no update used these numbers.
-    band = 0.0
-    if _finite(a) and _finite(b):
-        band = loss_band(a, b) if name == LOSS else norm_band(a, b, printed) if name == NORM else 0.0
+    band, coarse, known = _band(name, pair[0].iteration, a, b, printed, measured)
     grade = judge(a, b, band)
-    return None if grade == "equal" else Mismatch(pair[0].iteration, name, a, b, band, grade)
+    at = pair[0].iteration
+    return None if grade == "equal" else Mismatch(at, name, a, b, band, grade, measured=known, unmeasured_band=coarse)
+
+
+def _band(
+    name: str, iteration: int, a: float | None, b: float | None, printed: bool, measured: Band | None
+) -> tuple[float, float, bool]:
+    """Return how far rounding may take a number, how far where nothing is measured, and whether it was measured."""
+    if name not in (LOSS, NORM) or a is None or b is None or not (math.isfinite(a) and math.isfinite(b)):
+        return 0.0, 0.0, False
+    coarse = loss_band(a, b) if name == LOSS else norm_band(a, b, printed)
+    width = measured.width(name, iteration, min(abs(a), abs(b))) if measured else None
+    if width is None:
+        return coarse, coarse, False
+    digit = (1.5e-6 * abs(a) if name == LOSS else 1.5e-3) if printed else 0.0
+    return width + digit, coarse, True
 
 
 def _finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def _row(pair: tuple[Point, Point], printed: bool, found: list[Mismatch]) -> Row:
+def _row(pair: tuple[Point, Point], printed: bool, found: list[Mismatch], measured: Band | None) -> Row:
     a, b = pair
     values: dict[str, float | None] = {}
     # The learning rate of the update itself where both sides tell it, else the following one, as a console prints it.
@@ -157,7 +177,8 @@ def _row(pair: tuple[Point, Point], printed: bool, found: list[Mismatch]) -> Row
     for name, column in ((LOSS, "loss"), (NORM, "norm"), (lr, "lr")):
         read = reader(name, printed)
         values[f"{column}_a"], values[f"{column}_b"] = read(a), read(b)
-    return Row(iteration=a.iteration, start=a.start, grade=worst([m.grade for m in found]), **values)
+    band, _, _ = _band(LOSS, a.iteration, values["loss_a"], values["loss_b"], printed, measured)
+    return Row(iteration=a.iteration, start=a.start, grade=worst([m.grade for m in found]), band=band, **values)
 
 
 def worst(grades: list[Grade]) -> Grade:
@@ -165,16 +186,19 @@ def worst(grades: list[Grade]) -> Grade:
     return "outside" if "outside" in grades else "inside" if "inside" in grades else "equal"
 
 
-def _evaluation(a: Side, b: Side, key: EvaluationKey, printed: bool) -> tuple[EvaluationRow, list[Mismatch]]:
+def _evaluation(
+    a: Side, b: Side, key: EvaluationKey, printed: bool, measured: Band | None
+) -> tuple[EvaluationRow, list[Mismatch]]:
     losses = a.evaluations[key], b.evaluations[key]
     loss_a, loss_b = (as_printed(loss, ".6E") for loss in losses) if printed else losses
-    band = loss_band(loss_a, loss_b) if loss_a is not None and loss_b is not None else 0.0
+    # An evaluation is as far off as the training loss beside it.
+    band, coarse, known = _band(LOSS, key[0], loss_a, loss_b, printed, measured)
     found = []
     grade = judge(loss_a, loss_b, band)
     if loss_a is None and loss_b is None:
         grade = "outside"
     if grade != "equal":
-        found.append(Mismatch(key[0], LOSS, loss_a, loss_b, band, grade, key))
+        found.append(Mismatch(key[0], LOSS, loss_a, loss_b, band, grade, key, known, coarse))
     samples_a, samples_b = a.samples[key], b.samples[key]
     if samples_a is not None and samples_b is not None and samples_a != samples_b:
         found.append(Mismatch(key[0], "samples", samples_a, samples_b, 0.0, "outside", key))

@@ -3,9 +3,7 @@
 import io
 import math
 
-from lockstep.lab.bands import bf16_ulp
 from lockstep.lab.compare import Comparison
-from lockstep.lab.numbers import Row
 
 _BLUE, _ORANGE, _RED = "#1f5fa8", "#e07b00", "#b3261e"
 
@@ -24,18 +22,21 @@ def draw(found: Comparison) -> bytes:
     # A is wide and pale under B, so that two equal curves are both seen.
     top.plot(at, [_finite(row.loss_a) for row in rows], color=_BLUE, linewidth=5, alpha=0.35, label="A")
     top.plot(at, [_finite(row.loss_b) for row in rows], color=_ORANGE, linewidth=1.5, marker=marker, ms=3, label="B")
+    if found.findings.band:
+        low, high = ([_finite(row.loss_a) + sign * row.band for row in rows] for sign in (-1, 1))
+        top.fill_between(at, low, high, color="#888888", alpha=0.3, linewidth=0, label="band around A")
     top.set_ylabel("lm loss")
     top.legend(frameon=False)
     top.set_title(f"verdict: {found.decision.verdict}", loc="left")
     bottom.plot(at, [_finite(row.difference) for row in rows], color=_RED, linewidth=1.2, marker=marker, ms=3)
     bottom.fill_between(
         at,
-        [-_half_ulp(row) for row in rows],
-        [_half_ulp(row) for row in rows],
+        [-row.band for row in rows],
+        [row.band for row in rows],
         color="#888888",
         alpha=0.2,
         linewidth=0,
-        label="half a BF16 ulp of the loss",
+        label=f"band measured on {found.findings.band_of}" if found.findings.band else "half a BF16 ulp of the loss",
     )
     bottom.axhline(0, color="#444444", linewidth=0.6)
     bottom.set_ylabel("loss B - loss A")
@@ -54,8 +55,3 @@ def draw(found: Comparison) -> bytes:
 def _finite(value: float | None) -> float:
     """Return the value, or NaN where there is nothing to draw."""
     return value if value is not None and math.isfinite(value) else math.nan
-
-
-def _half_ulp(row: Row) -> float:
-    known = [abs(value) for value in (row.loss_a, row.loss_b) if value is not None and math.isfinite(value)]
-    return bf16_ulp(min(known)) / 2 if known else 0.0

@@ -39,6 +39,9 @@ def as_json(found: Comparison) -> dict[str, Any]:
                 side.label: {"path": side.path, "kind": side.printer, "status": side.fact("status")}
                 for side in (findings.a, findings.b)
             },
+            "band": None
+            if findings.band is None
+            else {"side": findings.band_of, "made_of": findings.band.describe(), "spread": findings.band.spread},
             "stages": found.stages,
             "config_differences": findings.differences,
             "rows": [{**vars(row), "difference": row.difference} for row in findings.numbers.rows],

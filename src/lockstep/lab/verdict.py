@@ -32,7 +32,8 @@ def decide(found: Findings) -> Decision:
         return _nothing_shared(found)
     stages = {DATA: found.data, INIT: found.init, SCHEDULE: found.schedule}
     differing = [(part, stage) for part, stage in stages.items() if stage.state == "differs"]
-    if not differing and not numbers.mismatches and not found.missing:
+    made_alike = found.ledger.state != "differs" or found.active
+    if not differing and not numbers.mismatches and not found.missing and made_alike:
         return _identical(found)
     for part, stage in differing:
         if not found.explaining(part):
@@ -45,7 +46,9 @@ def decide(found: Findings) -> Decision:
         return _config(found, causes)
     if found.missing:
         return _incomplete(found)
-    return _rounding(found)
+    if found.ledger.state == "differs" and not found.active:
+        return _made_otherwise(found)
+    return _too_wide(found) or _rounding(found)
 
 
 def _nothing_shared(found: Findings) -> Decision:
@@ -121,8 +124,32 @@ def _bug(found: Findings, outside: Mismatch) -> Decision:
     same = "Config, data, initial weights and schedule are equal"
     if cannot:
         same = f"The configs differ only in {_keys(cannot)}, which cannot have caused this"
-    cause = f"{same}, but {_apart(outside)}."
+    ledger = [found.ledger.detail] if found.ledger.state == "differs" else found.ledger.evidence
+    cause = f"{same}, but {'; '.join([_apart(outside), *ledger])}."
     return Decision("bug", cause, _where_to_look(found, outside))
+
+
+def _made_otherwise(found: Findings) -> Decision:
+    cause = f"Config, data, initial weights and schedule are equal, but {found.ledger.detail}."
+    return Decision("bug", cause, "Look first at what counts tokens and divides losses.")
+
+
+def _too_wide(found: Findings) -> Decision | None:
+    """Where a measured band has grown as wide as a difference that would else be outside, nothing can be told."""
+    hidden = [m for m in found.numbers.mismatches if m.measured and m.grade == "inside" and m.size > m.unmeasured_band]
+    if not hidden:
+        return None
+    first = hidden[0]
+    cause = (
+        f"{_capital(first.spelled)} differs by {first.size:.3g}, but rounding was measured to take it as far as "
+        f"{first.band:.3g} by then: the band is as wide as the difference."
+    )
+    return Decision(
+        "cannot tell",
+        cause,
+        f"Compare iterations before {first.iteration}, where the band is narrow: `lockstep localise` runs both again "
+        "with probes on; or run both in float32, or with a lower learning rate.",
+    )
 
 
 def _where_to_look(found: Findings, outside: Mismatch) -> str:
@@ -176,16 +203,17 @@ def _rounding(found: Findings) -> Decision:
         worst = max(losses, key=lambda m: m.size)
         parts.append(
             f"losses differ first at iteration {losses[0].iteration} and by at most {worst.size:.3g} "
-            f"(iteration {worst.iteration}), inside half a BF16 ulp of the loss ({worst.band:.6g})"
+            f"(iteration {worst.iteration}), inside {_rule(worst)} ({worst.band:.6g})"
         )
     if norms:
         worst = max(norms, key=lambda m: m.size / m.band if m.band else 0.0)
         parts.append(
             f"gradient norms differ by at most {worst.size:.3g} (iteration {worst.iteration}), "
-            f"inside one BF16 ulp of the norm ({worst.band:.6g})"
+            f"inside {_rule(worst)} ({worst.band:.6g})"
         )
+    measured = f"the band was measured on {found.band_of}" if found.band else "no band was measured"
     unknown = f"; {_list(found.unknown())} cannot be compared" if found.unknown() else ""
-    cause = f"{_capital(' and '.join(parts))}; no band was measured{unknown}."
+    cause = f"{_capital(' and '.join(parts))}; {measured}{unknown}."
     return Decision("rounding", cause, _record_both(found) if unknown else "")
 
 
@@ -224,8 +252,13 @@ def _apart(m: Mismatch) -> str:
         return text
     if not m.band:
         return text
-    rule = "half a BF16 ulp of the loss" if m.what == LOSS else "one BF16 ulp of the norm"
-    return f"{text}, {m.size:.3g} apart, more than {rule} ({m.band:.6g})"
+    return f"{text}, {m.size:.3g} apart, more than {_rule(m)} ({m.band:.6g})"
+
+
+def _rule(m: Mismatch) -> str:
+    if m.measured:
+        return "the measured band"
+    return "half a BF16 ulp of the loss" if m.what == LOSS else "one BF16 ulp of the norm"
 
 
 def _value(value: float | None) -> str:

@@ -7,6 +7,7 @@ import torch
 
 from lockstep.config.model import ModelConfig
 from lockstep.models.ops import widened
+from lockstep.parallel.kinds import KINDS, kind_of
 from lockstep.parallel.mesh import Axis, Mesh
 from lockstep.parallel.plan import WORD_EMBEDDINGS, has_partial_gradient, is_expert, shard_of
 
@@ -34,6 +35,7 @@ class Gradients:
         self._tied = [is_tied(name, config, mesh) for name in names]
         # The first stage counts what both ends of a pipeline have.
         self._elsewhere = [is_tied(name, config, mesh) and mesh.ends.rank > 0 for name in owned]
+        self._kinds = [KINDS.index(kind_of(name)) for name in owned]
 
     def add_shared(self, grads: Sequence[torch.Tensor]) -> None:
         """Add up, in place, partial gradients over tensor parallel and those of tied weights over both ends.
@@ -60,6 +62,32 @@ class Gradients:
             ]
         )
         return self._total(squares).sqrt().to(dtype)
+
+    def norms(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what ``norm`` does, and the L2 norms over the parameters of each of ``KINDS`` (FP64).
+
+        The elements are read once: the norms of kinds are made of the norms of rows, as the whole one is, and cross
+        the processes with it.
+        """
+        dtype = widened(tensors[0]).dtype
+        rows = [_row_norms(tensors[i]) for i in range(len(tensors))]  # One tensor at a time is held.
+        if not (self._sharded or any(self._split) or any(self._expert) or self._mesh.pp.size > 1):
+            return _norm_of(rows).to(dtype), self._by_kind(list(range(len(rows))), rows).sqrt()
+        nothing = tensors[0].new_zeros((), dtype=torch.float64)
+        squares = []
+        for group in self._sorted(range(len(rows))):
+            whole = _norm_of([rows[i] for i in group]).square() if group else nothing
+            squares.append(torch.cat([whole[None], self._by_kind(group, rows)]))
+        totals = self._total(torch.stack(squares)).sqrt()
+        return totals[0].to(dtype), totals[1:]
+
+    def _by_kind(self, group: Sequence[int], rows: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the sum of squares of each kind within a group of parameters."""
+        nothing = rows[0].new_zeros((), dtype=torch.float64)
+        sorted_rows: list[list[torch.Tensor]] = [[] for _ in KINDS]
+        for i in group:
+            sorted_rows[self._kinds[i]].append(rows[i])
+        return torch.stack([_norm_of(of_kind).square() if of_kind else nothing for of_kind in sorted_rows])
 
     def _sorted(self, values: Sequence[T]) -> list[list[T]]:
         """Sort what there is for each parameter: of those whole on every process, and of those split.
@@ -121,10 +149,17 @@ def l2_norm(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
 
     Row norms first, and those in FP64: one FP32 sum over millions of squares would lose digits.
     """
-    rows = [
-        torch.linalg.vector_norm(part, dim=-1, dtype=widened(t).dtype).flatten() for t in tensors for part in _rows(t)
-    ]
-    return torch.linalg.vector_norm(torch.cat(rows), dtype=torch.float64)
+    return _norm_of([_row_norms(tensor) for tensor in tensors])
+
+
+def _norm_of(rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.linalg.vector_norm(torch.cat(list(rows)), dtype=torch.float64)
+
+
+def _row_norms(tensor: torch.Tensor) -> torch.Tensor:
+    parts = _rows(tensor)
+    norms = [torch.linalg.vector_norm(part, dim=-1, dtype=widened(tensor).dtype).flatten() for part in parts]
+    return norms[0] if len(norms) == 1 else torch.cat(norms)
 
 
 def _rows(tensor: torch.Tensor) -> list[torch.Tensor]:

@@ -15,6 +15,7 @@ from lockstep.record.schema import (
     FACTS,
     METRICS_FILE,
     OPTIONAL,
+    READABLE,
     RUN_FILE,
     SCHEMA,
     EvaluationLine,
@@ -72,9 +73,9 @@ def _read_facts(file: Path) -> dict[str, Any]:
         raise UserError(f"{file} is cut off or damaged ({error}); run again or restore it") from None
     if not isinstance(facts, dict) or "schema" not in facts:
         raise UserError(f"{file} is not a Lockstep run record: it states no schema")
-    if facts["schema"] != SCHEMA:
+    if facts["schema"] not in READABLE:
         raise UserError(
-            f"{file} has schema {facts['schema']!r}, this Lockstep reads schema {SCHEMA}; "
+            f"{file} has schema {facts['schema']!r}, this Lockstep reads schemas {' and '.join(map(str, READABLE))}; "
             "read it with the version that wrote it"
         )
     for name, kind in FACTS.items():

@@ -1,4 +1,4 @@
-"""What ``run.json`` and ``metrics.jsonl`` hold, version 1, and how values become JSON without losing a digit."""
+"""What ``run.json`` and ``metrics.jsonl`` hold, version 2, and how values become JSON without losing a digit."""
 
 import dataclasses
 import math
@@ -6,7 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-SCHEMA = 1
+SCHEMA = 2
+
+READABLE = (1, 2)
+"""The schemas that are read; version 2 added the ledger."""
+
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 
@@ -55,6 +59,8 @@ class TrainLine:
         skipped: no update was made (overflow under FP16).
         memory_bytes: peak memory of the device, or of the process on a CPU.
         router_losses: losses that routers of experts add, by name; left out of the line where there are none.
+        ledger: what the sums are made of, by micro-batch and kind of parameter (``training.step.Ledger``, and
+            ``hashes`` of the token ids); left out where it is not known.
     """
 
     iteration: int
@@ -73,6 +79,7 @@ class TrainLine:
     tokens_per_second: float | None = None
     memory_bytes: int | None = None
     router_losses: dict[str, float] | None = None
+    ledger: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +94,8 @@ class EvaluationLine:
     samples: int | None = None
 
 
-OPTIONAL_KEYS = ("router_losses",)
-"""Keys that only some runs' lines have; a reader of version 1 must do without them."""
+OPTIONAL_KEYS = ("router_losses", "ledger")
+"""Keys that only some runs' lines have; a reader must do without them."""
 
 LINES: dict[str, type[TrainLine] | type[EvaluationLine]] = {"train": TrainLine, "evaluation": EvaluationLine}
 
@@ -133,7 +140,9 @@ def decode_number(value: Any) -> Any:
 
 
 def decode_numbers(value: Any) -> Any:
-    """Undo ``encode`` for a number or a mapping of names to numbers."""
+    """Undo ``encode`` for a number, or for mappings and lists of them."""
     if isinstance(value, dict):
-        return {name: decode_number(item) for name, item in value.items()}
+        return {name: decode_numbers(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [decode_number(item) for item in value]
     return decode_number(value)

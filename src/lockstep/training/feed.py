@@ -129,20 +129,31 @@ class Feed:
         return batch.first(self._length(start, self.taken))
 
 
-def global_batch_hash(
-    batch: Batch, micro_batch_size: int, dp: Axis, device: torch.device, learned: bool = False
-) -> str:
-    """Return the hash of the global batch of which every data-parallel process has its micro-batches.
+@dataclass(frozen=True)
+class Hashes:
+    """Hashes of a global batch: of the whole, and of each micro-batch in its order."""
+
+    batch: str
+    micro_batches: list[str]
+
+
+def batch_hashes(batch: Batch, micro_batch_size: int, dp: Axis, device: torch.device, learned: bool = False) -> Hashes:
+    """Hash the global batch of which every data-parallel process has its micro-batches.
 
     ``learned`` adds all labels that have a loss: in fine-tuning they do not follow from the tokens alone.
     """
     last = batch.labels.where(batch.loss_mask > 0, -1) if learned else batch.labels[:, -1:]
     text = torch.cat([batch.tokens, last], dim=1)  # [b, s + 1 or 2 s]
     if dp.size == 1:
-        return batch_hash(text[:, :-1], text[:, -1:])
+        return _hashes(text, micro_batch_size)
     micro_batches = text.unflatten(0, (-1, micro_batch_size)).to(device)
     ordered = in_global_order(micro_batches, dp).flatten(0, 1).cpu()
-    return batch_hash(ordered[:, :-1], ordered[:, -1:])
+    return _hashes(ordered, micro_batch_size)
+
+
+def _hashes(text: torch.Tensor, micro_batch_size: int) -> Hashes:
+    parts = text.split(micro_batch_size)
+    return Hashes(batch_hash(text[:, :-1], text[:, -1:]), [batch_hash(part[:, :-1], part[:, -1:]) for part in parts])
 
 
 def in_global_order(local: torch.Tensor, dp: Axis) -> torch.Tensor:

@@ -61,6 +61,11 @@ class IterationReport:
     batch_hash: str
     seconds: float
     memory_bytes: int
+    micro_batch_hashes: list[str] = field(default_factory=list)
+
+
+LEDGER_MICRO_BATCHES = 1024
+"""Above this many micro-batches an iteration, the ledger has no entry for each."""
 
 
 class Hook:
@@ -123,6 +128,7 @@ class RecordHook(Hook):
             tokens_per_second=tokens / report.seconds,
             memory_bytes=report.memory_bytes,
             router_losses=report.step.router_losses or None,
+            ledger=_ledger(report),
         )
         self._writer.metrics(_line("train", line))
 
@@ -143,6 +149,16 @@ class RecordHook(Hook):
     def on_failure(self, error: BaseException) -> None:
         """Close the record as that of a failed run, with the error."""
         self._writer.finish("failed", summary={"error": f"{type(error).__name__}: {error}"})
+
+
+def _ledger(report: IterationReport) -> dict[str, Any] | None:
+    """Return the ledger of an iteration; of very many micro-batches only what does not grow with them."""
+    if report.step.ledger is None:
+        return None
+    entries = {**vars(report.step.ledger), "hashes": report.micro_batch_hashes}
+    if len(report.micro_batch_hashes) > LEDGER_MICRO_BATCHES:
+        entries = {name: value for name, value in entries.items() if not isinstance(value, list)}
+    return {name: value for name, value in entries.items() if value is not None}
 
 
 def _line(kind: str, line: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from lockstep.training.batches import BatchSchedule, evaluation_due
 from lockstep.training.device import peak_memory_bytes
 from lockstep.training.evaluate import Evaluator, Split
 from lockstep.training.exits import ExitRule
-from lockstep.training.feed import Feed, global_batch_hash
+from lockstep.training.feed import Feed, batch_hashes
 from lockstep.training.hooks import Hook, IterationReport, Progress, RunInfo
 from lockstep.training.schedule import LearningRateSchedule, WeightDecaySchedule
 from lockstep.training.step import TrainStep
@@ -63,7 +63,7 @@ def run_iteration(info: RunInfo, trainer: Trainer, progress: Progress) -> Iterat
     lr, weight_decay = trainer.learning_rate(done), trainer.weight_decay(done)
     batch = trainer.feed.next(batches.micro_batches_at(progress.consumed_samples))
     samples = len(batch) * trainer.dp.size
-    digest = global_batch_hash(batch, batches.micro_batch_size, trainer.dp, info.device, info.config.dataset.sft)
+    hashes = batch_hashes(batch, batches.micro_batch_size, trainer.dp, info.device, info.config.dataset.sft)
     result = trainer.step(batch.to(info.device), batches.micro_batch_size, lr, weight_decay)
     progress.iteration += 1
     progress.consumed_samples += samples
@@ -79,7 +79,8 @@ def run_iteration(info: RunInfo, trainer: Trainer, progress: Progress) -> Iterat
         next_lr=trainer.learning_rate(progress.stepped_samples),
         weight_decay=weight_decay,
         params_norm=trainer.params_norm() if trainer.params_norm is not None else None,
-        batch_hash=digest,
+        batch_hash=hashes.batch,
+        micro_batch_hashes=hashes.micro_batches,
         seconds=time.perf_counter() - started,
         memory_bytes=peak_memory_bytes(info.device),
     )

@@ -25,13 +25,14 @@ class Update:
     """What one optimizer step did.
 
     ``grad_norm`` is the global L2 norm before clipping (scalar tensor, so that a GPU need not be waited for);
-    ``num_zeros`` counts zero gradient elements where asked for. A step that was skipped because gradients overflowed
-    has neither.
+    ``grad_norms`` are those of each of ``KINDS``; ``num_zeros`` counts zero gradient elements where asked for. A step
+    that was skipped because gradients overflowed has none of them.
     """
 
     skipped: bool
     grad_norm: torch.Tensor | None
     num_zeros: int | None
+    grad_norms: torch.Tensor | None = None
 
 
 def is_decayed(name: str, shape: torch.Size, apply_wd_to_qk_layernorm: bool) -> bool:
@@ -125,7 +126,7 @@ class Optimizer:
         if self.scaler is not None and self._unscale(grads, self.scaler):
             return Update(skipped=True, grad_norm=None, num_zeros=None)
         self.observer.gradients("reduced", grads)
-        norm = self._gradients.norm(grads)
+        norm, norms = self._gradients.norms(grads)
         if self._settings.clip_grad > 0:
             grads.multiply((self._settings.clip_grad / (norm + _CLIP_EPSILON)).clamp(max=1.0))
         self.observer.gradients("clipped", grads)
@@ -135,7 +136,7 @@ class Optimizer:
             group["weight_decay"] = weight_decay if group["decayed"] else 0.0
         self._apply(grads)
         self.weights.copy_to_model()
-        return Update(skipped=False, grad_norm=norm, num_zeros=zeros)
+        return Update(skipped=False, grad_norm=norm, num_zeros=zeros, grad_norms=norms)
 
     def _apply(self, grads: WideGradients) -> None:
         """Update the main weights, some after the others where their gradients must be widened."""

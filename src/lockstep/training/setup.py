@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -62,8 +62,16 @@ class Parts:
     base: dict[str, Any] | None = None
 
 
-def build(config: ConfigContainer, device: torch.device, mesh: Mesh, exit_rule: ExitRule) -> Parts:
+Alter = Callable[[str, torch.Tensor], torch.Tensor]
+"""Returns what a parameter starts from instead of its initial value: by its name, whole, in the model's dtype."""
+
+
+def build(
+    config: ConfigContainer, device: torch.device, mesh: Mesh, exit_rule: ExitRule, alter: Alter | None = None
+) -> Parts:
     """Build all parts of a run; sets ``model.vocab_size`` in ``config`` where it was unset.
+
+    ``alter`` changes initial weights, the same way in every layout.
 
     Raises:
         UserError: the configuration or the data cannot do what is asked.
@@ -77,7 +85,7 @@ def build(config: ConfigContainer, device: torch.device, mesh: Mesh, exit_rule: 
     set_vocab_size(config, tokenizer.vocab_size)
     datasets = _build_datasets(config, tokenizer, sizes)
     say("> building the model ...")
-    model, spans, prints = build_parallel_model(config, mesh, device, params_dtype(config))
+    model, spans, prints = build_parallel_model(config, mesh, device, params_dtype(config), alter)
     say(parameters_line(sum(p.numel() for p in model.parameters())))
     flops = flops_per_sequence(config.model)
     passes = build_passes(config, model, spans, mesh, device)
@@ -128,7 +136,7 @@ def _build_datasets(config: ConfigContainer, tokenizer: Tokenizer, sizes: tuple[
 
 
 def build_parallel_model(
-    config: ConfigContainer, mesh: Mesh, device: torch.device, dtype: torch.dtype
+    config: ConfigContainer, mesh: Mesh, device: torch.device, dtype: torch.dtype, alter: Alter | None = None
 ) -> tuple[GPTModel, list[Span], dict[str, dict[str, Any]]]:
     """Return this process's part of the model with its initial weights, its stages, and the whole model's fingerprint.
 
@@ -142,10 +150,12 @@ def build_parallel_model(
         raise UserError("peft.target_modules leaves a pipeline stage without adapters; name linears of every stage")
     use_attention(model, choose_attention(config, device))
     prints = Fingerprint()
-    weights = itertools.chain(
+    weights: Iterator[tuple[str, torch.Tensor]] = itertools.chain(
         initial_weights(config.model, config.rng.seed, dtype, device),
         initial_adapters(config.model, config.peft, config.rng.seed, dtype, device),
     )
+    if alter is not None:
+        weights = ((name, alter(name, value)) for name, value in weights)
     part = partial(part_of, config=config.model, mesh=mesh)
     if sharding is not None:
         model.to_empty(device=device)

@@ -10,10 +10,32 @@ import torch
 
 from lockstep.models import DropoutStreams
 from lockstep.parallel import Axis
+from lockstep.parallel.kinds import KINDS
 from lockstep.training.feed import Batch, in_global_order
 from lockstep.training.observe import Observer
-from lockstep.training.optimizer import Optimizer
+from lockstep.training.optimizer import Optimizer, Update
 from lockstep.training.passes import Passes
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """What a step's sums are made of: one entry a micro-batch, in the order of the global batch.
+
+    Attributes:
+        ranks: data-parallel processes; micro-batch i is of rank i modulo ``ranks``.
+        loss_sums: sum over valid tokens of the loss.
+        tokens: tokens that count in the loss.
+        divisors: what the loss sum was divided by before the gradients were added up.
+        router_weight: factor on the losses that routers add; None without any.
+        grad_norms: L2 norm before clipping of each kind of parameters that has one; empty for a skipped step.
+    """
+
+    ranks: int
+    loss_sums: list[float]
+    tokens: list[int]
+    divisors: list[float]
+    router_weight: float | None
+    grad_norms: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -37,6 +59,7 @@ class StepResult:
     skipped: bool
     loss_scale: float
     router_losses: dict[str, float] = field(default_factory=dict)
+    ledger: Ledger | None = None
 
     @property
     def lm_loss(self) -> float:
@@ -74,7 +97,9 @@ class TrainStep:
         scale = self.optimizer.loss_scale
 
         def objective(loss_sum: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-            value = loss_sum if self._per_token else loss_sum / tokens.clamp(min=1) / count
+            value = loss_sum
+            for divisor in () if self._per_token else _divisors(tokens, count):
+                value = value / divisor
             value = value * scale if scale != 1.0 else value
             self.observer.loss(loss_sum, tokens, value)
             return value
@@ -86,10 +111,11 @@ class TrainStep:
         update = self.optimizer.step(lr, weight_decay, factor)
         # Only here does the host wait for a GPU: everything above was queued.
         losses, tokens, *added = zip(*sums.tolist(), strict=True)
+        norm, norms = _read_norms(update)
         return StepResult(
             loss_sum=math.fsum(losses) if all(map(math.isfinite, losses)) else sum(losses),
             valid_tokens=int(sum(tokens)),
-            grad_norm=float(update.grad_norm) if update.grad_norm is not None else None,
+            grad_norm=norm,
             num_zeros=update.num_zeros,
             skipped=update.skipped,
             loss_scale=self.optimizer.loss_scale,
@@ -97,4 +123,30 @@ class TrainStep:
                 name: math.fsum(values) / len(values)
                 for name, values in zip(self._passes.routing.names, added, strict=True)
             },
+            ledger=Ledger(
+                ranks=self._dp.size,
+                loss_sums=list(losses),
+                tokens=[int(n) for n in tokens],
+                divisors=self._divisors_of(torch.tensor(tokens), count),
+                router_weight=router_weight if added else None,
+                grad_norms=norms,
+            ),
         )
+
+    def _divisors_of(self, tokens: torch.Tensor, count: int) -> list[float]:
+        if self._per_token:
+            return [float(tokens.sum().clamp(min=1))] * len(tokens)
+        return [float(valid) * float(batches) for valid, batches in (_divisors(n, count) for n in tokens)]
+
+
+def _divisors(tokens: torch.Tensor, count: int) -> tuple[torch.Tensor, int]:
+    """Return what a micro-batch's loss sum is divided by: its valid tokens, and the number of micro-batches."""
+    return tokens.clamp(min=1), count
+
+
+def _read_norms(update: Update) -> tuple[float | None, dict[str, float]]:
+    """Read the gradient norms in one copy; kinds without gradients are left out."""
+    if update.grad_norm is None or update.grad_norms is None:
+        return None, {}
+    norm, *norms = torch.cat([update.grad_norm.double().reshape(1), update.grad_norms]).tolist()
+    return norm, {kind: value for kind, value in zip(KINDS, norms, strict=True) if value != 0}
