@@ -80,6 +80,9 @@ def kept_scale(probability: float) -> float:
 
 def bias_dropout_add(x: Tensor, bias: Tensor | None, residual: Tensor, dropped: Tensor | None, p: float) -> Tensor:
     """Return residual + dropout(x + bias), computed in float32 and rounded once; x, residual [..., h], bias [h]."""
+    if torch.compiler.is_compiling() and dropped is None:
+        total = widened(x) if bias is None else widened(x) + widened(bias)
+        return (total + residual).to(residual.dtype)
     return _BiasDropoutAdd.apply(x, bias, residual, dropped, kept_scale(p))
 
 

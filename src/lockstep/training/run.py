@@ -161,6 +161,7 @@ def _complete_record(
     features = {
         **_features(config, device),
         "parameters": parameters,
+        "compile": parts.compilation,
         "layout": mesh.describe() | _sharding(config, mesh),
     }
     writer.update(
@@ -170,7 +171,7 @@ def _complete_record(
         **_config_facts(config),
     )
     say(f"precision: {features['precision']}, matrix products: {features['matmul']}")
-    say(f"attention: {features['attention']}")
+    say(f"attention: {features['attention']}, compilation: {features['compile']}")
 
 
 def _sharding(config: ConfigContainer, mesh: Mesh) -> dict[str, Any]:

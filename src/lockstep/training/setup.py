@@ -28,6 +28,7 @@ from lockstep.parallel.fsdp import WeightSharding, keeper
 from lockstep.peft.apply import add_adapters, draw_from, initial_adapters
 from lockstep.training.attention import choose_attention, use_attention
 from lockstep.training.batches import build_batch_schedule, eval_batch_size, num_samples, train_iterations
+from lockstep.training.compiling import choose_compilation, compile_blocks
 from lockstep.training.console import dataset_size_lines, parameters_line, say
 from lockstep.training.context import ContextPasses
 from lockstep.training.evaluate import Evaluator, Split
@@ -46,7 +47,8 @@ from lockstep.training.step import TrainStep
 class Parts:
     """Everything that was built: ``trainer`` is None without training, ``evaluator`` without evaluation.
 
-    ``base`` names the frozen weights that adapters are trained for, None without adapters.
+    ``base`` names the frozen weights that adapters are trained for, None without adapters; ``compilation`` says what is
+    compiled.
 
     ``initial_weights`` is the fingerprint of the whole model, taken on the process that keeps the record.
     """
@@ -59,6 +61,7 @@ class Parts:
     flops_per_sample: float
     trainer: Trainer | None
     evaluator: Evaluator | None
+    compilation: str
     base: dict[str, Any] | None = None
 
 
@@ -80,12 +83,17 @@ def build(config: ConfigContainer, device: torch.device, mesh: Mesh, exit_rule: 
     model, spans, prints = build_parallel_model(config, mesh, device, params_dtype(config))
     say(parameters_line(sum(p.numel() for p in model.parameters())))
     flops = flops_per_sequence(config.model)
+    iterations = min(train_iters, config.train.exit_interval or train_iters)
+    operations = flops * batches.samples_after(iterations) / mesh.world.size
+    compilation = choose_compilation(config, device, operations)
+    if compilation.blocks:
+        compile_blocks(model)
     passes = build_passes(config, model, spans, mesh, device)
     trainer = None
     if not config.validation.skip_train and train_iters > 0:
         trainer = build_trainer(config, model, passes, datasets, mesh)
     evaluator = build_evaluator(config, passes, datasets, device, mesh, exit_rule)
-    return Parts(tokenizer, datasets, model, prints, train_iters, flops, trainer, evaluator)
+    return Parts(tokenizer, datasets, model, prints, train_iters, flops, trainer, evaluator, str(compilation))
 
 
 def set_vocab_size(config: ConfigContainer, tokens: int) -> None:
