@@ -13,7 +13,7 @@ from lockstep.models import GPTModel
 from lockstep.models.decoder import head
 from lockstep.models.mlp import MLP
 from lockstep.models.ops import matmul_mode
-from lockstep.training.attention import choose_attention
+from lockstep.training.attention import choose_attention, keeps_documents_apart
 from lockstep.training.precision import params_dtype
 
 # Floating-point operations of one process in a run from which compiling pays; docs/performance.md has the measurement.
@@ -72,7 +72,9 @@ def _obstacle(config: ConfigContainer, device: torch.device) -> str | None:
         return "with sharded weights"
     if model.recompute_granularity == "selective":
         return "with selective recomputation"
-    if config.dataset.reset_attention_mask:
+    if config.peft.scheme is not None:
+        return "with adapters"
+    if keeps_documents_apart(config):
         return "with documents apart"
     if all(expert_layers(model)):
         return "on layers with experts, which all are"

@@ -107,6 +107,7 @@ def probe(job: Job) -> int:
     config = config_of(job.config)
     for path in ("checkpoint.save", "run.dir"):
         config.set(path, None, Origin("file", "probes"))
+    config.set("run.compile", "none", Origin("file", "probes"))  # probes look on between the operations of a layer
     device = choose_device(config.run.device)
     with switches(config, device), start_processes(config, device) as mesh:
         side = _Side(config, device, mesh, job)
