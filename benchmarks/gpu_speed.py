@@ -31,9 +31,10 @@ from lockstep.training.attention import choose_attention
 from lockstep.training.compiling import choose_compilation, compile_blocks
 from lockstep.training.device import choose_device, switches
 from lockstep.training.feed import Batch
+from lockstep.training.graphs import choose_graphs
 from lockstep.training.optimizer import Optimizer
 from lockstep.training.precision import params_dtype
-from lockstep.training.setup import build_parallel_model, build_passes
+from lockstep.training.setup import build_parallel_model, build_passes, graphed
 from lockstep.training.step import TrainStep
 
 # micro-batch size, global batch size, changes to the base
@@ -67,6 +68,7 @@ class Timing:
     torch: str
     attention: str
     compilation: str
+    cuda_graphs: str
     first_step_s: float
     step_s: float
     spread_s: float
@@ -112,7 +114,10 @@ def measure(setting: str, config: ConfigContainer, steps: int, profile: Path | N
         compilation = choose_compilation(config, device, operations * required(config.train.train_iters))
         if compilation.blocks:
             compile_blocks(model)
-        step = TrainStep(build_passes(config, model, spans, mesh, device), Optimizer(model, config, mesh))
+        graphs = choose_graphs(config, device, mesh, operations / samples * required(config.train.micro_batch_size))
+        optimizer = Optimizer(model, config, mesh)
+        passes = graphed(build_passes(config, model, spans, mesh, device), optimizer, graphs)
+        step = TrainStep(passes, optimizer)
         micro, losses, seconds = required(config.train.micro_batch_size), [], []
         for number in range(steps + 3):
             batch = _batch(config, number, device)
@@ -132,6 +137,7 @@ def measure(setting: str, config: ConfigContainer, steps: int, profile: Path | N
         torch.__version__,
         str(choose_attention(config, device)),
         str(compilation),
+        str(graphs),
         round(seconds[0], 3),
         round(middle, 5),
         round(max(timed) - min(timed), 5),

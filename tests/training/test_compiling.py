@@ -42,7 +42,13 @@ WHOLE_LAYERS = {
         (GPU, LONG, {"model__context_parallel_size": 2}, False, "auto, with tensor or context parallelism"),
         (GPU, LONG, {"model__attention_backend": "unfused"}, False, "auto, with explicit scores"),
         (GPU, LONG, {"dataset__reset_attention_mask": True}, False, "auto, with documents apart"),
-        (GPU, LONG, {"peft__scheme": "lora"}, False, "auto, with adapters"),
+        (
+            GPU,
+            LONG,
+            {"peft__scheme": "lora", "checkpoint__pretrained_checkpoint": "base"},
+            False,
+            "auto, with adapters",
+        ),
         (GPU, LONG, WHOLE_LAYERS, True, "auto, pays"),
     ],
 )

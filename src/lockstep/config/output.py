@@ -26,6 +26,13 @@ class RunConfig(Section):
         help="Compile every layer without experts (blocks); auto does so on GPUs where the run is long enough to pay.",
         effect="speed",
     )
+    cuda_graphs: Literal["auto", "none", "micro-batches"] = opt(
+        "auto",
+        "--cuda-graphs",
+        help="Launch forward and backward pass of a micro-batch as one CUDA graph; auto does so for small models on "
+        "one GPU.",
+        effect="speed",
+    )
 
 
 @dataclass(kw_only=True)

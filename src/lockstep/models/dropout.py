@@ -47,6 +47,11 @@ class DropoutStreams:
             return torch.ones(shape, dtype=torch.bool)
         return words.view(torch.int16)[:numel].lt(threshold).view(shape)
 
+    @property
+    def generators(self) -> tuple[torch.Generator, ...]:
+        """What the streams draw from."""
+        return tuple(self._generators.values())
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return the state of each stream as a uint8 tensor."""
         return {name: generator.get_state() for name, generator in self._generators.items()}

@@ -162,6 +162,7 @@ def _complete_record(
         **_features(config, device),
         "parameters": parameters,
         "compile": parts.compilation,
+        "cuda_graphs": parts.graphs,
         "layout": mesh.describe() | _sharding(config, mesh),
     }
     writer.update(
@@ -172,6 +173,7 @@ def _complete_record(
     )
     say(f"precision: {features['precision']}, matrix products: {features['matmul']}")
     say(f"attention: {features['attention']}, compilation: {features['compile']}")
+    say(f"CUDA graphs: {features['cuda_graphs']}")
 
 
 def _sharding(config: ConfigContainer, mesh: Mesh) -> dict[str, Any]:

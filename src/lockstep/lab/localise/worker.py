@@ -107,7 +107,8 @@ def probe(job: Job) -> int:
     config = config_of(job.config)
     for path in ("checkpoint.save", "run.dir"):
         config.set(path, None, Origin("file", "probes"))
-    config.set("run.compile", "none", Origin("file", "probes"))  # probes look on between the operations of a layer
+    for path in ("run.compile", "run.cuda_graphs"):  # probes look on between the operations of a layer
+        config.set(path, "none", Origin("file", "probes"))
     device = choose_device(config.run.device)
     with switches(config, device), start_processes(config, device) as mesh:
         side = _Side(config, device, mesh, job)
