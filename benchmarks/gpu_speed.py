@@ -181,11 +181,12 @@ def _attention_seconds(config: ConfigContainer, kernel: Kernel, device: torch.de
     model, dtype = config.model, params_dtype(config)
     length, width = required(model.seq_length), required(model.kv_channels)
     counts = (required(model.num_attention_heads), required(model.num_query_groups), required(model.num_query_groups))
-    tensors = [torch.randn(1, length, n, width, device=device, dtype=dtype, requires_grad=True) for n in counts]
+    query, key, value = (torch.randn(1, length, n, width, device=device, dtype=dtype) for n in counts)
+    tensors = [x.requires_grad_() for x in (query, key, value)]
     mask = CausalMask(length, device)
 
     def both() -> None:
-        result = fused_attention(kernel, *tensors, mask, None)  # type: ignore[misc]
+        result = fused_attention(kernel, query, key, value, mask, None)
         torch.autograd.grad(result, tensors, result)
 
     return _seconds(both)

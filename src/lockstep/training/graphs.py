@@ -1,8 +1,8 @@
-"""Micro-batches as CUDA graphs: a small model's kernels take less time than their launches, and a graph is one launch."""
+"""Micro-batches as CUDA graphs: kernels of a small model are shorter than their launches, and a graph is one launch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -138,7 +138,7 @@ class GraphedPasses:
 
     def _captured_pass(self, micro_batch: Batch, objective: Objective, first: bool) -> _Captured:
         held = {field.name: getattr(micro_batch, field.name) for field in fields(Batch)}
-        batch = Batch(**{name: None if value is None else value.clone() for name, value in held.items()})
+        batch = Batch(**{name: value.clone() for name, value in held.items() if value is not None})
 
         def job() -> torch.Tensor:
             loss_sum, tokens = self._inner.loss(batch, self.dropout)
@@ -154,7 +154,7 @@ class CudaCapture:
 
     def __init__(self, streams: DropoutStreams | None) -> None:
         self._streams = streams
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None
 
     def __call__(self, job: Callable[[], torch.Tensor]) -> tuple[Graph, torch.Tensor]:
         """Capture a job."""
