@@ -40,6 +40,7 @@ WHOLE_LAYERS = {
         (GPU, LONG, {"run__compile": "none"}, False, "run.compile=none"),
         (GPU, LONG, {"model__hidden_dropout": 0.1}, False, "auto, with dropout"),
         (GPU, LONG, {"model__context_parallel_size": 2}, False, "auto, with tensor or context parallelism"),
+        (GPU, LONG, {"model__pipeline_model_parallel_size": 2}, False, "auto, in a pipeline"),
         (GPU, LONG, {"model__attention_backend": "unfused"}, False, "auto, with explicit scores"),
         (GPU, LONG, {"dataset__reset_attention_mask": True}, False, "auto, with documents apart"),
         (

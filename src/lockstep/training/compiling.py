@@ -17,7 +17,7 @@ from lockstep.training.attention import choose_attention, keeps_documents_apart
 from lockstep.training.precision import params_dtype
 
 # Floating-point operations of one process in a run from which compiling pays; docs/performance.md has the measurement.
-PAYING_OPERATIONS = 4e16
+PAYING_OPERATIONS = 2.5e16
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,8 @@ def _obstacle(config: ConfigContainer, device: torch.device) -> str | None:
         return "with dropout"
     if max(model.tensor_model_parallel_size, model.context_parallel_size) > 1:
         return "with tensor or context parallelism"
+    if model.pipeline_model_parallel_size > 1:
+        return "in a pipeline"
     if shards_weights(config):
         return "with sharded weights"
     if model.recompute_granularity == "selective":

@@ -10,6 +10,7 @@ from lockstep.config import ConfigContainer
 from lockstep.config.experts import expert_layers
 from lockstep.errors import UserError
 from lockstep.models import DropoutStreams
+from lockstep.models.ops import matmul_mode
 from lockstep.parallel import Mesh
 from lockstep.parallel.buckets import GradientBuckets
 from lockstep.training.attention import keeps_documents_apart
@@ -69,6 +70,9 @@ def _obstacle(config: ConfigContainer, device: torch.device, mesh: Mesh) -> str 
         return "with documents apart"
     if config.mixed_precision.fp16:
         return "with a loss scale that changes"
+    # Elsewhere the loss asks the GPU which labels are in a tile.
+    if not config.mixed_precision.bf16 or matmul_mode(device, torch.bfloat16) != "native":
+        return "without native BF16 products"
     return None
 
 
