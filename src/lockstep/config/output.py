@@ -10,7 +10,7 @@ from lockstep.config.variants import RoutingTraces, TensorDumps
 
 @dataclass(kw_only=True)
 class RunConfig(Section):
-    """What only Lockstep has: the run directory and the device."""
+    """What only Lockstep has: the run directory, the device, and what is compiled."""
 
     section_name: ClassVar[str] = "run"
 
@@ -19,6 +19,19 @@ class RunConfig(Section):
     )
     device: Literal["auto", "cpu", "cuda"] = opt(
         "auto", "--device", help="Where to train; auto takes a GPU when there is one.", effect="speed"
+    )
+    compile: Literal["auto", "none", "blocks"] = opt(
+        "auto",
+        "--compile",
+        help="Compile every layer without experts (blocks); auto does so on GPUs where the run is long enough to pay.",
+        effect="speed",
+    )
+    cuda_graphs: Literal["auto", "none", "micro-batches"] = opt(
+        "auto",
+        "--cuda-graphs",
+        help="Launch forward and backward pass of a micro-batch as one CUDA graph; auto does so for small models on "
+        "one GPU.",
+        effect="speed",
     )
 
 

@@ -8,6 +8,7 @@ Shape legend: t tokens (b * s), h hidden, v vocabulary.
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ def linear_cross_entropy(
     tile_numbers: int | None = None,
     first_row: int = 0,
     merge: Merge | None = None,
+    compiled: bool = False,
 ) -> Tensor:
     """Return the float32 loss of each token (float64 for a float64 model).
 
@@ -39,13 +41,16 @@ def linear_cross_entropy(
     labels. `tile_numbers` bounds how many float32 logits are held at a time; it changes rounding of sums only.
     Backward may be called once.
 
+    `compiled`: one pass over the logits each way in place of float32 copies, where products are native.
+
     Where the weight has only the vocabulary's rows from `first_row` on, `merge` completes what was found for them, and
     the gradient of hidden is that through these rows.
     """
     rows = hidden.reshape(-1, hidden.shape[-1])
     limit = tile_numbers or (_CPU_TILE_NUMBERS if rows.device.type == "cpu" else _GPU_TILE_NUMBERS)
     if _native(rows):
-        return _NativeLoss.apply(rows, weight, labels.reshape(-1) - first_row, limit, merge).view(labels.shape)
+        passes = _Passes(limit) if not compiled else _CompiledPasses()
+        return _NativeLoss.apply(rows, weight, labels.reshape(-1) - first_row, passes, merge).view(labels.shape)
     low_precision = rows.dtype in (torch.bfloat16, torch.float16)
     keep = low_precision and torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad)
     return _TiledLoss.apply(rows, weight, labels.reshape(-1) - first_row, limit, keep, merge).view(labels.shape)
@@ -169,22 +174,75 @@ def _clamped(labels: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
     return (labels >= 0) & (labels < vocab), labels.clamp(0, vocab - 1)
 
 
+class _Passes:
+    """The float32 arithmetic on low-precision logits [t, v], some tokens at a time."""
+
+    def __init__(self, tile_numbers: int):
+        self._tile_numbers = tile_numbers
+
+    def log_sums(self, logits: Tensor) -> Tensor:
+        """Return log(sum(exp(logits))) of each row."""
+        return torch.cat([_log_sum_exp_(block.float()) for block in logits.split(self._height(logits))])
+
+    def put_gradients(self, logits: Tensor, log_sum: Tensor, labels: Tensor, grad: Tensor) -> None:
+        """Put the gradient of the logits in their place, for the gradient [t] of the losses."""
+        height = self._height(logits)
+        index = torch.arange(min(height, labels.shape[0]), device=labels.device)
+        for start in range(0, labels.shape[0], height):
+            span = slice(start, start + height)
+            gradient = logits[span].float().sub_(log_sum[span, None]).exp_()
+            inside, position = _clamped(labels[span], logits.shape[1])
+            gradient[index[: len(gradient)], position] -= inside.float()
+            logits[span] = gradient.mul_(grad[span, None])
+
+    def _height(self, logits: Tensor) -> int:
+        return max(1, self._tile_numbers // logits.shape[1])
+
+
+class _CompiledPasses(_Passes):
+    """The same on all tokens at once, in compiled kernels."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+
+    def log_sums(self, logits: Tensor) -> Tensor:
+        """Return log(sum(exp(logits))) of each row."""
+        return _compiled(_log_sums)(logits)
+
+    def put_gradients(self, logits: Tensor, log_sum: Tensor, labels: Tensor, grad: Tensor) -> None:
+        """Put the gradient of the logits in their place, for the gradient [t] of the losses."""
+        _compiled(_put_gradients)(logits, log_sum, labels, grad)
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=False)
+
+
+def _log_sums(logits: Tensor) -> Tensor:
+    return torch.logsumexp(logits.float(), dim=1)
+
+
+def _put_gradients(logits: Tensor, log_sum: Tensor, labels: Tensor, grad: Tensor) -> None:
+    chosen = torch.arange(logits.shape[1], device=logits.device) == labels[:, None]
+    logits.copy_(((logits.float() - log_sum[:, None]).exp() - chosen.float()) * grad[:, None])
+
+
 class _NativeLoss(torch.autograd.Function):
-    """Low-precision products of whole tensors; the float32 arithmetic in between is cut along the tokens."""
+    """Low-precision products of whole tensors, and passes over the logits, whose place their gradient takes."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, tile_numbers: int, merge: Merge | None
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, passes: _Passes, merge: Merge | None
     ) -> Tensor:
         logits = hidden @ weight.t()
-        height = max(1, tile_numbers // weight.shape[0])
-        log_sum = torch.cat([_log_sum_exp_(block.float()) for block in logits.split(height)])
+        log_sum = passes.log_sums(logits)
         inside, position = _clamped(labels, weight.shape[0])
         target = logits.gather(1, position[:, None])[:, 0].float().masked_fill(~inside, 0.0)
         if merge is not None:
             log_sum, target = merge(log_sum, target)
         ctx.save_for_backward(hidden, weight, labels, log_sum)
-        ctx.logits, ctx.height = logits, height
+        ctx.logits, ctx.passes = logits, passes
         return log_sum - target
 
     @staticmethod
@@ -192,12 +250,6 @@ class _NativeLoss(torch.autograd.Function):
         hidden, weight, labels, log_sum = ctx.saved_tensors
         logits: Tensor = ctx.logits
         ctx.logits = None
-        index = torch.arange(min(ctx.height, labels.shape[0]), device=labels.device)
-        for start in range(0, labels.shape[0], ctx.height):
-            span = slice(start, start + ctx.height)
-            gradient = logits[span].float().sub_(log_sum[span, None]).exp_()
-            inside, position = _clamped(labels[span], weight.shape[0])
-            gradient[index[: len(gradient)], position] -= inside.float()
-            logits[span] = gradient.mul_(grads[0][span, None])  # the gradient takes the place of the logits
+        ctx.passes.put_gradients(logits, log_sum, labels, grads[0].contiguous())
         grad_weight = logits.t() @ hidden if ctx.needs_input_grad[1] else None
         return logits @ weight, grad_weight, None, None, None

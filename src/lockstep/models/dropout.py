@@ -47,6 +47,11 @@ class DropoutStreams:
             return torch.ones(shape, dtype=torch.bool)
         return words.view(torch.int16)[:numel].lt(threshold).view(shape)
 
+    @property
+    def generators(self) -> tuple[torch.Generator, ...]:
+        """What the streams draw from."""
+        return tuple(self._generators.values())
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return the state of each stream as a uint8 tensor."""
         return {name: generator.get_state() for name, generator in self._generators.items()}
@@ -80,6 +85,9 @@ def kept_scale(probability: float) -> float:
 
 def bias_dropout_add(x: Tensor, bias: Tensor | None, residual: Tensor, dropped: Tensor | None, p: float) -> Tensor:
     """Return residual + dropout(x + bias), computed in float32 and rounded once; x, residual [..., h], bias [h]."""
+    if torch.compiler.is_compiling() and dropped is None:
+        total = widened(x) if bias is None else widened(x) + widened(bias)
+        return (total + residual).to(residual.dtype)
     return _BiasDropoutAdd.apply(x, bias, residual, dropped, kept_scale(p))
 
 

@@ -62,6 +62,9 @@ class Nonlinearity:
 
     def __call__(self, inner: Tensor, bias: Tensor | None, weights: Tensor | None = None) -> Tensor:
         """Return the activation [..., f] of the inner tensor plus bias, times a weight for each row if given."""
+        if self.fused and torch.compiler.is_compiling():  # which decides itself what is kept and what is fused
+            result = _gated_activation(_biased(inner, bias), self.activation, self.gated)
+            return (result if weights is None else result * widened(weights)[..., None]).to(inner.dtype)
         if self.fused:
             return _FusedActivation.apply(inner, bias, weights, self.activation, self.gated)
         result = self._unfused(inner if bias is None else inner + bias)

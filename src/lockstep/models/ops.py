@@ -80,8 +80,11 @@ def widened(x: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return x [..., h] times weight [o, h] transposed, rounded, then plus bias [o], rounded again."""
-    native = matmul_mode(x.device, x.dtype) == "native"
+    """Return x [..., h] times weight [o, h] transposed, rounded, then plus bias [o], rounded again.
+
+    Models are compiled only where products are native.
+    """
+    native = torch.compiler.is_compiling() or matmul_mode(x.device, x.dtype) == "native"
     product = F.linear(x, weight) if native else _RoundedLinear.apply(x, weight)
     return product if bias is None else product + bias
 

@@ -162,6 +162,25 @@ class GradientBuckets:
             self._of[param].missing -= 1
             self._start_whole()
 
+    @property
+    def params(self) -> list[nn.Parameter]:
+        """The parameters, in the order of the model."""
+        return list(self._views)
+
+    def put(self, grads: Sequence[torch.Tensor], overwrite: bool) -> None:
+        """Add the gradient of every parameter, or overwrite what is there; this alone does not count as arrived."""
+        for view, grad in zip(self._views.values(), grads, strict=True):
+            if overwrite:
+                view.copy_(grad)
+            else:
+                view.add_(grad)
+
+    def arrived_all(self) -> None:
+        """Count one gradient of every parameter as arrived, where nothing waits for single ones."""
+        assert self._expected is None, "overlap starts buckets by their own gradients"
+        for param in self._views:
+            self._arrived[param] = self._arrived.get(param, 0) + 1
+
     def _start_whole(self) -> None:
         """Start the buckets that have all gradients, up to the first that has not: all processes keep one order."""
         for bucket in self.buckets:

@@ -70,11 +70,17 @@ def cudnn_obstacle(config: ConfigContainer) -> str | None:
     """Return what cuDNN's kernel cannot do of what is asked; None where it can do all."""
     if config.model.context_parallel_size > 1:
         return "with context parallelism"
-    if config.dataset.reset_attention_mask or (config.dataset.sft and config.dataset.enable_offline_packing):
+    if keeps_documents_apart(config):
         return "with documents apart"
     if config.model.deterministic_mode:
         return "in deterministic mode"
     return None
+
+
+def keeps_documents_apart(config: ConfigContainer) -> bool:
+    """Tell whether batches say which tokens belong together."""
+    dataset = config.dataset
+    return dataset.reset_attention_mask or (dataset.sft and dataset.enable_offline_packing)
 
 
 def use_attention(model: nn.Module, choice: Choice) -> None:

@@ -47,7 +47,7 @@ class WholePasses:
     """Passes of a model all of whose layers are on this process: one micro-batch after the other."""
 
     def __init__(self, model: nn.Module, dropout: DropoutStreams | None = None, replicas: Axis | None = None) -> None:
-        self._model = model
+        self.model = model
         self.dropout = dropout
         self.routing = Routing(model, replicas or Axis())
 
@@ -55,30 +55,31 @@ class WholePasses:
         self, batch: Batch, micro_batch_size: int, objective: Objective, router_weight: float = 0.0
     ) -> torch.Tensor:
         """Run forward and backward passes; see ``Passes``."""
-        self._model.train()
+        self.model.train()
         sums = []
         for micro_batch in batch.split(micro_batch_size):
             noted = self.routing.begin(router_weight)
-            loss_sum, tokens = self._loss(micro_batch, self.dropout, noted)
+            loss_sum, tokens = self.loss(micro_batch, self.dropout, noted)
             objective(loss_sum, tokens).backward()
             sums.append(torch.stack([loss_sum.detach(), tokens, *self.routing.means(noted)]))
         self.routing.finish()
-        release(self._model)
+        release(self.model)
         return torch.stack(sums)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, micro_batch_size: int) -> torch.Tensor:
         """Run forward passes without dropout; see ``Passes``."""
-        self._model.eval()
-        sums = [torch.stack(self._loss(part, None)) for part in batch.split(micro_batch_size)]
-        release(self._model)
+        self.model.eval()
+        sums = [torch.stack(self.loss(part, None)) for part in batch.split(micro_batch_size)]
+        release(self.model)
         return torch.stack(sums)
 
-    def _loss(
+    def loss(
         self, batch: Batch, dropout: DropoutStreams | None, noted: RouterLosses | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the forward pass of a micro-batch; return the sum of its losses and its valid tokens."""
         aside = {} if noted is None else {"router_losses": noted}
-        losses = self._model(
+        losses = self.model(
             batch.tokens,
             batch.position_ids,
             batch.labels,

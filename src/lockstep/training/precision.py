@@ -61,6 +61,11 @@ class MainWeights:
         """Forget the gradients of the step before; ``micro_batches`` are the backward passes to come, where known."""
         self._gradients.start_step(micro_batches)
 
+    @property
+    def gradients(self) -> GradientBuckets:
+        """Where gradients are added up."""
+        return self._gradients
+
     def collect_grads(self) -> list[torch.Tensor]:
         """Return what the backward passes left for every parameter, before it is added up over processes."""
         return self._gradients.collected()

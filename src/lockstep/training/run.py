@@ -161,6 +161,8 @@ def _complete_record(
     features = {
         **_features(config, device),
         "parameters": parameters,
+        "compile": parts.compilation,
+        "cuda_graphs": parts.graphs,
         "layout": mesh.describe() | _sharding(config, mesh),
     }
     writer.update(
@@ -170,7 +172,8 @@ def _complete_record(
         **_config_facts(config),
     )
     say(f"precision: {features['precision']}, matrix products: {features['matmul']}")
-    say(f"attention: {features['attention']}")
+    say(f"attention: {features['attention']}, compilation: {features['compile']}")
+    say(f"CUDA graphs: {features['cuda_graphs']}")
 
 
 def _sharding(config: ConfigContainer, mesh: Mesh) -> dict[str, Any]:

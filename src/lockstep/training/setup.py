@@ -28,11 +28,13 @@ from lockstep.parallel.fsdp import WeightSharding, keeper
 from lockstep.peft.apply import add_adapters, draw_from, initial_adapters
 from lockstep.training.attention import choose_attention, use_attention
 from lockstep.training.batches import build_batch_schedule, eval_batch_size, num_samples, train_iterations
+from lockstep.training.compiling import choose_compilation, compile_blocks
 from lockstep.training.console import dataset_size_lines, parameters_line, say
 from lockstep.training.context import ContextPasses
 from lockstep.training.evaluate import Evaluator, Split
 from lockstep.training.exits import ExitRule
 from lockstep.training.feed import Feed, sample_order
+from lockstep.training.graphs import GraphedPasses, Graphs, choose_graphs
 from lockstep.training.loop import Trainer
 from lockstep.training.optimizer import Optimizer
 from lockstep.training.passes import Passes, WholePasses
@@ -46,7 +48,8 @@ from lockstep.training.step import TrainStep
 class Parts:
     """Everything that was built: ``trainer`` is None without training, ``evaluator`` without evaluation.
 
-    ``base`` names the frozen weights that adapters are trained for, None without adapters.
+    ``base`` names the frozen weights that adapters are trained for, None without adapters; ``compilation`` and
+    ``graphs`` say what is compiled and captured.
 
     ``initial_weights`` is the fingerprint of the whole model, taken on the process that keeps the record.
     """
@@ -59,6 +62,8 @@ class Parts:
     flops_per_sample: float
     trainer: Trainer | None
     evaluator: Evaluator | None
+    compilation: str
+    graphs: str
     base: dict[str, Any] | None = None
 
 
@@ -88,12 +93,20 @@ def build(
     model, spans, prints = build_parallel_model(config, mesh, device, params_dtype(config), alter)
     say(parameters_line(sum(p.numel() for p in model.parameters())))
     flops = flops_per_sequence(config.model)
+    iterations = min(train_iters, config.train.exit_interval or train_iters)
+    operations = flops * batches.samples_after(iterations) / mesh.world.size
+    compilation = choose_compilation(config, device, operations)
+    if compilation.blocks:
+        compile_blocks(model)
     passes = build_passes(config, model, spans, mesh, device)
+    graphs = choose_graphs(config, device, mesh, flops * batches.micro_batch_size)
     trainer = None
     if not config.validation.skip_train and train_iters > 0:
-        trainer = build_trainer(config, model, passes, datasets, mesh)
+        trainer = build_trainer(config, model, passes, datasets, mesh, graphs)
     evaluator = build_evaluator(config, passes, datasets, device, mesh, exit_rule)
-    return Parts(tokenizer, datasets, model, prints, train_iters, flops, trainer, evaluator)
+    return Parts(
+        tokenizer, datasets, model, prints, train_iters, flops, trainer, evaluator, str(compilation), str(graphs)
+    )
 
 
 def set_vocab_size(config: ConfigContainer, tokens: int) -> None:
@@ -188,11 +201,14 @@ def build_passes(
     return ContextPasses(passes, mesh.cp) if mesh.cp.size > 1 else passes
 
 
-def build_trainer(config: ConfigContainer, model: nn.Module, passes: Passes, datasets: Datasets, mesh: Mesh) -> Trainer:
+def build_trainer(
+    config: ConfigContainer, model: nn.Module, passes: Passes, datasets: Datasets, mesh: Mesh, graphs: Graphs
+) -> Trainer:
     """Build what the iterations need: data feed, optimizer, schedules, step."""
     batches = build_batch_schedule(config, mesh.dp.size)
     rate, decay = build_schedules(config)
     optimizer = Optimizer(model, config, mesh)
+    passes = graphed(passes, optimizer, graphs)
     return Trainer(
         feed=_feed(config, datasets.train, "train", batches.micro_batch_size, mesh),
         step=TrainStep(passes, optimizer, per_token=config.model.calculate_per_token_loss, dp=mesh.dp),
@@ -202,6 +218,14 @@ def build_trainer(config: ConfigContainer, model: nn.Module, passes: Passes, dat
         params_norm=optimizer.params_norm if config.logger.log_params_norm else None,
         dp=mesh.dp,
     )
+
+
+def graphed(passes: Passes, optimizer: Optimizer, graphs: Graphs) -> Passes:
+    """Return passes that run micro-batches as graphs where that was chosen."""
+    if not graphs.used:
+        return passes
+    assert isinstance(passes, WholePasses), "graphs are chosen for one process only"
+    return GraphedPasses(passes, optimizer.weights.gradients)
 
 
 def build_evaluator(

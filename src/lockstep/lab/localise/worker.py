@@ -107,6 +107,8 @@ def probe(job: Job) -> int:
     config = config_of(job.config)
     for path in ("checkpoint.save", "run.dir"):
         config.set(path, None, Origin("file", "probes"))
+    for path in ("run.compile", "run.cuda_graphs"):  # probes look on between the operations of a layer
+        config.set(path, "none", Origin("file", "probes"))
     device = choose_device(config.run.device)
     with switches(config, device), start_processes(config, device) as mesh:
         side = _Side(config, device, mesh, job)

@@ -1,0 +1,283 @@
+"""Time training steps of named settings on one GPU, beside what its matrix and attention rates allow.
+
+    python benchmarks/gpu_speed.py --settings llama32_1b-mb1 llama32_1b-mb4 reference-pair --json speed.json
+
+Every setting runs in a process of its own, on random tokens, through the trainer's own step: forward and backward
+passes of all micro-batches, clipping, AdamW. The floor is the time of its matrix products and attention at the rates
+that this GPU reaches on products of 8192 x 8192 matrices, and with the kernel and heads of the setting.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lockstep.config import ConfigContainer, Origin, resolve
+from lockstep.models.flops import flops_per_sequence
+from lockstep.models.kernels import Kernel, fused_attention
+from lockstep.models.layers import required
+from lockstep.models.mask import CausalMask
+from lockstep.parallel import Mesh
+from lockstep.recipes.llama import llama32_1b_pretrain_config
+from lockstep.training.attention import choose_attention
+from lockstep.training.compiling import choose_compilation, compile_blocks
+from lockstep.training.device import choose_device, switches
+from lockstep.training.feed import Batch
+from lockstep.training.graphs import choose_graphs
+from lockstep.training.optimizer import Optimizer
+from lockstep.training.precision import params_dtype
+from lockstep.training.setup import build_parallel_model, build_passes, graphed
+from lockstep.training.step import TrainStep
+
+# micro-batch size, global batch size, changes to the base
+_BATCHES = {"mb1": (1, 8), "mb2": (2, 8), "mb4": (4, 8)}
+_NO_RECOMPUTATION = {
+    "model.recompute_granularity": None,
+    "model.recompute_method": None,
+    "model.recompute_num_layers": None,
+    "scheduler.lr_warmup_iters": 0,
+}
+_PAIR = {
+    "model.num_layers": 2,
+    "model.hidden_size": 256,
+    "model.num_attention_heads": 4,
+    "model.seq_length": 512,
+    "model.hidden_dropout": 0.1,
+    "model.attention_dropout": 0.1,
+    "model.vocab_size": 32128,
+    "mixed_precision.bf16": True,
+    "optimizer.lr": 1e-4,
+}
+_TINY = {**_PAIR, "model.hidden_size": 32, "model.seq_length": 32, "model.vocab_size": 128}
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What was found for a setting; tokens are those of the whole batch, rates in operations a second."""
+
+    setting: str
+    device: str
+    torch: str
+    attention: str
+    compilation: str
+    cuda_graphs: str
+    first_step_s: float
+    step_s: float
+    spread_s: float
+    tokens_per_s: float
+    peak_gib: float
+    operations: float
+    floor_s: float | None
+    losses: list[float]
+
+
+def configured(setting: str, compilation: str, changes: list[str]) -> ConfigContainer:
+    """Return the resolved configuration of a setting."""
+    base, _, batch = setting.partition("-mb")
+    values: dict[str, Any]
+    if base in ("llama32_1b", "llama32_1b_32k"):
+        config = llama32_1b_pretrain_config()
+        micro, whole = _BATCHES[f"mb{batch or 1}"]
+        values = {"model.vocab_size": 128_256, **_NO_RECOMPUTATION}
+        if base.endswith("32k"):
+            micro, whole, values["model.seq_length"] = 1, 2, 32768
+    else:
+        config = ConfigContainer()
+        micro, whole = 4, 32
+        values = dict({"reference-pair": _PAIR, "reference-pair-plain": _plain(_PAIR), "tiny": _TINY}[setting])
+    values |= {"train.micro_batch_size": micro, "train.global_batch_size": whole, "train.train_iters": 100}
+    values["run.compile"] = compilation
+    for path, value in [*values.items(), *(change.split("=", 1) for change in changes)]:
+        config.set(path, value, Origin("python"))
+    return resolve(config)
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    return values | {"model.hidden_dropout": 0.0, "model.attention_dropout": 0.0}
+
+
+def measure(setting: str, config: ConfigContainer, steps: int, profile: Path | None) -> Timing:
+    """Take steps and time each; the first, which compiles, counts apart."""
+    device, mesh = choose_device("auto"), Mesh()
+    with switches(config, device):
+        model, spans, _ = build_parallel_model(config, mesh, device, params_dtype(config))
+        samples, length = required(config.train.global_batch_size), required(config.model.seq_length)
+        operations = flops_per_sequence(config.model) * samples
+        compilation = choose_compilation(config, device, operations * required(config.train.train_iters))
+        if compilation.blocks:
+            compile_blocks(model)
+        graphs = choose_graphs(config, device, mesh, operations / samples * required(config.train.micro_batch_size))
+        optimizer = Optimizer(model, config, mesh)
+        passes = graphed(build_passes(config, model, spans, mesh, device), optimizer, graphs)
+        step = TrainStep(passes, optimizer)
+        micro, losses, seconds = required(config.train.micro_batch_size), [], []
+        for number in range(steps + 3):
+            batch = _batch(config, number, device)
+            _wait(device)
+            started = time.perf_counter()
+            losses.append(step(batch, micro, 1e-4, 0.01).lm_loss)
+            _wait(device)
+            seconds.append(time.perf_counter() - started)
+        peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
+        if profile is not None:
+            _profile(lambda: step(_batch(config, 0, device), micro, 1e-4, 0.01), profile)
+    timed = seconds[3:]
+    middle = statistics.median(timed)
+    return Timing(
+        setting,
+        torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        torch.__version__,
+        str(choose_attention(config, device)),
+        str(compilation),
+        str(graphs),
+        round(seconds[0], 3),
+        round(middle, 5),
+        round(max(timed) - min(timed), 5),
+        round(samples * length / middle, 1),
+        round(peak, 2),
+        operations,
+        _floor(config, device, operations, samples) if device.type == "cuda" else None,
+        [round(loss, 5) for loss in losses],
+    )
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _batch(config: ConfigContainer, seed: int, device: torch.device) -> Batch:
+    samples, length = required(config.train.global_batch_size), required(config.model.seq_length)
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.randint(0, required(config.model.vocab_size), (samples, length + 1), generator=generator)
+    positions = torch.arange(length).repeat(samples, 1)
+    return Batch(text[:, :-1], text[:, 1:], torch.ones(positions.shape), positions).to(device)
+
+
+def _floor(config: ConfigContainer, device: torch.device, operations: float, samples: int) -> float | None:
+    """Return the seconds that products and attention need at this GPU's rates; None without a fused kernel."""
+    kernel = choose_attention(config, device).kernel
+    if kernel == "explicit" or config.model.multi_latent_attention:
+        return None
+    model, dtype = config.model, params_dtype(config)
+    matrix = torch.randn(8192, 8192, device=device, dtype=dtype)
+    product_s = _seconds(lambda: matrix @ matrix)
+    attention_s = _attention_seconds(config, kernel, device) * required(model.num_layers) * samples
+    # Causal scores count half: two products forward, four backward.
+    width = required(model.num_attention_heads) * required(model.kv_channels)
+    scores = 6 * required(model.num_layers) * width * required(model.seq_length) ** 2 * samples
+    return float(round((operations - scores) / (2 * 8192**3 / product_s) + attention_s, 5))
+
+
+def _attention_seconds(config: ConfigContainer, kernel: Kernel, device: torch.device) -> float:
+    model, dtype = config.model, params_dtype(config)
+    length, width = required(model.seq_length), required(model.kv_channels)
+    counts = (required(model.num_attention_heads), required(model.num_query_groups), required(model.num_query_groups))
+    query, key, value = (torch.randn(1, length, n, width, device=device, dtype=dtype) for n in counts)
+    tensors = [x.requires_grad_() for x in (query, key, value)]
+    mask = CausalMask(length, device)
+
+    def both() -> None:
+        result = fused_attention(kernel, query, key, value, mask, None)
+        torch.autograd.grad(result, tensors, result)
+
+    return _seconds(both)
+
+
+def _seconds(job: Callable[[], object]) -> float:
+    for _ in range(3):
+        job()
+    found = []
+    for _ in range(10):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        job()
+        end.record()
+        torch.cuda.synchronize()
+        found.append(begin.elapsed_time(end) / 1e3)
+    return statistics.median(found)
+
+
+def _profile(job: Callable[[], object], path: Path) -> None:
+    """Write which kernels a step spends its time in, and what the host does meanwhile."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+        job()
+        torch.cuda.synchronize()
+    averages = found.key_averages()
+    path.write_text(
+        averages.table(sort_by="self_cuda_time_total", row_limit=40, max_name_column_width=90)
+        + "\n"
+        + averages.table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=60)
+    )
+
+
+def line(found: Timing) -> str:
+    """Return a row of the table."""
+    share = "" if found.floor_s is None else f"{found.floor_s / found.step_s:.0%}"
+    return (
+        f"| {found.setting} | {found.attention.partition(' (')[0]} | {found.compilation.partition(' (')[0]} | "
+        f"{found.step_s * 1e3:.1f} | {found.tokens_per_s:,.0f} | {found.peak_gib:.1f} | {share} |"
+    )
+
+
+def main() -> int:
+    """Time the settings and print a table; exit code 1 where one failed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--settings", nargs="+", default=["llama32_1b-mb1", "llama32_1b-mb4", "reference-pair"])
+    parser.add_argument("--compile", nargs="+", choices=("auto", "none", "blocks"), default=["auto"])
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="changes to all settings")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--json", type=Path, help="also write what was found")
+    parser.add_argument("--profile", type=Path, help="also write a profile of one step, into this folder")
+    parser.add_argument("--timeout", type=float, default=300, help="seconds for each setting")
+    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.alone:
+        setting, compilation = options.settings[0], options.compile[0]
+        profile = options.profile and options.profile / f"{setting}-{compilation}.txt"
+        found = measure(setting, configured(setting, compilation, options.set), options.steps, profile)
+        print(json.dumps(asdict(found)))
+        return 0
+    print("| setting | attention | compiled | ms a step | tokens/s | peak GiB | floor / step |")
+    print("|---|---|---|---|---|---|---|")
+    results, failed = [], False
+    for setting in options.settings:
+        for compilation in options.compile:
+            result = _alone(options, setting, compilation)
+            failed |= result is None
+            results += [] if result is None else [result]
+            print(line(result) if result else f"| {setting} | {compilation} | failed |", flush=True)
+    if options.json:
+        options.json.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n")
+    if results:
+        print(f"{results[0].device}, torch {results[0].torch}, {time.strftime('%Y-%m-%d')}")
+    return int(failed)
+
+
+def _alone(options: argparse.Namespace, setting: str, compilation: str) -> Timing | None:
+    """Time a setting in a process of its own, so that memory and compiled code are its own."""
+    command = [sys.executable, __file__, "--alone", "--settings", setting, "--compile", compilation]
+    command += ["--steps", str(options.steps), "--set", *options.set]
+    if options.profile:
+        options.profile.mkdir(parents=True, exist_ok=True)
+        command += ["--profile", str(options.profile)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=options.timeout, check=True)
+        return Timing(**json.loads(done.stdout.splitlines()[-1]))
+    except (subprocess.SubprocessError, ValueError, IndexError) as error:
+        print(f"{setting}, {compilation}: {error}\n{getattr(error, 'stderr', '') or ''}"[-3000:], file=sys.stderr)
+        return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

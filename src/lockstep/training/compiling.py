@@ -1,0 +1,87 @@
+"""Compilation of the layers of a model by torch.compile: when it pays, and what it works with."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from lockstep.config import ConfigContainer
+from lockstep.config.experts import expert_layers
+from lockstep.config.sharding import shards_weights
+from lockstep.errors import UserError
+from lockstep.models import GPTModel
+from lockstep.models.decoder import head
+from lockstep.models.mlp import MLP
+from lockstep.models.ops import matmul_mode
+from lockstep.training.attention import choose_attention, keeps_documents_apart
+from lockstep.training.precision import params_dtype
+
+# Floating-point operations of one process in a run from which compiling pays; docs/performance.md has the measurement.
+PAYING_OPERATIONS = 2.5e16
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """Whether layers are compiled, and why."""
+
+    blocks: bool
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{'layer by layer' if self.blocks else 'none'} ({self.reason})"
+
+
+def choose_compilation(config: ConfigContainer, device: torch.device, operations: float) -> Compilation:
+    """Return whether a run of so many floating-point operations on each process compiles its layers.
+
+    Raises:
+        UserError: compilation is asked for where it does not work.
+    """
+    wanted = config.run.compile
+    if wanted == "none":
+        return Compilation(False, "run.compile=none")
+    obstacle = _obstacle(config, device)
+    if wanted == "blocks":
+        if obstacle is not None:
+            raise UserError(f"run.compile=blocks does not work {obstacle}; use run.compile=none or auto")
+        return Compilation(True, "run.compile=blocks")
+    if obstacle is not None:
+        return Compilation(False, f"auto, {obstacle}")
+    pays = operations >= PAYING_OPERATIONS
+    return Compilation(pays, f"auto, {'pays' if pays else 'does not pay'} for {operations:.1e} operations a process")
+
+
+def compile_blocks(model: GPTModel, backend: str = "inductor") -> None:
+    """Have every layer without experts, and the loss, compiled when they first run; hooks on layers stay outside."""
+    model.head = partial(head, compiled=True)
+    for layer in model.decoder.layers.values():
+        if isinstance(layer.mlp, MLP):
+            layer.forward = torch.compile(layer.forward, backend=backend, dynamic=False)
+
+
+def _obstacle(config: ConfigContainer, device: torch.device) -> str | None:
+    """Return where compilation does not work, or does not help, of what is asked; None where it does."""
+    model = config.model
+    if device.type == "cpu":
+        return "on a CPU"
+    if max(model.hidden_dropout, model.attention_dropout) > 0:
+        return "with dropout"
+    if max(model.tensor_model_parallel_size, model.context_parallel_size) > 1:
+        return "with tensor or context parallelism"
+    if model.pipeline_model_parallel_size > 1:
+        return "in a pipeline"
+    if shards_weights(config):
+        return "with sharded weights"
+    if model.recompute_granularity == "selective":
+        return "with selective recomputation"
+    if config.peft.scheme is not None:
+        return "with adapters"
+    if keeps_documents_apart(config):
+        return "with documents apart"
+    if all(expert_layers(model)):
+        return "on layers with experts, which all are"
+    if matmul_mode(device, params_dtype(config)) != "native":
+        return "where products are not native"
+    if choose_attention(config, device).kernel == "explicit":
+        return "with explicit scores"
+    return None

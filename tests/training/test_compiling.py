@@ -1,0 +1,112 @@
+"""Compilation: when it is chosen or refused, and that compiled layers compute what the others do."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from lockstep.config import ConfigContainer, Origin
+from lockstep.errors import UserError
+from lockstep.models import build_model, cross_entropy
+from lockstep.models.cross_entropy import linear_cross_entropy
+from lockstep.training.attention import Choice, use_attention
+from lockstep.training.compiling import PAYING_OPERATIONS, choose_compilation, compile_blocks
+from tests.training.test_attention import configured
+
+CPU, GPU = torch.device("cpu"), torch.device("meta")
+LONG, SHORT = PAYING_OPERATIONS, PAYING_OPERATIONS / 2
+LLAMA = {
+    "model__normalization": "RMSNorm",
+    "model__gated_linear_unit": True,
+    "model__activation_func": "silu",
+    "model__add_bias_linear": False,
+    "model__num_query_groups": 2,
+    "model__position_embedding_type": "rope",
+}
+WHOLE_LAYERS = {
+    "model__recompute_granularity": "full",
+    "model__recompute_method": "uniform",
+    "model__recompute_num_layers": 1,
+}
+
+
+@pytest.mark.parametrize(
+    ("device", "operations", "changes", "blocks", "reason"),
+    [
+        (GPU, LONG, {}, True, "auto, pays"),
+        (GPU, SHORT, {}, False, "auto, does not pay"),
+        (CPU, LONG, {}, False, "auto, on a CPU"),
+        (GPU, SHORT, {"run__compile": "blocks"}, True, "run.compile=blocks"),
+        (GPU, LONG, {"run__compile": "none"}, False, "run.compile=none"),
+        (GPU, LONG, {"model__hidden_dropout": 0.1}, False, "auto, with dropout"),
+        (GPU, LONG, {"model__context_parallel_size": 2}, False, "auto, with tensor or context parallelism"),
+        (GPU, LONG, {"model__pipeline_model_parallel_size": 2}, False, "auto, in a pipeline"),
+        (GPU, LONG, {"model__attention_backend": "unfused"}, False, "auto, with explicit scores"),
+        (GPU, LONG, {"dataset__reset_attention_mask": True}, False, "auto, with documents apart"),
+        (
+            GPU,
+            LONG,
+            {"peft__scheme": "lora", "checkpoint__pretrained_checkpoint": "base"},
+            False,
+            "auto, with adapters",
+        ),
+        (GPU, LONG, WHOLE_LAYERS, True, "auto, pays"),
+    ],
+)
+def test_choice(device, operations, changes, blocks, reason) -> None:
+    chosen = choose_compilation(configured(**changes), device, operations)
+    assert chosen.blocks is blocks
+    assert chosen.reason.startswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("device", "changes", "obstacle"),
+    [(CPU, {}, "on a CPU"), (GPU, {"model__tensor_model_parallel_size": 2}, "with tensor or context parallelism")],
+)
+def test_what_is_asked_for_and_does_not_work_is_an_error(device, changes, obstacle) -> None:
+    with pytest.raises(UserError, match=f"run.compile=blocks does not work {obstacle}"):
+        choose_compilation(configured(run__compile="blocks", **changes), device, LONG)
+
+
+def gradients(config: ConfigContainer, backend: Any) -> list[torch.Tensor]:
+    """Return the loss and gradients of a model, its layers compiled where a backend is given."""
+    config.set("model.vocab_size", 64, Origin("python"))
+    model = build_model(config.model, seed=1, params_dtype=torch.float64, device=CPU).train()
+    use_attention(model, Choice("sdpa", "test"))
+    if backend is not None:
+        compile_blocks(model, backend)
+    tokens = torch.randint(0, 64, (2, 33), generator=torch.Generator().manual_seed(1))
+    loss = model(tokens[:, :-1], torch.arange(32).expand(2, -1), tokens[:, 1:].contiguous()).mean()
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("changes", [{}, LLAMA, WHOLE_LAYERS], ids=["gpt", "llama", "recomputed"])
+def test_compiled_layers_compute_the_same_with_one_graph(changes) -> None:
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    wanted = gradients(configured(**changes), None)
+    found = gradients(configured(**changes), backend)
+    assert len(graphs) == 1  # all layers share it, and nothing breaks it
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_compiled_passes_are_those_in_tiles(monkeypatch) -> None:
+    monkeypatch.setattr(cross_entropy, "_native", lambda _: True)
+    monkeypatch.setattr(cross_entropy, "_compiled", lambda function: function)
+    labels = torch.tensor([[1, 30, 0], [12, 7, 63]])
+    found = []
+    for compiled in (False, True):
+        torch.manual_seed(3)
+        hidden, weight = torch.randn(2, 3, 16).bfloat16().requires_grad_(), torch.randn(64, 16).bfloat16()
+        weight.requires_grad_()
+        loss = linear_cross_entropy(hidden, weight, labels, tile_numbers=128, compiled=compiled)
+        found.append((loss, *torch.autograd.grad((loss * torch.arange(6).view(2, 3)).sum(), (hidden, weight))))
+    for tiles, passes in zip(*found, strict=True):
+        torch.testing.assert_close(passes, tiles, rtol=1e-5 if tiles.dtype == torch.float32 else 2**-7, atol=1e-5)
