@@ -7,6 +7,7 @@ from lockstep.lab.config_diff import ConfigDifference
 from lockstep.lab.dormant import COMPUTE, DATA, EVALUATION, INIT, LENGTH, SCHEDULE, UPDATE
 from lockstep.lab.numbers import Mismatch, Numbers, evaluation_name
 from lockstep.lab.side import Pairs, Side
+from lockstep.lab.spans import spans
 from lockstep.lab.stages import Stage
 
 
@@ -122,14 +123,3 @@ def _may_act(stage: Stage, latest: int) -> bool:
     if stage.state != "differs":
         return stage.state == "unknown"
     return stage.first is None or stage.first <= latest
-
-
-def spans(iterations: list[int]) -> str:
-    """Spell iterations: ``iteration 4 is`` or ``iterations 8 to 10 are`` or ``iterations 3, 5 and 7 more are``."""
-    if len(iterations) == 1:
-        return f"iteration {iterations[0]} is"
-    if iterations == list(range(iterations[0], iterations[-1] + 1)):
-        return f"iterations {iterations[0]} to {iterations[-1]} are"
-    if len(iterations) == 2:
-        return f"iterations {iterations[0]} and {iterations[1]} are"
-    return f"iterations {iterations[0]}, {iterations[1]} and {len(iterations) - 2} more are"
