@@ -6,7 +6,8 @@ from pathlib import Path
 from lockstep.lab.config_diff import ConfigDifference, config_differences
 from lockstep.lab.findings import Findings
 from lockstep.lab.numbers import compare_numbers
-from lockstep.lab.side import Side, align, load_side
+from lockstep.lab.foreign.detect import Reader
+from lockstep.lab.side import Side, align, load_side, ruler
 from lockstep.lab.stages import Stage, data_stage, init_stage, schedule_stage
 from lockstep.lab.verdict import Decision, decide
 
@@ -28,13 +29,15 @@ class Comparison:
         return 0 if self.decision.verdict in ("identical", "rounding") else 1
 
 
-def compare_paths(a: Path | str, b: Path | str) -> Comparison:
-    """Compare two run directories or console logs.
+def compare_paths(
+    a: Path | str, b: Path | str, reader_a: Reader | None = None, reader_b: Reader | None = None
+) -> Comparison:
+    """Compare two run directories, console logs or foreign runs; the readers say how, where content does not.
 
     Raises:
-        UserError: one of them is neither, or is damaged.
+        UserError: one of them is none of these, or is damaged.
     """
-    return compare(load_side(a, "A"), load_side(b, "B"))
+    return compare(load_side(a, "A", reader_a), load_side(b, "B", reader_b))
 
 
 def compare(a: Side, b: Side) -> Comparison:
@@ -43,7 +46,7 @@ def compare(a: Side, b: Side) -> Comparison:
     printed = a.printed or b.printed
     differences = None
     if a.config is not None and b.config is not None:
-        differences = config_differences(a.config, b.config, a.fact("origins"), b.fact("origins"))
+        differences = config_differences(a.config, b.config, a.origins, b.origins)
     findings = Findings(
         a=a,
         b=b,
@@ -52,7 +55,7 @@ def compare(a: Side, b: Side) -> Comparison:
         differences=differences,
         data=data_stage(a, b, pairs),
         init=init_stage(a, b),
-        schedule=schedule_stage(a, b, pairs, printed),
+        schedule=schedule_stage(pairs, ruler(a, b)),
         numbers=compare_numbers(a, b, pairs),
     )
     decision = decide(findings)
@@ -107,12 +110,12 @@ def _evaluations_stage(found: Findings) -> Stage:
 
 def _notes(found: Findings) -> list[str]:
     notes = []
-    if found.printed:
-        notes.append(
-            "at least one side is a console log: numbers are compared to the printed digits "
-            "(7 of a loss and a learning rate, 3 decimals of a gradient norm)"
-        )
     for side in (found.a, found.b):
+        if side.digits:
+            notes.append(f"{side.label} is a {side.printer}: numbers are compared to its digits ({_told(side)})")
+        notes += [f"{side.label}: {note}" for note in side.notes]
+        if not side.tells_evaluations:
+            notes.append(f"{side.label} tells no evaluation: none is compared")
         if side.run and side.run.status != "finished":
             notes.append(f"{side.label} has the status {side.run.status}: it did not come to its end")
         if side.past:
@@ -125,6 +128,11 @@ def _notes(found: Findings) -> list[str]:
         what = "cannot have caused this" if found.anchor or found.missing else "changed no number"
         notes.append(f"settings that differ but {what}: {_list(ruled_out)}")
     return notes + _surroundings(found)
+
+
+def _told(side: Side) -> str:
+    spelled = {"lm_loss": "loss", "grad_norm": "gradient norm", "lr": "learning rate"}
+    return ", ".join(f"{side.digits[name]} of a {what}" for name, what in spelled.items() if name in side.digits)
 
 
 def _surroundings(found: Findings) -> list[str]:

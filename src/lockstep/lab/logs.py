@@ -12,7 +12,7 @@ from pathlib import Path
 from lockstep.errors import UserError
 from lockstep.lab.foreign.repeats import Item, Settled, settle, settle_evaluations
 from lockstep.lab.foreign.text import read_lines
-from lockstep.lab.foreign.trace import rhythm
+from lockstep.lab.foreign.trace import Settings, rhythm
 
 MEGATRON_LM, BRIDGE = "Megatron-LM or Lockstep", "Megatron Bridge"
 
@@ -59,6 +59,7 @@ class Log:
     evaluations: dict[tuple[int, str, bool], LogEvaluation] = field(default_factory=dict)
 
     settled: Settled[LogLine] = field(default_factory=Settled)
+    settings: Settings | None = None
 
     @property
     def interval(self) -> int:
@@ -79,6 +80,11 @@ class Log:
         if carried and end == (first // interval + 1) * interval:
             return first
         return max(end - interval + 1, 1)
+
+
+def is_train_line(text: str) -> bool:
+    """Tell whether a line is a training or validation line of Megatron-LM, Bridge or Lockstep."""
+    return bool(_TRAIN.search(text) or _EVALUATION.search(text))
 
 
 def parse_log(path: Path) -> Log:

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lockstep.lab.bands import loss_band, norm_band
-from lockstep.lab.side import EvaluationKey, Pairs, Point, Side, as_printed, reader
+from lockstep.lab.digits import Ruler
+from lockstep.lab.point import EvaluationKey, Point
+from lockstep.lab.side import Pairs, Side, ruler
 from lockstep.lab.stages import both
 
 Grade = Literal["equal", "inside", "outside"]
@@ -106,23 +108,24 @@ def judge(a: float | None, b: float | None, band: float) -> Grade:
 
 def compare_numbers(a: Side, b: Side, pairs: Pairs) -> Numbers:
     """Compare losses, gradient norms, loss scales, skipped iterations and evaluations."""
-    printed = a.printed or b.printed
+    rule = ruler(a, b)
     names = _comparable(pairs)
     rows, mismatches = [], []
     for pair in pairs.pairs:
-        found = [m for m in (_compare(name, pair, printed) for name in names) if m]
+        found = [m for m in (_compare(name, pair, rule) for name in names) if m]
         mismatches += found
-        rows.append(_row(pair, printed, found))
+        rows.append(_row(pair, rule, found))
     shared = [key for key in a.evaluations if key in b.evaluations]
     evaluations = []
     for key in sorted(shared, key=_run_order):
-        row, found = _evaluation(a, b, key, printed)
+        row, found = _evaluation(a, b, key, rule)
         evaluations.append(row)
         mismatches += found
     mismatches.sort(key=lambda m: (m.iteration, m.key is not None))
+    told = a.tells_evaluations and b.tells_evaluations
     missing = {
-        "A": sorted((key for key in b.evaluations if key not in a.evaluations), key=_run_order),
-        "B": sorted((key for key in a.evaluations if key not in b.evaluations), key=_run_order),
+        "A": sorted((key for key in b.evaluations if told and key not in a.evaluations), key=_run_order),
+        "B": sorted((key for key in a.evaluations if told and key not in b.evaluations), key=_run_order),
     }
     return Numbers(rows, evaluations, mismatches, missing)
 
@@ -133,14 +136,16 @@ def _comparable(pairs: Pairs) -> list[str]:
     return [name for name in names if name == LOSS or any(both(pair, name) for pair in pairs.pairs)]
 
 
-def _compare(name: str, pair: tuple[Point, Point], printed: bool) -> Mismatch | None:
-    read = reader(name, printed)
-    a, b = read(pair[0]), read(pair[1])
+def _compare(name: str, pair: tuple[Point, Point], rule: Ruler) -> Mismatch | None:
+    a, b = (rule.cut(name, getattr(point, name)) for point in pair)
     if name in (LOSS, NORM) and pair[0].skipped and pair[1].skipped and not (_finite(a) or _finite(b)):
         return None  # Both overflowed and threw the step away: no update used these numbers.
+    if rule.same_in(name, pair):
+        return None
     band = 0.0
     if _finite(a) and _finite(b):
-        band = loss_band(a, b) if name == LOSS else norm_band(a, b, printed) if name == NORM else 0.0
+        unit = rule.unit(name, min(abs(a), abs(b)))
+        band = loss_band(a, b) if name == LOSS else norm_band(a, b, unit) if name == NORM else 0.0
     grade = judge(a, b, band)
     return None if grade == "equal" else Mismatch(pair[0].iteration, name, a, b, band, grade)
 
@@ -149,14 +154,13 @@ def _finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def _row(pair: tuple[Point, Point], printed: bool, found: list[Mismatch]) -> Row:
+def _row(pair: tuple[Point, Point], rule: Ruler, found: list[Mismatch]) -> Row:
     a, b = pair
     values: dict[str, float | None] = {}
     # The learning rate of the update itself where both sides tell it, else the following one, as a console prints it.
     lr = "lr" if both(pair, "lr") else "next_lr"
     for name, column in ((LOSS, "loss"), (NORM, "norm"), (lr, "lr")):
-        read = reader(name, printed)
-        values[f"{column}_a"], values[f"{column}_b"] = read(a), read(b)
+        values[f"{column}_a"], values[f"{column}_b"] = (rule.cut(name, getattr(point, name)) for point in pair)
     return Row(iteration=a.iteration, start=a.start, grade=worst([m.grade for m in found]), **values)
 
 
@@ -165,12 +169,12 @@ def worst(grades: list[Grade]) -> Grade:
     return "outside" if "outside" in grades else "inside" if "inside" in grades else "equal"
 
 
-def _evaluation(a: Side, b: Side, key: EvaluationKey, printed: bool) -> tuple[EvaluationRow, list[Mismatch]]:
+def _evaluation(a: Side, b: Side, key: EvaluationKey, rule: Ruler) -> tuple[EvaluationRow, list[Mismatch]]:
     losses = a.evaluations[key], b.evaluations[key]
-    loss_a, loss_b = (as_printed(loss, ".6E") for loss in losses) if printed else losses
+    loss_a, loss_b = (rule.cut(LOSS, loss) for loss in losses)
     band = loss_band(loss_a, loss_b) if loss_a is not None and loss_b is not None else 0.0
     found = []
-    grade = judge(loss_a, loss_b, band)
+    grade = "equal" if rule.same(LOSS, *losses) else judge(loss_a, loss_b, band)
     if loss_a is None and loss_b is None:
         grade = "outside"
     if grade != "equal":

@@ -75,3 +75,12 @@ def rhythm(iterations: Iterable[int]) -> int:
         if ends[-1] % common == 0:
             return common
     return math.gcd(*(ends[1:] or ends)) if ends else 1
+
+
+def number(text: str) -> float:
+    """Return a written number; thousands may be set apart by commas.
+
+    Raises:
+        ValueError: it is none.
+    """
+    return float(text.replace(",", ""))
