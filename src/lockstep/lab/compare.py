@@ -7,6 +7,7 @@ from lockstep.lab.config_diff import ConfigDifference, config_differences
 from lockstep.lab.findings import Findings
 from lockstep.lab.numbers import compare_numbers
 from lockstep.lab.foreign.detect import Reader
+from lockstep.lab.samples import by_size
 from lockstep.lab.side import Side, align, load_side, ruler
 from lockstep.lab.stages import Stage, data_stage, init_stage, schedule_stage
 from lockstep.lab.verdict import Decision, decide
@@ -42,6 +43,8 @@ def compare_paths(
 
 def compare(a: Side, b: Side) -> Comparison:
     """Walk over both sides in the order of the verdicts and decide."""
+    aligned = by_size(a, b)
+    a, b = aligned.a, aligned.b
     pairs = align(a, b)
     printed = a.printed or b.printed
     differences = None
@@ -53,7 +56,7 @@ def compare(a: Side, b: Side) -> Comparison:
         pairs=pairs,
         printed=printed,
         differences=differences,
-        data=data_stage(a, b, pairs),
+        data=data_stage(a, b, pairs, aligned.sizes),
         init=init_stage(a, b),
         schedule=schedule_stage(pairs, ruler(a, b)),
         numbers=compare_numbers(a, b, pairs),
@@ -67,7 +70,10 @@ def compare(a: Side, b: Side) -> Comparison:
         _numbers_stage(findings),
         _evaluations_stage(findings),
     ]
-    return Comparison(findings, decision, stages, _notes(findings))
+    notes = []
+    if aligned.unit:
+        notes.append(f"aligned by consumed {aligned.unit}, as {aligned.sizes}: iterations are those of A")
+    return Comparison(findings, decision, stages, [*notes, *_notes(findings)])
 
 
 def _config_stage(found: Findings) -> Stage:
@@ -112,7 +118,7 @@ def _notes(found: Findings) -> list[str]:
     notes = []
     for side in (found.a, found.b):
         if side.digits:
-            notes.append(f"{side.label} is a {side.printer}: numbers are compared to its digits ({_told(side)})")
+            notes.append(f"{side.label} ({side.printer}): numbers are compared to the digits it tells ({_told(side)})")
         notes += [f"{side.label}: {note}" for note in side.notes]
         if not side.tells_evaluations:
             notes.append(f"{side.label} tells no evaluation: none is compared")
@@ -132,7 +138,7 @@ def _notes(found: Findings) -> list[str]:
 
 def _told(side: Side) -> str:
     spelled = {"lm_loss": "loss", "grad_norm": "gradient norm", "lr": "learning rate"}
-    return ", ".join(f"{side.digits[name]} of a {what}" for name, what in spelled.items() if name in side.digits)
+    return ", ".join(f"{what} {side.digits[name]}" for name, what in spelled.items() if name in side.digits)
 
 
 def _surroundings(found: Findings) -> list[str]:

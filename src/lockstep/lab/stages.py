@@ -28,8 +28,13 @@ def both(pair: tuple[Point, Point], name: str) -> tuple[Any, Any] | None:
     return None if values[0] is None or values[1] is None else values
 
 
-def data_stage(a: Side, b: Side, pairs: Pairs) -> Stage:
-    """Compare batch sizes and token hashes by iteration, then the hashes in the descriptions of the data."""
+def data_stage(a: Side, b: Side, pairs: Pairs, sizes: str = "") -> Stage:
+    """Compare batch sizes and token hashes by iteration, then the hashes in the descriptions of the data.
+
+    ``sizes`` says how the sizes of the iterations differ, where the sides were aligned by something else.
+    """
+    if sizes:
+        return Stage("data", "differs", sizes, min((pair[0].iteration for pair in pairs.pairs), default=None))
     for name, spelled in (
         ("consumed_samples", "consumed samples"),
         ("global_batch_size", "global batch size"),
