@@ -3,16 +3,18 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from lockstep.lab.config_diff import ConfigDifference, config_differences
+from lockstep.lab.config_diff import ConfigDifference, Stated, stated_differences
 from lockstep.lab.findings import Findings
-from lockstep.lab.numbers import compare_numbers
 from lockstep.lab.foreign.detect import Reader
+from lockstep.lab.foreign.trace import Settings
+from lockstep.lab.numbers import compare_numbers
 from lockstep.lab.samples import by_size
 from lockstep.lab.side import Side, align, load_side, ruler
 from lockstep.lab.stages import Stage, data_stage, init_stage, schedule_stage
 from lockstep.lab.verdict import Decision, decide
 
 _SHOWN_KEYS = 4
+_SHOWN_UNMAPPED = 12
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,9 @@ def compare(a: Side, b: Side) -> Comparison:
     printed = a.printed or b.printed
     differences = None
     if a.config is not None and b.config is not None:
-        differences = config_differences(a.config, b.config, a.origins, b.origins)
+        differences = stated_differences(
+            *(Stated(side.config or {}, side.origins, partial=side.run is None) for side in (a, b))
+        )
     findings = Findings(
         a=a,
         b=b,
@@ -87,7 +91,8 @@ def _config_stage(found: Findings) -> Stage:
         keys = _list(acting)
         return Stage("config", "differs", f"{len(acting)} {'setting' if len(acting) == 1 else 'settings'}: {keys}")
     idle = f" ({len(found.differences)} differ without effect)" if found.differences else ""
-    return Stage("config", "equal", f"every setting that acts is equal{idle}")
+    what = "both tell" if found.partial else "acts"
+    return Stage("config", "equal", f"every setting that {what} is equal{idle}")
 
 
 def _numbers_stage(found: Findings) -> Stage:
@@ -120,6 +125,8 @@ def _notes(found: Findings) -> list[str]:
         if side.digits:
             notes.append(f"{side.label} ({side.printer}): numbers are compared to the digits it tells ({_told(side)})")
         notes += [f"{side.label}: {note}" for note in side.notes]
+        if side.settings:
+            notes.append(f"{side.label}: {_settings(side.settings)}")
         if not side.tells_evaluations:
             notes.append(f"{side.label} tells no evaluation: none is compared")
         if side.run and side.run.status != "finished":
@@ -134,6 +141,15 @@ def _notes(found: Findings) -> list[str]:
         what = "cannot have caused this" if found.anchor or found.missing else "changed no number"
         notes.append(f"settings that differ but {what}: {_list(ruled_out)}")
     return notes + _surroundings(found)
+
+
+def _settings(settings: Settings) -> str:
+    text = f"{len(settings.values)} settings are read from its {settings.source}"
+    names = list(settings.unmapped)
+    if not names:
+        return text
+    more = f" and {len(names) - _SHOWN_UNMAPPED} more" if len(names) > _SHOWN_UNMAPPED else ""
+    return f"{text}; without a counterpart in the tree: {', '.join(names[:_SHOWN_UNMAPPED])}{more}"
 
 
 def _told(side: Side) -> str:

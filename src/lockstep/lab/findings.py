@@ -45,9 +45,14 @@ class Findings:
         """The mismatch that asks for an explanation: the first outside the band, else the last one inside."""
         return self.numbers.first_outside or (self.numbers.mismatches[-1] if self.numbers.mismatches else None)
 
+    @property
+    def partial(self) -> bool:
+        """Settings are compared as far as a log prints them."""
+        return self.differences is not None and (self.a.run is None or self.b.run is None)
+
     def unknown(self) -> list[str]:
         """Name what the sides do not tell of the contract."""
-        names = [] if self.differences is not None else ["config"]
+        names = ["config"] if self.differences is None else ["the rest of the config"] if self.partial else []
         return names + [stage.name for stage in (self.data, self.init, self.schedule) if stage.state == "unknown"]
 
     def explaining(self, part: str) -> list[ConfigDifference]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lockstep.errors import UserError
 from lockstep.lab.foreign.repeats import Item, Settled, settle, settle_evaluations
+from lockstep.lab.foreign.settings import Collector, bridge_file
 from lockstep.lab.foreign.text import read_lines
 from lockstep.lab.foreign.trace import Settings, rhythm
 
@@ -97,7 +98,9 @@ def parse_log(path: Path) -> Log:
     log = Log(path)
     lines: list[Item[LogLine]] = []
     evaluations: list[tuple[int, tuple[int, str, bool], LogEvaluation]] = []
+    collector = Collector()
     for rank, text in read_lines(path):
+        collector.line(text)
         if found := _TRAIN.search(text):
             line = _train_line(int(found[1]), _fields(found[3]))
             lines.append(Item(line.iteration, rank, line))
@@ -112,6 +115,9 @@ def parse_log(path: Path) -> Log:
             f"{path} holds no training or validation line of Megatron-LM, Megatron Bridge or Lockstep; "
             "give a run directory or a console log"
         )
+    log.settings = collector.settings()
+    if log.settings is None and log.printer == BRIDGE:
+        log.settings = bridge_file(path.parent / "run_config.yaml")
     log.settled = settle(str(path), lines)
     log.lines = log.settled.values
     log.evaluations = settle_evaluations(str(path), evaluations, log.settled)

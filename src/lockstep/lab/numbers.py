@@ -155,13 +155,12 @@ def _finite(value: float | None) -> bool:
 
 
 def _row(pair: tuple[Point, Point], rule: Ruler, found: list[Mismatch]) -> Row:
-    a, b = pair
     values: dict[str, float | None] = {}
     # The learning rate of the update itself where both sides tell it, else the following one, as a console prints it.
     lr = "lr" if both(pair, "lr") else "next_lr"
     for name, column in ((LOSS, "loss"), (NORM, "norm"), (lr, "lr")):
         values[f"{column}_a"], values[f"{column}_b"] = (rule.cut(name, getattr(point, name)) for point in pair)
-    return Row(iteration=a.iteration, start=a.start, grade=worst([m.grade for m in found]), **values)
+    return Row(iteration=pair[0].iteration, start=pair[0].start, grade=worst([m.grade for m in found]), **values)
 
 
 def worst(grades: list[Grade]) -> Grade:

@@ -93,7 +93,7 @@ def _counted(b: Side, name: str, size: int, ends: dict[int, int]) -> Side:
     evaluations = {
         (ends[key[0] * size], key[1], key[2]): loss for key, loss in b.evaluations.items() if key[0] * size in ends
     }
-    samples = {key: None for key in evaluations}
+    samples = dict.fromkeys(evaluations)
     interval = math.gcd(*points) if points else b.interval
     return replace(b, points=points, evaluations=evaluations, samples=samples, interval=interval)
 

@@ -17,6 +17,7 @@ from lockstep.lab.point import EvaluationKey, Point
 from lockstep.record import Run, load_run
 from lockstep.record.schema import RUN_FILE
 
+
 @dataclass(frozen=True)
 class Side:
     """A side of a comparison; ``run`` is None for a log, ``interval`` is the number of iterations between two lines.
@@ -77,7 +78,9 @@ def load_side(path: Path | str, label: str, reader: Reader | None = None) -> Sid
     """
     place = Path(path)
     reader = reader or Reader()
-    if not place.exists() or (place.is_dir() and reader.format is None and (place / RUN_FILE).exists()):
+    if not place.exists() or (place / RUN_FILE).exists():
+        if reader.aimed:
+            raise UserError(f"{place} is no run of another trainer; drop {reader.aimed}")
         return _from_run(load_run(place), label)
     trace = read_foreign(place, reader, is_train_line)
     return _from_log(parse_log(place), label) if trace is None else _from_trace(trace, label)

@@ -30,7 +30,9 @@ def decide(found: Findings) -> Decision:
     """Name the first cause that explains what was found; a side that contradicts itself proves nothing equal."""
     decision = _decide(found)
     side = next((side for side in (found.a, found.b) if side.conflict), None)
-    return decision if side is None or decision.verdict not in ("identical", "rounding") else _contradicts(side, decision)
+    return (
+        decision if side is None or decision.verdict not in ("identical", "rounding") else _contradicts(side, decision)
+    )
 
 
 def _contradicts(side: Side, decision: Decision) -> Decision:
@@ -97,6 +99,8 @@ def _unexplained(found: Findings, part: str, stage: Stage) -> Decision:
         # Two logs: the numbers part before the schedule can act, so that it is not the cause.
         return _unknown_cause(found, outside)
     same = "the configs agree" if found.differences is not None else "the configs are not known"
+    if found.partial:
+        same = "the settings that both tell agree"
     if found.active:
         same = f"no setting that differs explains it ({_keys(found.active)})"
     then = f"; {_spread(found)}" if found.numbers.rows else ""

@@ -76,7 +76,9 @@ def parse_columns(text: str) -> Columns:
             names[key] = value.strip()
         else:
             known = ["loss", *NAMES, "from", "average"]
-            raise UserError(f"--columns: {word!r} is not known (from=0 or 1, average=true or false).{nearest(key, known)}")
+            raise UserError(
+                f"--columns: {word!r} is not known (from=0 or 1, average=true or false).{nearest(key, known)}"
+            )
     return Columns(names, counts_from, averages)
 
 
@@ -102,8 +104,10 @@ def choose(where: str, header: Iterable[str], columns: Columns) -> dict[str, str
             chosen[key] = found[0]
     for key, spelled in (("iteration", "iteration"), ("lm_loss", "loss")):
         if key not in chosen:
-            raise UserError(f"{where}: no column is known to be the {spelled}; say which by --columns {spelled}=NAME "
-                            f"(there are: {_list(there)})")
+            raise UserError(
+                f"{where}: no column is known to be the {spelled}; say which by --columns {spelled}=NAME "
+                f"(there are: {_list(there)})"
+            )
     return chosen
 
 

@@ -23,11 +23,15 @@ _LINES: dict[str, Callable[[str], bool]] = {
 
 @dataclass(frozen=True)
 class Reader:
-    """How the user wants a side to be read: format, columns, and the steps between two lines that tell no step."""
+    """How the user wants a side to be read: format, columns, and the steps between two lines that tell no step.
+
+    ``aimed`` is the option that was given for this side alone, which then has to be one of another trainer.
+    """
 
     format: str | None = None
     columns: Columns = field(default_factory=Columns)
     interval: int | None = None
+    aimed: str = ""
 
 
 def read_foreign(path: Path, reader: Reader, is_megatron: Callable[[str], bool]) -> Trace | None:
@@ -84,8 +88,8 @@ def detect(path: Path, is_megatron: Callable[[str], bool]) -> str:
     if table.recognises_csv(first):
         return "csv"
     raise UserError(
-        f"{path} holds no training or validation line of a known format ({', '.join(FORMATS)}); give a run directory, a console log "
-        "or a table with a header, or say what it is by --format"
+        f"{path} holds no training or validation line of a known format ({', '.join(FORMATS)}); "
+        "give a run directory, a console log or a table with a header, or say what it is by --format"
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from lockstep.errors import UserError
 from lockstep.lab.digits import Digits
+from lockstep.lab.foreign.settings import Collector, hugging_face_folder
 from lockstep.lab.foreign.text import read_lines
 from lockstep.lab.foreign.trace import Format, Trace
 from lockstep.lab.point import Point
@@ -51,6 +52,7 @@ def parse_state(path: Path) -> Trace:
         raise UserError(f"{path} is cut off or damaged ({error}); restore it or take an earlier checkpoint's") from None
     except (KeyError, TypeError):
         raise UserError(f"{path} holds no log_history; give the {STATE_FILE} of a Trainer checkpoint") from None
+    trace.settings = hugging_face_folder(path.parent, state)
     own = _logs_own_rate(path, trace)
     previous, losses = 0, []
     for entry in history:
@@ -115,8 +117,10 @@ def parse_lines(path: Path, interval: int | None) -> Trace:
         UserError: the number of steps between two lines is not known.
     """
     trace = Trace(path, LINES)
+    collector = Collector()
     step = 0
     for rank, text in read_lines(path):
+        collector.line(text)
         if interval is None and (told := _LOGGING_STEPS.search(text)):
             interval = int(told[1])
         for found in _ENTRY.finditer(text):
@@ -136,6 +140,7 @@ def parse_lines(path: Path, interval: int | None) -> Trace:
     coarse = Digits(significant=4)
     trace.digits = {"lm_loss": coarse, "grad_norm": coarse, "lr": coarse}
     trace.interval = interval
+    trace.settings = collector.settings()
     return trace
 
 
@@ -145,5 +150,3 @@ def _literal(path: Path, text: str) -> dict[str, float]:
         return _numbers(path, ast.literal_eval(spelled))
     except (ValueError, SyntaxError):
         raise UserError(f"{path}: {text[:60]!r} is damaged; restore the log") from None
-
-

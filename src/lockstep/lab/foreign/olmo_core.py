@@ -25,7 +25,7 @@ FILES = Format(
 )
 STEP_FILE = re.compile(r"metrics_step(\d+)\.json")
 _MARKER = re.compile(r"\[step=(\d+)/[\d?]+,epoch=")
-_METRIC = re.compile(r"^(?:\S+\s)?\s{2,}(\S.*?)=([-+.,\w]+)\s*$")
+_METRIC = re.compile(r"^\s{2,}(\S.*?)=([-+.,\w]+)\s*$")
 _LOSS, _NORM, _RATE = "train/CE loss", "optim/total grad norm", "optim/LR (group 0)"
 _SKIPPED, _TOKENS = "optim/step skipped", "throughput/total tokens"
 _SUFFIXES = {"B": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}

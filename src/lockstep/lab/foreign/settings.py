@@ -5,10 +5,12 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from lockstep.config import FieldInfo, all_fields
 from lockstep.config.fields import coerce
+from lockstep.errors import UserError
 from lockstep.lab.foreign.trace import Settings
 from lockstep.megatron_lm.composites import COMPOSITES
 from lockstep.translation.bridge import paths_of
@@ -17,7 +19,7 @@ _ARGUMENT = re.compile(r"(?:^|\s)(\w+) \.+ (.*)$")
 _BEGIN, _END = re.compile(r"-{5,} arguments -{5,}"), re.compile(r"-{5,} end of arguments -{5,}")
 _SUMMARY = "Configuration Summary (Non-Default Values"
 _SECTION = re.compile(r"\[(\w+)\](?: Non-default values.*)?:\s*$")
-_SUMMARY_VALUE = re.compile(r"^\s*(?:\[\w+\]:?)?\s+(\w+): (.*?)(?:  \(Mcore default: .*\))?$")
+_SUMMARY_VALUE = re.compile(r"^\s+(\w+): (.*?)(?:  \(Mcore default: .*\))?$")
 _ENUM = re.compile(r"(?:<\s*)?[A-Z]\w*\.(\w+)(?::.*>)?")
 _RUNNING = re.compile(r"Running with (?:args|configs): (\{.*)$")
 
@@ -72,6 +74,7 @@ class Collector:
         self._unmapped: dict[str, str] = {}
         self._section = ""
         self._text: list[str] = []
+        self._written: dict[str, str] = {}
 
     def line(self, text: str) -> None:
         """Look at one line."""
@@ -98,16 +101,21 @@ class Collector:
 
     def _start(self, take: Callable[[str], bool]) -> None:
         self._take, self._values, self._unmapped, self._section, self._text = take, {}, {}, "", []
+        self._written = {}
 
     def _keep(self, source: str) -> None:
         self._found = Settings(source, self._values, self._unmapped)
 
     def _argument(self, text: str) -> bool:
         if _END.search(text):
+            for name, value in self._written.items():
+                # Megatron-LM prints a number of groups also where it has none.
+                if name != "num_query_groups" or self._written.get("group_query_attention") == "True":
+                    megatron_argument(name, value, self._values, self._unmapped)
             self._keep(_source("_argument"))
             return False
         if found := _ARGUMENT.search(text):
-            megatron_argument(found[1], found[2].strip(), self._values, self._unmapped)
+            self._written[found[1]] = found[2].strip()
         return True
 
     def _summary(self, text: str) -> bool:
@@ -187,8 +195,6 @@ def put(path: str, key: str, value: Any, values: dict[str, Any], unmapped: dict[
 
 def megatron_argument(name: str, text: str, values: dict[str, Any], unmapped: dict[str, str]) -> None:
     """Take one line of Megatron-LM's arguments."""
-    if name == "num_query_groups" and not values.get("group_query_attention"):
-        pass  # Megatron-LM prints a number also where it does not use it.
     value = literal(text)
     composite = next((c for c in COMPOSITES if c.flag.removeprefix("--").replace("-", "_") == name), None)
     if composite is not None:
@@ -247,3 +253,46 @@ def hugging_face_setting(key: str, value: Any, values: dict[str, Any], unmapped:
         unmapped[key] = str(value)
     else:
         put(path, key, str(value).lower() if key == "lr_scheduler_type" else value, values, unmapped)
+
+
+def bridge_file(path: Path) -> Settings | None:
+    """Read the ``run_config.yaml`` that Bridge saves with its checkpoints; None where there is none.
+
+    Raises:
+        UserError: it is cut off or damaged.
+    """
+    import yaml
+
+    if not path.is_file():
+        return None
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        problem = str(error).splitlines()[0]
+        raise UserError(f"{path} is cut off or damaged ({problem}); restore it or take it out") from None
+    values: dict[str, Any] = {}
+    unmapped: dict[str, str] = {}
+    for key, value in flatten(tree):
+        bridge_setting(key, value, values, unmapped)
+    return Settings(path.name, values, unmapped)
+
+
+def hugging_face_folder(folder: Path, state: Mapping[str, Any]) -> Settings | None:
+    """Read what a Trainer's folder says of the run: its ``config.json`` and the state; None for nothing.
+
+    Its ``training_args.bin`` is a pickle and is not opened.
+    """
+    from lockstep.hf.settings import stated, to_config
+
+    values: dict[str, Any] = {}
+    unmapped: dict[str, str] = {}
+    if isinstance(state.get("max_steps"), int) and state["max_steps"] > 0:
+        values["train.train_iters"] = state["max_steps"]
+    config = folder / "config.json"
+    if config.is_file():
+        try:
+            model = stated(to_config(json.loads(config.read_text(encoding="utf-8"))))["model"]
+            values |= {f"model.{name}": value for name, value in model.items()}
+        except (OSError, ValueError) as error:
+            unmapped["config.json"] = str(error).splitlines()[0]
+    return Settings("config.json and trainer_state.json", values, unmapped) if values or unmapped else None

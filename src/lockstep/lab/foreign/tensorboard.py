@@ -49,7 +49,12 @@ FAMILIES = (
     ),
     Family(
         "Hugging Face",
-        {"lm_loss": "train/loss", "grad_norm": "train/grad_norm", "lr": "train/learning_rate", "evaluation": "eval/loss"},
+        {
+            "lm_loss": "train/loss",
+            "grad_norm": "train/grad_norm",
+            "lr": "train/learning_rate",
+            "evaluation": "eval/loss",
+        },
         averages=True,
     ),
 )
@@ -143,7 +148,12 @@ def _custom(columns: Columns, scalars: Mapping[str, Any], path: Path) -> Family:
     if missing or "lm_loss" not in columns.names:
         what = f"no tag {missing[0]}" if missing else "--columns names no loss"
         raise UserError(f"{path}: {what}; there are: {', '.join(list(scalars)[:_SHOWN])}")
-    return Family("tags that were named", columns.names, 1 if columns.counts_from is None else columns.counts_from, columns.averages)
+    return Family(
+        "tags that were named",
+        columns.names,
+        1 if columns.counts_from is None else columns.counts_from,
+        columns.averages,
+    )
 
 
 def _fill(trace: Trace, family: Family, scalars: Mapping[str, list[tuple[int, float]]]) -> None:
@@ -202,5 +212,3 @@ def _tag(spelled: str, scalars: Mapping[str, Any]) -> str | None:
 def is_event_file(path: Path) -> bool:
     """Tell an event file by its name."""
     return ".tfevents." in path.name
-
-

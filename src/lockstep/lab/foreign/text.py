@@ -7,12 +7,12 @@ from pathlib import Path
 from lockstep.errors import UserError
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-_RANK = re.compile(r"\s*(?:\[(?:default|rank)\s?(\d+)\]:?|(\d+):)\s")
+_RANK = re.compile(r"\s*(?:\[(?:default|rank)\s?(\d+)\]:?|(\d+):\s)")
 _HEAD = 1 << 16
 
 
 def read_lines(path: Path) -> Iterator[tuple[str | None, str]]:
-    """Yield the rank that a launcher put before each line, or None, and the line without colours.
+    """Yield the rank that a launcher put before each line, or None, and the line without it and without colours.
 
     Raises:
         UserError: the file cannot be read, is empty, or is no text.
@@ -22,7 +22,10 @@ def read_lines(path: Path) -> Iterator[tuple[str | None, str]]:
         for text in file:
             plain = _COLOUR.sub("", text.rstrip("\n"))
             found = _RANK.match(plain)
-            yield (found[1] or found[2]) if found else None, plain
+            if found:
+                yield found[1] or found[2], plain[found.end() :]
+            else:
+                yield None, plain
 
 
 def check_text(path: Path) -> None:

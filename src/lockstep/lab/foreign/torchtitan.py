@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from lockstep.lab.digits import digits_of
+from lockstep.lab.foreign.settings import Collector
 from lockstep.lab.foreign.text import read_lines
 from lockstep.lab.foreign.trace import Format, Trace, number
 from lockstep.lab.point import Point
@@ -31,8 +32,10 @@ def parse(path: Path) -> Trace:
         UserError: the file cannot be read.
     """
     trace = Trace(path, FORMAT)
+    collector = Collector()
     losses, norms = [], []
     for rank, text in read_lines(path):
+        collector.line(text)
         if found := _VALIDATE.search(text):
             trace.evaluate(int(found[1]), number(found[2]))
         elif found := TRAIN.search(text):
@@ -42,4 +45,5 @@ def parse(path: Path) -> Trace:
             losses.append(found[2])
             norms.append(found[3] or "")
     trace.digits = {"lm_loss": digits_of(losses), "grad_norm": digits_of(norms)}
+    trace.settings = collector.settings()
     return trace
