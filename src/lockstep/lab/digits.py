@@ -89,6 +89,14 @@ def digits_of(texts: Iterable[str]) -> Digits:
     return Digits(significant=max(significant, _SURE), decimals=max(decimals, 0) if significant > _SURE else None)
 
 
+EVALUATION = "evaluation"
+"""The loss of an evaluation, which has the digits of training losses where a side says nothing else."""
+
+
+def _told(digits: Mapping[str, Digits], name: str) -> Digits:
+    return digits.get(name) or (digits.get("lm_loss", EXACT) if name == EVALUATION else EXACT)
+
+
 @dataclass(frozen=True)
 class Ruler:
     """Compares numbers of two sides by the digits that both tell, by the name of the number."""
@@ -100,11 +108,11 @@ class Ruler:
         """Return a number as the side with fewer digits would tell it."""
         if not isinstance(value, float):
             return value
-        return self.b.get(name, EXACT).cut(self.a.get(name, EXACT).cut(value))
+        return _told(self.b, name).cut(_told(self.a, name).cut(value))
 
     def unit(self, name: str, value: float) -> float:
         """Return the worth of the last digit that both tell."""
-        return max(self.a.get(name, EXACT).unit(value), self.b.get(name, EXACT).unit(value))
+        return max(_told(self.a, name).unit(value), _told(self.b, name).unit(value))
 
     def same(self, name: str, a: Any, b: Any, averaged: bool = False) -> bool:
         """Tell whether one number can stand behind both as they are told; NaN stands behind nothing.
@@ -116,7 +124,7 @@ class Ruler:
             return True
         if not (isinstance(a, float | int) and isinstance(b, float | int) and math.isfinite(a) and math.isfinite(b)):
             return False
-        units = self.a.get(name, EXACT).unit(a), self.b.get(name, EXACT).unit(b)
+        units = _told(self.a, name).unit(a), _told(self.b, name).unit(b)
         if not averaged and math.isclose(*units, rel_tol=1e-6):
             return False
         return abs(a - b) <= sum(units) / 2 * (1 + 1e-6) + 1e-15 * abs(a)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lockstep.lab.bands import loss_band, norm_band
-from lockstep.lab.digits import Ruler
+from lockstep.lab.digits import EVALUATION, Ruler
 from lockstep.lab.point import EvaluationKey, Point
 from lockstep.lab.side import Pairs, Side, ruler
 from lockstep.lab.stages import both
@@ -170,10 +170,10 @@ def worst(grades: list[Grade]) -> Grade:
 
 def _evaluation(a: Side, b: Side, key: EvaluationKey, rule: Ruler) -> tuple[EvaluationRow, list[Mismatch]]:
     losses = a.evaluations[key], b.evaluations[key]
-    loss_a, loss_b = (rule.cut(LOSS, loss) for loss in losses)
+    loss_a, loss_b = (rule.cut(EVALUATION, loss) for loss in losses)
     band = loss_band(loss_a, loss_b) if loss_a is not None and loss_b is not None else 0.0
     found = []
-    grade = "equal" if rule.same(LOSS, *losses) else judge(loss_a, loss_b, band)
+    grade = "equal" if rule.same(EVALUATION, *losses) else judge(loss_a, loss_b, band)
     if loss_a is None and loss_b is None:
         grade = "outside"
     if grade != "equal":

@@ -223,8 +223,10 @@ def _over(side: Side, end: int, start: int) -> Point | None:
         position = point.start - 1
     if len(parts) == 1:
         return parts[0]
-    told = {"lr": None, "batch_hash": None, "skipped": None, "valid_tokens": None}
-    return replace(parts[0], start=start, lm_loss=_mean_loss(parts), averaged=True, **told)
+    loss = _mean_loss(parts)
+    return replace(
+        parts[0], start=start, lm_loss=loss, averaged=True, lr=None, batch_hash=None, skipped=None, valid_tokens=None
+    )
 
 
 def _mean_loss(parts: Iterable[Point]) -> float | None:

@@ -134,7 +134,7 @@ def _parameter_difference(name: str, a: dict[str, Any], b: dict[str, Any]) -> st
 
 def schedule_stage(pairs: Pairs, ruler: Ruler) -> Stage:
     """Compare learning rate and weight decay; ``first`` is the first iteration whose update they can change."""
-    compared = 0
+    compared: set[int] = set()
     found: list[tuple[int, int, str]] = []
     for name, spelled, delay in (
         ("lr", "learning rate", 0),
@@ -145,7 +145,7 @@ def schedule_stage(pairs: Pairs, ruler: Ruler) -> Stage:
             values = both(pair, name)
             if values is None:
                 continue
-            compared += 1
+            compared.add(pair[0].iteration)
             if not ruler.same_in(name, pair):
                 at = pair[0].iteration + delay
                 values = ruler.cut(name, values[0]), ruler.cut(name, values[1])
@@ -157,7 +157,7 @@ def schedule_stage(pairs: Pairs, ruler: Ruler) -> Stage:
         return Stage("schedule", "differs", detail, first)
     if not compared:
         return Stage("schedule", "unknown", "no learning rate is known of both sides")
-    return Stage("schedule", "equal", f"the learning rates of {len(pairs.pairs)} iterations are equal")
+    return Stage("schedule", "equal", f"the learning rates of {len(compared)} iterations are equal")
 
 
 def _may_differ_from(pairs: Pairs, position: int, at: int) -> int:

@@ -25,7 +25,7 @@ FILES = Format(
 )
 STEP_FILE = re.compile(r"metrics_step(\d+)\.json")
 _MARKER = re.compile(r"\[step=(\d+)/[\d?]+,epoch=")
-_METRIC = re.compile(r"^\s{2,}(\S.*?)=([-+.,\w]+)\s*$")
+_METRIC = re.compile(r"(?:^|\s)\s{2,}(\w+/[^=\t]*)=([-+.,\w]+)\s*$")
 _LOSS, _NORM, _RATE = "train/CE loss", "optim/total grad norm", "optim/LR (group 0)"
 _SKIPPED, _TOKENS = "optim/step skipped", "throughput/total tokens"
 _SUFFIXES = {"B": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}
@@ -51,7 +51,7 @@ def parse(path: Path) -> Trace:
         if found := _MARKER.search(text):
             _close(trace, step, metrics, owner)
             step, owner, metrics = int(found[1]), rank, {}
-        elif step is not None and (found := _METRIC.match(text)):
+        elif step is not None and (found := _METRIC.search(text)):
             if found[1] == _RATE and len(found[2].lstrip("0.").replace(".", "").partition("E")[0]) < _FEW:
                 continue
             if found[1] in (_LOSS, _NORM, _RATE, _SKIPPED):

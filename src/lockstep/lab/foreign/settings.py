@@ -201,7 +201,7 @@ def megatron_argument(name: str, text: str, values: dict[str, Any], unmapped: di
         if value is True:
             values.update(composite.sets)
         return
-    found = _arguments().get(name)
+    found = _arguments().get(name.removeprefix("deprecated_"))
     if found is None:
         unmapped[name] = text
         return

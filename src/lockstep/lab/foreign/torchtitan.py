@@ -33,17 +33,18 @@ def parse(path: Path) -> Trace:
     """
     trace = Trace(path, FORMAT)
     collector = Collector()
-    losses, norms = [], []
+    losses, norms, evaluations = [], [], []
     for rank, text in read_lines(path):
         collector.line(text)
         if found := _VALIDATE.search(text):
             trace.evaluate(int(found[1]), number(found[2]))
+            evaluations.append(found[2])
         elif found := TRAIN.search(text):
             step, loss = int(found[1]), number(found[2])
             norm = number(found[3]) if found[3] else None
             trace.read(Point(iteration=step, start=step, lm_loss=loss, grad_norm=norm), rank)
             losses.append(found[2])
             norms.append(found[3] or "")
-    trace.digits = {"lm_loss": digits_of(losses), "grad_norm": digits_of(norms)}
+    trace.digits = {"lm_loss": digits_of(losses), "grad_norm": digits_of(norms), "evaluation": digits_of(evaluations)}
     trace.settings = collector.settings()
     return trace
