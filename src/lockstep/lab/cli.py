@@ -4,6 +4,8 @@ import argparse
 import json
 from pathlib import Path
 
+from lockstep.errors import UserError
+
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add ``lockstep compare`` and ``lockstep correlate``."""
@@ -61,6 +63,11 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
             help=f"core of side {label}, main or dev: one job on two cores, through one door",
         )
     correlate.add_argument(
+        "--engine",
+        metavar="megatron-lm=PATH",
+        help="run the flags in this checkout of Megatron-LM, which needs a GPU, and in Lockstep, and compare the two",
+    )
+    correlate.add_argument(
         "--out", metavar="DIR", help="new or empty folder; a new one under nemo_experiments/correlate/ when unset"
     )
     correlate.set_defaults(func=_correlate)
@@ -90,6 +97,12 @@ def _correlate(arguments: argparse.Namespace) -> int:
     from lockstep.lab.correlate import correlate
 
     out = Path(arguments.out) if arguments.out else None
+    if arguments.engine is not None:
+        from lockstep.lab.engine import correlate_engine
+
+        if arguments.left is not None or arguments.right is not None:
+            raise UserError("--engine runs another trainer as side A; drop --left and --right")
+        return correlate_engine(arguments.engine, arguments.mlm, arguments.bridge, out)
     if arguments.left is not None or arguments.right is not None:
         from lockstep.lab.cores import correlate_cores
 
