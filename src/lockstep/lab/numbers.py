@@ -122,7 +122,7 @@ def compare_numbers(a: Side, b: Side, pairs: Pairs) -> Numbers:
         evaluations.append(row)
         mismatches += found
     mismatches.sort(key=lambda m: (m.iteration, m.key is not None))
-    told = True
+    told = a.tells_evaluations and b.tells_evaluations
     missing = {
         "A": sorted((key for key in b.evaluations if told and key not in a.evaluations), key=_run_order),
         "B": sorted((key for key in a.evaluations if told and key not in b.evaluations), key=_run_order),

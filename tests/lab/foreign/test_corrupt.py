@@ -323,3 +323,16 @@ def test_settling_tells_a_resume_from_a_run_that_moved_to_other_ranks():
     items = [Item(i, "7", float(i)) for i in range(1, 7)] + [Item(i, "3", float(i)) for i in range(5, 10)]
     settled = settle("log", items)
     assert (sorted(settled.values), settled.begins, settled.conflict) == ([*range(1, 10)], [1, 5], None)
+
+
+def test_lines_of_a_trainer_by_several_ranks_are_not_counted_as_one(tmp_path: Path):
+    texts = WRITERS["hugging-face lines"](tmp_path / "x", smooth()).read_text().splitlines()
+    (tmp_path / "log").write_text("".join(f"[rank{rank}]: {text}\n" for text in texts for rank in (0, 1)))
+    with pytest.raises(UserError, match="lines of several ranks are counted as one; give the log of one rank"):
+        load_side(tmp_path / "log", "B", READERS[1])
+
+
+def test_side_that_tells_no_evaluation_lacks_none_and_says_so(tmp_path: Path):
+    found = compare_paths(write(tmp_path / "run", train=smooth()), table(tmp_path / "x", smooth()))
+    assert found.decision.verdict == "identical"
+    assert "B tells no evaluation: none is compared" in found.notes

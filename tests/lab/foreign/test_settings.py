@@ -239,6 +239,7 @@ def test_settings_of_a_trainer_folder(tmp_path: Path):
     settings = load_side(trainer_state(tmp_path / "trainer_state.json", smooth()), "B").settings
     assert settings
     assert (settings.values["model.num_layers"], settings.values["train.train_iters"]) == (2, 10)
+    assert "model.seq_length" not in settings.values
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "unheard-of"}))
     settings = load_side(tmp_path / "trainer_state.json", "B").settings
     assert settings

@@ -1,7 +1,8 @@
-"""Synthetic curves as each trainer writes them."""
+"""Curves as each trainer writes them; ``python -m tests.lab.foreign.writers RUN FOLDER`` writes those of a record."""
 
 import json
 import math
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -180,3 +181,18 @@ def smooth(iterations: int = ITERATIONS) -> list[Line]:
     lines = train_lines(iterations)
     lines[0]["lm_loss"] = lines[1]["lm_loss"]
     return lines
+
+
+def main(run: str, folder: str) -> None:
+    """Write the curve of a run record in every format but those of Megatron-LM, whose first lines average."""
+    from lockstep.record import load_run
+
+    lines = [vars(line) for line in load_run(run).train]
+    Path(folder).mkdir(parents=True)
+    for name, write in WRITERS.items():
+        if not name.startswith("megatron"):
+            write(Path(folder) / name.replace(" ", "-"), lines)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

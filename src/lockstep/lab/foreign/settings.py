@@ -282,7 +282,7 @@ def hugging_face_folder(folder: Path, state: Mapping[str, Any]) -> Settings | No
 
     Its ``training_args.bin`` is a pickle and is not opened.
     """
-    from lockstep.hf.settings import stated, to_config
+    from lockstep.hf.settings import to_config
 
     values: dict[str, Any] = {}
     unmapped: dict[str, str] = {}
@@ -291,8 +291,10 @@ def hugging_face_folder(folder: Path, state: Mapping[str, Any]) -> Settings | No
     config = folder / "config.json"
     if config.is_file():
         try:
-            model = stated(to_config(json.loads(config.read_text(encoding="utf-8"))))["model"]
-            values |= {f"model.{name}": value for name, value in model.items()}
+            model = to_config(json.loads(config.read_text(encoding="utf-8"))).model
+            # The length of samples is the run's choice, not that of the positions that the model has.
+            told = {info.path: value for info, value, origin in model.items() if origin.kind == "hf"}
+            values |= {path: value for path, value in told.items() if path != "model.seq_length"}
         except (OSError, ValueError) as error:
             unmapped["config.json"] = str(error).splitlines()[0]
     return Settings("config.json and trainer_state.json", values, unmapped) if values or unmapped else None
