@@ -10,10 +10,12 @@ from lockstep.config import all_fields
 from lockstep.config.resolve import resolve
 from lockstep.errors import UserError
 from lockstep.lab.compare import Comparison, compare_paths
+from lockstep.lab.config_diff import Stated, stated_differences
 from lockstep.lab.foreign.settings import HUGGING_FACE, TORCHTITAN, Collector
 from lockstep.lab.foreign.trace import Settings
 from lockstep.lab.side import load_side
 from lockstep.megatron_lm.parser import parse_flags
+from lockstep.record.schema import encode
 from tests.commands import FLAGS
 from tests.lab.foreign.writers import bridge, megatron, smooth, torchtitan, trainer_state
 from tests.lab.synthetic import write
@@ -30,47 +32,49 @@ def record(folder: Path, **changes: Any) -> Path:
     return write(folder / "run", tree=tree, train=smooth(), evaluations=[], origins=origins)
 
 
+PAIR = {
+    "adam_beta1": "0.9",
+    "adam_beta2": "0.999",
+    "add_bias_linear": "True",
+    "attention_backend": "AttnBackend.auto",
+    "bf16": "True",
+    "clip_grad": "1.0",
+    "data_parallel_size": "1",
+    "deprecated_use_mcore_models": "True",
+    "eval_interval": "10",
+    "eval_iters": "2",
+    "ffn_hidden_size": "1024",
+    "global_batch_size": "32",
+    "group_query_attention": "False",
+    "hidden_size": "256",
+    "kv_channels": "64",
+    "lr": "0.0003",
+    "lr_decay_iters": "None",
+    "lr_warmup_iters": "0",
+    "masked_softmax_fusion": "False",
+    "micro_batch_size": "4",
+    "min_lr": "3e-05",
+    "mock_data": "True",
+    "num_attention_heads": "4",
+    "num_layers": "2",
+    "num_query_groups": "1",
+    "params_dtype": "torch.bfloat16",
+    "seed": "1234",
+    "seq_length": "512",
+    "swiglu": "False",
+    "tensorboard_dir": "None",
+    "train_iters": "10",
+    "transformer_impl": "local",
+    "untie_embeddings_and_output_weights": "False",
+    "vocab_size": "32000",
+    "weight_decay": "0.01",
+    "window_size": "None",
+}
+
+
 def arguments(**changes: str) -> str:
     """The block that Megatron-LM prints for the reference pair, or a part of it, in its order and spelling."""
-    printed = {
-        "adam_beta1": "0.9",
-        "adam_beta2": "0.999",
-        "add_bias_linear": "True",
-        "attention_backend": "AttnBackend.auto",
-        "bf16": "True",
-        "clip_grad": "1.0",
-        "data_parallel_size": "1",
-        "deprecated_use_mcore_models": "True",
-        "eval_interval": "10",
-        "eval_iters": "2",
-        "ffn_hidden_size": "1024",
-        "global_batch_size": "32",
-        "group_query_attention": "False",
-        "hidden_size": "256",
-        "kv_channels": "64",
-        "lr": "0.0003",
-        "lr_decay_iters": "None",
-        "lr_warmup_iters": "0",
-        "masked_softmax_fusion": "False",
-        "micro_batch_size": "4",
-        "min_lr": "3e-05",
-        "mock_data": "True",
-        "num_attention_heads": "4",
-        "num_layers": "2",
-        "num_query_groups": "1",
-        "params_dtype": "torch.bfloat16",
-        "seed": "1234",
-        "seq_length": "512",
-        "swiglu": "False",
-        "tensorboard_dir": "None",
-        "train_iters": "10",
-        "transformer_impl": "local",
-        "untie_embeddings_and_output_weights": "False",
-        "vocab_size": "32000",
-        "weight_decay": "0.01",
-        "window_size": "None",
-    }
-    lines = [f"  {name} {'.' * (48 - len(name))} {value}" for name, value in {**printed, **changes}.items()]
+    lines = [f"  {name} {'.' * (48 - len(name))} {value}" for name, value in {**PAIR, **changes}.items()]
     return "\n".join(
         [
             "------------------------ arguments ------------------------",
@@ -265,3 +269,17 @@ def test_block_that_is_cut_off_gives_no_settings():
     for line in arguments().splitlines()[:10]:
         collector.line(line)
     assert collector.settings() is None
+
+
+def test_every_argument_that_megatron_lm_prints_says_what_the_same_run_says(shared: Path):
+    """Its whole namespace with the effective values of the reference pair: nothing differs, little is not mapped."""
+    facts = json.loads((shared / "facts" / "flags.json").read_text())["flags"]
+    printed = {entry["dest"]: str(entry.get("effective_default", entry["default"])) for entry in facts}
+    known = {name: value for name, value in printed.items() if value != "computed"}
+    found = read(arguments(**known | PAIR))
+    config = resolve(parse_flags(FLAGS))
+    whole = {info.path: encode(value) for info, value, _ in config.items()}
+    origins = {info.path: str(origin) for info, _, origin in config.items() if origin.kind != "default"}
+    assert stated_differences(Stated(whole, origins), Stated(found.values, {}, partial=True)) == []
+    assert len(found.values) > 450
+    assert len(found.unmapped) < 20

@@ -182,15 +182,18 @@ def literal(text: str) -> Any:
         return text
 
 
-def put(path: str, key: str, value: Any, values: dict[str, Any], unmapped: dict[str, str]) -> None:
-    """Set a path, or list the key where the tree cannot hold the value."""
+def put(path: str, key: str, value: Any, values: dict[str, Any], unmapped: dict[str, str], text: str = "") -> None:
+    """Set a path, or list the key where the tree cannot hold the value, nor a list of it, nor the ``text`` it had."""
     info = all_fields()[path]
     if isinstance(value, tuple):
         value = list(value)
-    try:
-        values[path] = coerce(value, info)
-    except ValueError:
-        unmapped[key] = str(value)
+    for spelled in (value, [value], text or None):
+        try:
+            values[path] = coerce(spelled, info)
+            return
+        except ValueError:
+            continue
+    unmapped[key] = str(value)
 
 
 def megatron_argument(name: str, text: str, values: dict[str, Any], unmapped: dict[str, str]) -> None:
@@ -206,7 +209,7 @@ def megatron_argument(name: str, text: str, values: dict[str, Any], unmapped: di
         unmapped[name] = text
         return
     info, inverted = found
-    put(info.path, name, not value if inverted and isinstance(value, bool) else value, values, unmapped)
+    put(info.path, name, not value if inverted and isinstance(value, bool) else value, values, unmapped, text)
 
 
 @cache
