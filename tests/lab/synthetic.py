@@ -142,6 +142,11 @@ def mlm_line(line: Line, *, bridge: bool = False, iterations: int = ITERATIONS) 
     return "".join(parts)
 
 
+def bridge_line(line: Line) -> str:
+    """Print a training line as Megatron Bridge does."""
+    return mlm_line(line, bridge=True)
+
+
 def evaluation_text(line: Line) -> str:
     split = {"valid": "validation", "test": "test"}[line["split"]]
     where = f"iteration {line['iteration']}" + (f" on {split} set" if line["final"] else "")

@@ -17,11 +17,11 @@ def loss_band(a: float, b: float) -> float:
     return bf16_ulp(min(abs(a), abs(b))) / 2
 
 
-def norm_band(a: float, b: float, printed: bool) -> float:
-    """Return one BF16 ulp of the gradient norm (0.4% to 0.8% of it), or the last printed digit if that is larger.
+def norm_band(a: float, b: float, unit: float = 0.0) -> float:
+    """Return one BF16 ulp of the gradient norm (0.4% to 0.8% of it), or ``unit``, its last digit, if that is larger.
 
     A norm sums squares over all gradients, each rounded to BF16 on its way: it is known no better than to one ulp.
     """
     band = bf16_ulp(min(abs(a), abs(b)))
     # 1.5 last digits: two numbers one digit apart differ by it and a rounding error of the subtraction.
-    return max(band, 1.5e-3) if printed else band
+    return max(band, 1.5 * unit)

@@ -15,7 +15,31 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         description="Compare two runs and end with one verdict. Exit code 0 for identical and rounding, 1 otherwise.",
     )
     for name in ("a", "b"):
-        compare.add_argument(name, metavar=name.upper(), help="run directory, or console log of one run")
+        compare.add_argument(name, metavar=name.upper(), help="run directory, console log, or another trainer's files")
+    compare.add_argument(
+        "--format",
+        action="append",
+        default=[],
+        metavar="[A:|B:]NAME",
+        help="format of a side where its content does not tell: megatron-lm, megatron-bridge, torchtitan, olmo-core, "
+        "hugging-face, tensorboard, csv or jsonl",
+    )
+    compare.add_argument(
+        "--columns",
+        action="append",
+        default=[],
+        metavar="[A:|B:]loss=NAME,...",
+        help="columns or TensorBoard tags of a side: loss, iteration, grad_norm, lr, next_lr, consumed_samples, "
+        "consumed_tokens, evaluation; from=0 where it counts from 0, average=true where losses are means since the "
+        "line before",
+    )
+    compare.add_argument(
+        "--interval",
+        action="append",
+        default=[],
+        metavar="[A:|B:]N",
+        help="logging_steps of a Hugging Face console log, whose lines tell no step",
+    )
     compare.add_argument(
         "--out", metavar="DIR", help="folder of the report; a new one under nemo_experiments/compare/ when unset"
     )
@@ -39,6 +63,11 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
             help=f"core of side {label}, main or dev: one job on two cores, through one door",
         )
     correlate.add_argument(
+        "--engine",
+        metavar="megatron-lm=PATH",
+        help="run the flags in this checkout of Megatron-LM, which needs a GPU, and in Lockstep, and compare the two",
+    )
+    correlate.add_argument(
         "--out", metavar="DIR", help="new or empty folder; a new one under nemo_experiments/correlate/ when unset"
     )
     correlate.add_argument(
@@ -49,10 +78,12 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def _compare(arguments: argparse.Namespace) -> int:
     from lockstep.lab.compare import compare_paths
+    from lockstep.lab.foreign.options import make_readers
     from lockstep.lab.report import as_json, show, write_report
     from lockstep.record.paths import PARENT, fresh_dir
 
-    found = compare_paths(arguments.a, arguments.b)
+    readers = make_readers(arguments.format, arguments.columns, arguments.interval)
+    found = compare_paths(arguments.a, arguments.b, *readers)
     if arguments.json:
         print(json.dumps(as_json(found), indent=1))
     else:
@@ -69,6 +100,12 @@ def _correlate(arguments: argparse.Namespace) -> int:
     from lockstep.lab.correlate import correlate
 
     out = Path(arguments.out) if arguments.out else None
+    if arguments.engine is not None:
+        from lockstep.lab.engine import correlate_engine
+
+        if arguments.left is not None or arguments.right is not None:
+            raise UserError("--engine runs another trainer as side A; drop --left and --right")
+        return correlate_engine(arguments.engine, arguments.mlm, arguments.bridge, out)
     if arguments.left is not None or arguments.right is not None:
         from lockstep.lab.cores import correlate_cores
 

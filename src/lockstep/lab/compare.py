@@ -4,15 +4,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lockstep.lab.calibration.band import Band, load_band
-from lockstep.lab.config_diff import ConfigDifference, config_differences
+from lockstep.lab.config_diff import ConfigDifference, Stated, stated_differences
 from lockstep.lab.findings import Findings
+from lockstep.lab.foreign.detect import Reader
+from lockstep.lab.foreign.trace import Settings
 from lockstep.lab.ledger import ledger_stage
 from lockstep.lab.numbers import compare_numbers
-from lockstep.lab.side import Side, align, load_side
+from lockstep.lab.samples import by_size
+from lockstep.lab.side import Side, align, load_side, ruler
 from lockstep.lab.stages import Stage, data_stage, init_stage, schedule_stage
 from lockstep.lab.verdict import Decision, decide
 
 _SHOWN_KEYS = 4
+_SHOWN_UNMAPPED = 12
 
 
 @dataclass(frozen=True)
@@ -30,23 +34,29 @@ class Comparison:
         return 0 if self.decision.verdict in ("identical", "rounding") else 1
 
 
-def compare_paths(a: Path | str, b: Path | str) -> Comparison:
-    """Compare two run directories or console logs.
+def compare_paths(
+    a: Path | str, b: Path | str, reader_a: Reader | None = None, reader_b: Reader | None = None
+) -> Comparison:
+    """Compare two run directories, console logs or foreign runs; the readers say how, where content does not.
 
     Raises:
-        UserError: one of them is neither, or is damaged.
+        UserError: one of them is none of these, or is damaged.
     """
-    return compare(load_side(a, "A"), load_side(b, "B"))
+    return compare(load_side(a, "A", reader_a), load_side(b, "B", reader_b))
 
 
 def compare(a: Side, b: Side) -> Comparison:
     """Walk over both sides in the order of the verdicts and decide."""
+    aligned = by_size(a, b)
+    a, b = aligned.a, aligned.b
     pairs = align(a, b)
     band, band_of = _measured(a, b)
     printed = a.printed or b.printed
     differences = None
     if a.config is not None and b.config is not None:
-        differences = config_differences(a.config, b.config, a.fact("origins"), b.fact("origins"))
+        differences = stated_differences(
+            *(Stated(side.config or {}, side.origins, partial=side.run is None) for side in (a, b))
+        )
     numbers = compare_numbers(a, b, pairs, band)
     findings = Findings(
         a=a,
@@ -54,9 +64,9 @@ def compare(a: Side, b: Side) -> Comparison:
         pairs=pairs,
         printed=printed,
         differences=differences,
-        data=data_stage(a, b, pairs),
+        data=data_stage(a, b, pairs, aligned.sizes),
         init=init_stage(a, b),
-        schedule=schedule_stage(a, b, pairs, printed),
+        schedule=schedule_stage(pairs, ruler(a, b)),
         numbers=numbers,
         ledger=ledger_stage(a, b, pairs, numbers.first_outside is not None),
         band=band,
@@ -72,7 +82,10 @@ def compare(a: Side, b: Side) -> Comparison:
         _numbers_stage(findings),
         _evaluations_stage(findings),
     ]
-    return Comparison(findings, decision, stages, _notes(findings))
+    notes = []
+    if aligned.unit:
+        notes.append(f"aligned by consumed {aligned.unit}, as {aligned.sizes}: iterations are those of A")
+    return Comparison(findings, decision, stages, [*notes, *_notes(findings)])
 
 
 def _measured(a: Side, b: Side) -> tuple[Band | None, str]:
@@ -95,7 +108,8 @@ def _config_stage(found: Findings) -> Stage:
         keys = _list(acting)
         return Stage("config", "differs", f"{len(acting)} {'setting' if len(acting) == 1 else 'settings'}: {keys}")
     idle = f" ({len(found.differences)} differ without effect)" if found.differences else ""
-    return Stage("config", "equal", f"every setting that acts is equal{idle}")
+    what = "both tell" if found.partial else "acts"
+    return Stage("config", "equal", f"every setting that {what} is equal{idle}")
 
 
 def _numbers_stage(found: Findings) -> Stage:
@@ -124,12 +138,14 @@ def _evaluations_stage(found: Findings) -> Stage:
 
 def _notes(found: Findings) -> list[str]:
     notes = []
-    if found.printed:
-        notes.append(
-            "at least one side is a console log: numbers are compared to the printed digits "
-            "(7 of a loss and a learning rate, 3 decimals of a gradient norm)"
-        )
     for side in (found.a, found.b):
+        if side.digits:
+            notes.append(f"{side.label} ({side.printer}): numbers are compared to the digits it tells ({_told(side)})")
+        notes += [f"{side.label}: {note}" for note in side.notes]
+        if side.settings:
+            notes.append(f"{side.label}: {_settings(side.settings)}")
+        if not side.tells_evaluations:
+            notes.append(f"{side.label} tells no evaluation: none is compared")
         if side.run and side.run.status != "finished":
             notes.append(f"{side.label} has the status {side.run.status}: it did not come to its end")
         if side.past:
@@ -146,6 +162,20 @@ def _notes(found: Findings) -> list[str]:
         what = "cannot have caused this" if found.anchor or found.missing else "changed no number"
         notes.append(f"settings that differ but {what}: {_list(ruled_out)}")
     return notes + _surroundings(found)
+
+
+def _settings(settings: Settings) -> str:
+    text = f"{len(settings.values)} settings are read from its {settings.source}"
+    names = list(settings.unmapped)
+    if not names:
+        return text
+    more = f" and {len(names) - _SHOWN_UNMAPPED} more" if len(names) > _SHOWN_UNMAPPED else ""
+    return f"{text}; without a counterpart in the tree: {', '.join(names[:_SHOWN_UNMAPPED])}{more}"
+
+
+def _told(side: Side) -> str:
+    spelled = {"lm_loss": "loss", "grad_norm": "gradient norm", "lr": "learning rate"}
+    return ", ".join(f"{what} {side.digits[name]}" for name, what in spelled.items() if name in side.digits)
 
 
 def _surroundings(found: Findings) -> list[str]:

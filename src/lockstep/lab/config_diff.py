@@ -45,24 +45,55 @@ def show(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
+@dataclass(frozen=True)
+class Stated:
+    """Settings of a side by dotted path, with their origins; ``partial`` where a log prints only some of them."""
+
+    values: Mapping[str, Any]
+    origins: Mapping[str, str]
+    partial: bool = False
+
+    def left_open(self, path: str, other: "Stated") -> bool:
+        """Tell whether a log leaves a setting open, or calls unset what follows from others on the other side."""
+        if not self.partial or path not in self.values:
+            return self.partial
+        given = not other.origins.get(path, "default").startswith(("default", "derived"))
+        return self.values[path] is None and not given
+
+
 def config_differences(
     a: Mapping[str, Any], b: Mapping[str, Any], origins_a: Mapping[str, str], origins_b: Mapping[str, str]
 ) -> list[ConfigDifference]:
     """Return every setting that differs between two resolved trees (by dotted path), in the order of the tree."""
+    return stated_differences(Stated(a, origins_a), Stated(b, origins_b))
+
+
+def stated_differences(a: Stated, b: Stated) -> list[ConfigDifference]:
+    """Return every setting that differs, in the order of the tree.
+
+    Where a side is partial, only settings that both tell and that can change a result are compared; what it does not
+    tell is taken as on the other side.
+    """
     known = all_fields()
     order = {path: position for position, path in enumerate(known)}
-    paths = sorted(set(a) | set(b), key=lambda path: (order.get(path, len(order)), path))
+    paths = sorted(set(a.values) | set(b.values), key=lambda path: (order.get(path, len(order)), path))
     differing: list[tuple[str, Any, Any]] = []
     for path in paths:
+        if a.left_open(path, b) or b.left_open(path, a):
+            continue
+        if (a.partial or b.partial) and (path not in known or known[path].spec.effect != "run"):
+            continue
         # A version of Lockstep without the setting behaves as its default says.
         default = encode(known[path].default) if path in known else ABSENT
-        value_a, value_b = a.get(path, default), b.get(path, default)
+        value_a, value_b = a.values.get(path, default), b.values.get(path, default)
         if value_a != value_b:
             differing.append((path, value_a, value_b))
+    whole_a = {**b.values, **a.values} if a.partial else a.values
+    whole_b = {**a.values, **b.values} if b.partial else b.values
     found = []
     for path, value_a, value_b in differing:
-        role, reason = _role(path, a, b)
-        origin_a, origin_b = origins_a.get(path, "default"), origins_b.get(path, "default")
+        role, reason = _role(path, whole_a, whole_b)
+        origin_a, origin_b = a.origins.get(path, "default"), b.origins.get(path, "default")
         source = _source(origin_a, origin_b, [other for other, *_ in differing if other != path])
         if role == "active" and source:
             role, reason = "derived", f"follows from {source}"

@@ -81,8 +81,8 @@ def build_pair(mlm: str | None, bridge: str | None) -> Pair:
 
     if mlm is None and bridge is None:
         mlm, bridge = REFERENCE_FLAGS, f"{DEFAULT_RECIPE} {REFERENCE_OVERRIDES}"
-    flags = _split("--mlm", mlm) if mlm is not None else None
-    recipe = _recipe_arguments(_split("--bridge", bridge)) if bridge is not None else None
+    flags = split_words("--mlm", mlm) if mlm is not None else None
+    recipe = _recipe_arguments(split_words("--bridge", bridge)) if bridge is not None else None
     if recipe is None:
         overrides = overrides_from_config(parse_flags(flags or []), DEFAULT_RECIPE)
         recipe = ["--recipe", DEFAULT_RECIPE, *overrides]
@@ -93,7 +93,8 @@ def build_pair(mlm: str | None, bridge: str | None) -> Pair:
     return Pair(flags, recipe)
 
 
-def _split(option: str, text: str) -> list[str]:
+def split_words(option: str, text: str) -> list[str]:
+    """Split an option's words; a run directory among them is refused."""
     try:
         words = shlex.split(text)
     except ValueError as error:
@@ -127,13 +128,21 @@ def new_folder(out: Path | None, job: str = "correlate") -> Path:
     return out.resolve()
 
 
-def run_side(name: str, arguments: list[str], folder: Path, variables: dict[str, str] | None = None) -> None:
-    """Run one side as its own process, show its output with a prefix and keep it in ``<name>.log``."""
-    command = [sys.executable, "-m", "lockstep.cli", *arguments]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **(variables or {})}
-    log = folder / f"{name}.log"
+def run_side(name: str, arguments: list[str], folder: Path, variables: dict[str, str] | None = None) -> Path:
+    """Run one side of Lockstep as its own process; see ``run_logged``."""
     given = [f"{key}={value}" for key, value in (variables or {}).items()]
     print(f"[{name}] {shlex.join([*given, 'lockstep', *arguments])}", flush=True)
+    return run_logged(name, [sys.executable, "-m", "lockstep.cli", *arguments], folder, variables)
+
+
+def run_logged(name: str, command: list[str], folder: Path, variables: dict[str, str] | None = None) -> Path:
+    """Run a command, show its output with a prefix, and return the file that keeps it, ``<name>.log``.
+
+    Raises:
+        UserError: it ends with another exit code than 0.
+    """
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **(variables or {})}
+    log = folder / f"{name}.log"
     with (
         log.open("w", encoding="utf-8") as file,
         subprocess.Popen(
@@ -147,3 +156,4 @@ def run_side(name: str, arguments: list[str], folder: Path, variables: dict[str,
             sys.stdout.flush()
     if process.returncode:
         raise UserError(f"the {name} side ended with exit code {process.returncode}; its output is in {log}")
+    return log

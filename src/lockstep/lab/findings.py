@@ -8,6 +8,7 @@ from lockstep.lab.config_diff import ConfigDifference
 from lockstep.lab.dormant import COMPUTE, DATA, EVALUATION, INIT, LENGTH, SCHEDULE, UPDATE
 from lockstep.lab.numbers import Mismatch, Numbers, evaluation_name
 from lockstep.lab.side import Pairs, Side
+from lockstep.lab.spans import spans
 from lockstep.lab.stages import Stage
 
 
@@ -48,9 +49,14 @@ class Findings:
         """The mismatch that asks for an explanation: the first outside the band, else the last one inside."""
         return self.numbers.first_outside or (self.numbers.mismatches[-1] if self.numbers.mismatches else None)
 
+    @property
+    def partial(self) -> bool:
+        """Settings are compared as far as a log prints them."""
+        return self.differences is not None and (self.a.run is None or self.b.run is None)
+
     def unknown(self) -> list[str]:
         """Name what the sides do not tell of the contract."""
-        names = [] if self.differences is not None else ["config"]
+        names = ["config"] if self.differences is None else ["the rest of the config"] if self.partial else []
         return names + [stage.name for stage in (self.data, self.init, self.schedule) if stage.state == "unknown"]
 
     def explaining(self, part: str) -> list[ConfigDifference]:
@@ -126,14 +132,3 @@ def _may_act(stage: Stage, latest: int) -> bool:
     if stage.state != "differs":
         return stage.state == "unknown"
     return stage.first is None or stage.first <= latest
-
-
-def spans(iterations: list[int]) -> str:
-    """Spell iterations: ``iteration 4 is`` or ``iterations 8 to 10 are`` or ``iterations 3, 5 and 7 more are``."""
-    if len(iterations) == 1:
-        return f"iteration {iterations[0]} is"
-    if iterations == list(range(iterations[0], iterations[-1] + 1)):
-        return f"iterations {iterations[0]} to {iterations[-1]} are"
-    if len(iterations) == 2:
-        return f"iterations {iterations[0]} and {iterations[1]} are"
-    return f"iterations {iterations[0]}, {iterations[1]} and {len(iterations) - 2} more are"

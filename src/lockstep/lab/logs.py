@@ -4,20 +4,22 @@ Text around a line (a launcher's rank prefix, colours) is ignored. A log prints 
 with 7 digits and a gradient norm with 3 decimals.
 """
 
-import itertools
 import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from lockstep.errors import UserError
+from lockstep.lab.foreign.repeats import Item, Settled, settle, settle_evaluations
+from lockstep.lab.foreign.settings import Collector, bridge_file
+from lockstep.lab.foreign.text import read_lines
+from lockstep.lab.foreign.trace import Settings, rhythm
 
 MEGATRON_LM, BRIDGE = "Megatron-LM or Lockstep", "Megatron Bridge"
 
 _TRAIN = re.compile(r"\biteration\s+(\d+)\s*/\s*(\d+)\s*\|(.*)")
 _EVALUATION = re.compile(r"\bvalidation(\S*) loss at iteration (\d+)(?: on (validation|test) set)?\s*\|(.*)")
 _STAMP = re.compile(r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(\.\d+)?\]")
-_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class LogEvaluation:
 
 @dataclass
 class Log:
-    """What a log prints. ``printer`` names whose format it has."""
+    """What a log prints. ``printer`` names whose format it has, ``settled`` how repeated iterations were settled."""
 
     path: Path
     printer: str = MEGATRON_LM
@@ -57,16 +59,13 @@ class Log:
     lines: dict[int, LogLine] = field(default_factory=dict)
     evaluations: dict[tuple[int, str, bool], LogEvaluation] = field(default_factory=dict)
 
+    settled: Settled[LogLine] = field(default_factory=Settled)
+    settings: Settings | None = None
+
     @property
     def interval(self) -> int:
         """Iterations between two lines, as far as the lines tell."""
-        ends = sorted(self.lines)
-        steps = [later - earlier for earlier, later in itertools.pairwise(ends)]
-        if steps:
-            common = max(sorted(set(steps)), key=steps.count)
-            if ends[-1] % common == 0:
-                return common
-        return math.gcd(*(ends[1:] or ends)) if ends else 1
+        return rhythm(self.lines)
 
     def window_start(self, end: int) -> int:
         """Return the first iteration that the line of ``end`` averages.
@@ -74,13 +73,19 @@ class Log:
         Megatron-LM prints a line for the first iteration of a process and keeps that iteration in the average of the
         next line, also with a log interval of 1; Bridge does neither.
         """
-        first, interval = min(self.lines), self.interval
-        carried = self.printer != BRIDGE and (first == 1 or first % interval > 0)
+        first, interval = self.settled.begin(end), self.interval
+        resumed = first != min(self.lines)
+        carried = self.printer != BRIDGE and (resumed or first == 1 or first % interval > 0)
         if carried and end == first:
             return first
         if carried and end == (first // interval + 1) * interval:
             return first
         return max(end - interval + 1, 1)
+
+
+def is_train_line(text: str) -> bool:
+    """Tell whether a line is a training or validation line of Megatron-LM, Bridge or Lockstep."""
+    return bool(_TRAIN.search(text) or _EVALUATION.search(text))
 
 
 def parse_log(path: Path) -> Log:
@@ -91,40 +96,32 @@ def parse_log(path: Path) -> Log:
             different numbers (two runs in one file).
     """
     log = Log(path)
-    try:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            for text in file:
-                _take(log, _COLOUR.sub("", text))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    if not log.lines and not log.evaluations:
+    lines: list[Item[LogLine]] = []
+    evaluations: list[tuple[int, tuple[int, str, bool], LogEvaluation]] = []
+    collector = Collector()
+    for rank, text in read_lines(path):
+        collector.line(text)
+        if found := _TRAIN.search(text):
+            line = _train_line(int(found[1]), _fields(found[3]))
+            lines.append(Item(line.iteration, rank, line))
+            log.train_iters = int(found[2])
+            if stamp := _STAMP.search(text):
+                log.printer = MEGATRON_LM if stamp[1] else BRIDGE
+        elif (found := _EVALUATION.search(text)) and (evaluation := _evaluation(found)):
+            key = (evaluation.iteration, evaluation.split, evaluation.final)
+            evaluations.append((len(lines), key, evaluation))
+    if not lines and not evaluations:
         raise UserError(
             f"{path} holds no training or validation line of Megatron-LM, Megatron Bridge or Lockstep; "
             "give a run directory or a console log"
         )
+    log.settings = collector.settings()
+    if log.settings is None and log.printer == BRIDGE:
+        log.settings = bridge_file(path.parent / "run_config.yaml")
+    log.settled = settle(str(path), lines)
+    log.lines = log.settled.values
+    log.evaluations = settle_evaluations(str(path), evaluations, log.settled)
     return log
-
-
-def _take(log: Log, text: str) -> None:
-    if found := _TRAIN.search(text):
-        line = _train_line(int(found[1]), _fields(found[3]))
-        _store(log.path, log.lines, line.iteration, line, f"iteration {line.iteration}")
-        log.train_iters = int(found[2])
-        stamp = _STAMP.search(text)
-        if stamp:
-            log.printer = MEGATRON_LM if stamp[1] else BRIDGE
-    elif found := _EVALUATION.search(text):
-        evaluation = _evaluation(found)
-        if evaluation:
-            key = (evaluation.iteration, evaluation.split, evaluation.final)
-            _store(log.path, log.evaluations, key, evaluation, f"the {key[1]} loss at iteration {key[0]}")
-
-
-def _store(path: Path, held: dict, key: object, value: object, what: str) -> None:
-    # repr, because NaN differs from itself although both lines print the same text.
-    if key in held and repr(held[key]) != repr(value):
-        raise UserError(f"{path} prints {what} twice with different numbers; split it into one file a run")
-    held[key] = value
 
 
 def _fields(text: str) -> dict[str, str]:

@@ -6,7 +6,9 @@ from typing import Literal
 
 from lockstep.lab.bands import loss_band, norm_band
 from lockstep.lab.calibration.band import Band
-from lockstep.lab.side import EvaluationKey, Pairs, Point, Side, as_printed, reader
+from lockstep.lab.digits import EVALUATION, Ruler
+from lockstep.lab.point import EvaluationKey, Point
+from lockstep.lab.side import Pairs, Side, ruler
 from lockstep.lab.stages import both
 
 Grade = Literal["equal", "inside", "outside"]
@@ -113,23 +115,24 @@ def judge(a: float | None, b: float | None, band: float) -> Grade:
 
 def compare_numbers(a: Side, b: Side, pairs: Pairs, measured: Band | None = None) -> Numbers:
     """Compare losses, gradient norms, loss scales, skipped iterations and evaluations, by a measured band if any."""
-    printed = a.printed or b.printed
+    rule = ruler(a, b)
     names = _comparable(pairs)
     rows, mismatches = [], []
     for pair in pairs.pairs:
-        found = [m for m in (_compare(name, pair, printed, measured) for name in names) if m]
+        found = [m for m in (_compare(name, pair, rule, measured) for name in names) if m]
         mismatches += found
-        rows.append(_row(pair, printed, found, measured))
+        rows.append(_row(pair, rule, found, measured))
     shared = [key for key in a.evaluations if key in b.evaluations]
     evaluations = []
     for key in sorted(shared, key=_run_order):
-        row, found = _evaluation(a, b, key, printed, measured)
+        row, found = _evaluation(a, b, key, rule, measured)
         evaluations.append(row)
         mismatches += found
     mismatches.sort(key=lambda m: (m.iteration, m.key is not None))
+    told = a.tells_evaluations and b.tells_evaluations
     missing = {
-        "A": sorted((key for key in b.evaluations if key not in a.evaluations), key=_run_order),
-        "B": sorted((key for key in a.evaluations if key not in b.evaluations), key=_run_order),
+        "A": sorted((key for key in b.evaluations if told and key not in a.evaluations), key=_run_order),
+        "B": sorted((key for key in a.evaluations if told and key not in b.evaluations), key=_run_order),
     }
     return Numbers(rows, evaluations, mismatches, missing)
 
@@ -140,45 +143,45 @@ def _comparable(pairs: Pairs) -> list[str]:
     return [name for name in names if name == LOSS or any(both(pair, name) for pair in pairs.pairs)]
 
 
-def _compare(name: str, pair: tuple[Point, Point], printed: bool, measured: Band | None) -> Mismatch | None:
-    read = reader(name, printed)
-    a, b = read(pair[0]), read(pair[1])
+def _compare(name: str, pair: tuple[Point, Point], rule: Ruler, measured: Band | None) -> Mismatch | None:
+    a, b = (rule.cut(name, getattr(point, name)) for point in pair)
     if name in (LOSS, NORM) and pair[0].skipped and pair[1].skipped and not (_finite(a) or _finite(b)):
         return None  # Both overflowed and threw the step away: no update used these numbers.
-    band, coarse, known = _band(name, pair[0].iteration, a, b, printed, measured)
+    if rule.same_in(name, pair):
+        return None
+    band, coarse, known = _band(name, pair[0].iteration, a, b, rule, measured)
     grade = judge(a, b, band)
     at = pair[0].iteration
     return None if grade == "equal" else Mismatch(at, name, a, b, band, grade, measured=known, unmeasured_band=coarse)
 
 
 def _band(
-    name: str, iteration: int, a: float | None, b: float | None, printed: bool, measured: Band | None
+    name: str, iteration: int, a: float | None, b: float | None, rule: Ruler, measured: Band | None
 ) -> tuple[float, float, bool]:
     """Return how far rounding may take a number, how far where nothing is measured, and whether it was measured."""
     if name not in (LOSS, NORM) or a is None or b is None or not (math.isfinite(a) and math.isfinite(b)):
         return 0.0, 0.0, False
-    coarse = loss_band(a, b) if name == LOSS else norm_band(a, b, printed)
+    digit = rule.unit(name, min(abs(a), abs(b)))
+    coarse = loss_band(a, b) if name == LOSS else norm_band(a, b, digit)
     width = measured.width(name, iteration, min(abs(a), abs(b))) if measured else None
     if width is None:
         return coarse, coarse, False
-    digit = (1.5e-6 * abs(a) if name == LOSS else 1.5e-3) if printed else 0.0
-    return width + digit, coarse, True
+    return width + 1.5 * digit, coarse, True
 
 
 def _finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def _row(pair: tuple[Point, Point], printed: bool, found: list[Mismatch], measured: Band | None) -> Row:
-    a, b = pair
+def _row(pair: tuple[Point, Point], rule: Ruler, found: list[Mismatch], measured: Band | None) -> Row:
+    first = pair[0]
     values: dict[str, float | None] = {}
     # The learning rate of the update itself where both sides tell it, else the following one, as a console prints it.
     lr = "lr" if both(pair, "lr") else "next_lr"
     for name, column in ((LOSS, "loss"), (NORM, "norm"), (lr, "lr")):
-        read = reader(name, printed)
-        values[f"{column}_a"], values[f"{column}_b"] = read(a), read(b)
-    band, _, _ = _band(LOSS, a.iteration, values["loss_a"], values["loss_b"], printed, measured)
-    return Row(iteration=a.iteration, start=a.start, grade=worst([m.grade for m in found]), band=band, **values)
+        values[f"{column}_a"], values[f"{column}_b"] = (rule.cut(name, getattr(point, name)) for point in pair)
+    band, _, _ = _band(LOSS, first.iteration, values["loss_a"], values["loss_b"], rule, measured)
+    return Row(iteration=first.iteration, start=first.start, grade=worst([m.grade for m in found]), band=band, **values)
 
 
 def worst(grades: list[Grade]) -> Grade:
@@ -187,14 +190,14 @@ def worst(grades: list[Grade]) -> Grade:
 
 
 def _evaluation(
-    a: Side, b: Side, key: EvaluationKey, printed: bool, measured: Band | None
+    a: Side, b: Side, key: EvaluationKey, rule: Ruler, measured: Band | None
 ) -> tuple[EvaluationRow, list[Mismatch]]:
     losses = a.evaluations[key], b.evaluations[key]
-    loss_a, loss_b = (as_printed(loss, ".6E") for loss in losses) if printed else losses
+    loss_a, loss_b = (rule.cut(EVALUATION, loss) for loss in losses)
     # An evaluation is as far off as the training loss beside it.
-    band, coarse, known = _band(LOSS, key[0], loss_a, loss_b, printed, measured)
+    band, coarse, known = _band(LOSS, key[0], loss_a, loss_b, rule, measured)
     found = []
-    grade = judge(loss_a, loss_b, band)
+    grade = "equal" if rule.same(EVALUATION, *losses) else judge(loss_a, loss_b, band)
     if loss_a is None and loss_b is None:
         grade = "outside"
     if grade != "equal":

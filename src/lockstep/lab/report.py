@@ -37,6 +37,7 @@ def as_json(found: Comparison) -> dict[str, Any]:
             "to_printed_digits": findings.printed,
             "sides": {
                 side.label: {"path": side.path, "kind": side.printer, "status": side.fact("status")}
+                | ({"settings": vars(side.settings)} if side.settings else {})
                 for side in (findings.a, findings.b)
             },
             "band": None

@@ -1,47 +1,29 @@
 """One side of a comparison: a run record or a console log, brought to one shape."""
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from lockstep.errors import UserError
+from lockstep.lab.digits import CONSOLE, Digits, Ruler
+from lockstep.lab.foreign.detect import Reader, read_foreign
+from lockstep.lab.foreign.repeats import Item, settle, settle_evaluations
+from lockstep.lab.foreign.trace import Settings, Trace, rhythm
 from lockstep.lab.lineage import past_note, with_past
-from lockstep.lab.logs import Log, parse_log
+from lockstep.lab.logs import Log, is_train_line, parse_log
+from lockstep.lab.point import EvaluationKey, Point
 from lockstep.record import Run, load_run
-
-EvaluationKey = tuple[int, str, bool]
-"""Iteration, split, and whether the evaluation was made after training."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Point:
-    """What a side tells of one iteration, or of the iterations ``start`` to ``iteration`` that one line averages.
-
-    ``lr`` is the learning rate that the iteration's update used, ``next_lr`` that of the following one; the rest
-    belongs to the last iteration. None where the side does not tell.
-    """
-
-    iteration: int
-    start: int
-    lm_loss: float | None
-    grad_norm: float | None = None
-    lr: float | None = None
-    next_lr: float | None = None
-    weight_decay: float | None = None
-    loss_scale: float | None = None
-    consumed_samples: int | None = None
-    global_batch_size: int | None = None
-    valid_tokens: int | None = None
-    batch_hash: str | None = None
-    skipped: bool | None = None
+from lockstep.record.schema import RUN_FILE
 
 
 @dataclass(frozen=True)
 class Side:
-    """A side of a comparison; ``run`` is None for a log, ``interval`` is the number of iterations a line averages.
+    """A side of a comparison; ``run`` is None for a log, ``interval`` is the number of iterations between two lines.
 
-    ``past`` says where a resumed run began.
+    ``past`` says where a resumed run began, ``conflict`` where a log tells one iteration with two numbers. ``digits``
+    are those that the side tells of each number, all where none are given.
     """
 
     label: str
@@ -53,16 +35,30 @@ class Side:
     samples: dict[EvaluationKey, int | None]
     run: Run | None = None
     past: str | None = None
+    digits: Mapping[str, Digits] = field(default_factory=dict)
+    settings: Settings | None = None
+    notes: list[str] = field(default_factory=list)
+    conflict: str | None = None
+    tells_evaluations: bool = True
 
     @property
     def printed(self) -> bool:
-        """The numbers are those of a console line, cut to its digits."""
-        return self.run is None
+        """Not every digit of the numbers is told."""
+        return bool(self.digits)
 
     @property
-    def config(self) -> dict[str, Any] | None:
-        """The resolved tree by dotted path, or None where it is not known."""
-        return (self.run.config or None) if self.run else None
+    def config(self) -> Mapping[str, Any] | None:
+        """The resolved tree by dotted path, the part of it that a log prints, or None where it is not known."""
+        if self.run:
+            return self.run.config or None
+        return self.settings.values if self.settings else None
+
+    @property
+    def origins(self) -> Mapping[str, str]:
+        """Where each value of ``config`` that is not a default came from."""
+        if self.run:
+            return self.run.origins
+        return dict.fromkeys(self.settings.values, self.settings.source) if self.settings else {}
 
     def fact(self, name: str) -> Any:
         """Return an entry of the run record, or None."""
@@ -74,14 +70,20 @@ class Side:
         return min((point.start for point in self.points.values()), default=None)
 
 
-def load_side(path: Path | str, label: str) -> Side:
-    """Read a run directory or a console log; a resumed run comes with the runs it continues.
+def load_side(path: Path | str, label: str, reader: Reader | None = None) -> Side:
+    """Read a run directory, a console log or a foreign run; a resumed run comes with the runs it continues.
 
     Raises:
-        UserError: neither of the two, or damaged.
+        UserError: none of these, or damaged.
     """
     place = Path(path)
-    return _from_log(parse_log(place), label) if place.is_file() else _from_run(load_run(place), label)
+    reader = reader or Reader()
+    if not place.exists() or (place / RUN_FILE).exists():
+        if reader.aimed:
+            raise UserError(f"{place} is no run of another trainer; drop {reader.aimed}")
+        return _from_run(load_run(place), label)
+    trace = read_foreign(place, reader, is_train_line)
+    return _from_log(parse_log(place), label) if trace is None else _from_trace(trace, label)
 
 
 def _from_run(record: Run, label: str) -> Side:
@@ -136,7 +138,42 @@ def _from_log(log: Log, label: str) -> Side:
             skipped=line.skipped > 0 if start == end else None,
         )
     evaluations: dict[EvaluationKey, float | None] = {key: line.lm_loss for key, line in log.evaluations.items()}
-    return Side(label, log.path, f"log of {log.printer}", log.interval, points, evaluations, dict.fromkeys(evaluations))
+    return Side(
+        label=label,
+        path=log.path,
+        printer=f"console log of {log.printer}",
+        interval=log.interval,
+        points=points,
+        evaluations=evaluations,
+        samples=dict.fromkeys(evaluations),
+        digits=CONSOLE,
+        settings=log.settings,
+        notes=log.settled.notes,
+        conflict=log.settled.conflict,
+    )
+
+
+def _from_trace(trace: Trace, label: str) -> Side:
+    where = str(trace.path)
+    items = [Item(reading.point.iteration, reading.rank, reading.point) for reading in trace.readings]
+    settled = settle(where, items)
+    evaluations: dict[EvaluationKey, float | None] = {**settle_evaluations(where, trace.evaluations, settled)}
+    if not settled.values and not evaluations:
+        raise UserError(f"{where} holds no loss; it was read as {trace.format.title}")
+    return Side(
+        label=label,
+        path=trace.path,
+        printer=trace.format.title,
+        interval=trace.interval or rhythm(settled.values),
+        points=settled.values,
+        evaluations=evaluations,
+        samples=dict.fromkeys(evaluations),
+        digits=trace.digits,
+        settings=trace.settings,
+        notes=[trace.format.facts, *trace.notes, *settled.notes],
+        conflict=settled.conflict,
+        tells_evaluations=bool(evaluations),
+    )
 
 
 @dataclass(frozen=True)
@@ -186,7 +223,10 @@ def _over(side: Side, end: int, start: int) -> Point | None:
         position = point.start - 1
     if len(parts) == 1:
         return parts[0]
-    return replace(parts[0], start=start, lm_loss=_mean_loss(parts), lr=None, batch_hash=None, skipped=None)
+    loss = _mean_loss(parts)
+    return replace(
+        parts[0], start=start, lm_loss=loss, averaged=True, lr=None, batch_hash=None, skipped=None, valid_tokens=None
+    )
 
 
 def _mean_loss(parts: Iterable[Point]) -> float | None:
@@ -197,16 +237,6 @@ def _mean_loss(parts: Iterable[Point]) -> float | None:
     return math.fsum(loss * weight for loss, weight in counted) / sum(weight for _, weight in counted)
 
 
-def as_printed(value: float | None, spec: str) -> float | None:
-    """Cut a number to the digits of a console line; ``spec`` is its format (``.6E``)."""
-    return None if value is None else float(format(value, spec))
-
-
-PRINTED: dict[str, str] = {"lm_loss": ".6E", "lr": ".6E", "next_lr": ".6E", "grad_norm": ".3f", "loss_scale": ".1f"}
-"""The formats of a console line."""
-
-
-def reader(name: str, printed: bool) -> Callable[[Point], Any]:
-    """Return how to read a number of a point: whole, or cut to the digits of a console line."""
-    spec = PRINTED.get(name) if printed else None
-    return (lambda p: as_printed(getattr(p, name), spec)) if spec else (lambda p: getattr(p, name))
+def ruler(a: Side, b: Side) -> Ruler:
+    """Return what compares numbers of both sides by the digits that both tell."""
+    return Ruler(a.digits, b.digits)

@@ -4,7 +4,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lockstep.lab.side import Pairs, Point, Side, reader
+from lockstep.lab.digits import Ruler
+from lockstep.lab.point import Point
+from lockstep.lab.side import Pairs, Side
 
 State = Literal["equal", "differs", "unknown"]
 
@@ -20,15 +22,19 @@ class Stage:
     evidence: list[str] = field(default_factory=list)
 
 
-def both(pair: tuple[Point, Point], name: str, printed: bool = False) -> tuple[Any, Any] | None:
+def both(pair: tuple[Point, Point], name: str) -> tuple[Any, Any] | None:
     """Return a number of both points, or None where one side does not tell it."""
-    read = reader(name, printed)
-    values = read(pair[0]), read(pair[1])
+    values = getattr(pair[0], name), getattr(pair[1], name)
     return None if values[0] is None or values[1] is None else values
 
 
-def data_stage(a: Side, b: Side, pairs: Pairs) -> Stage:
-    """Compare batch sizes and token hashes by iteration, then the hashes in the descriptions of the data."""
+def data_stage(a: Side, b: Side, pairs: Pairs, sizes: str = "") -> Stage:
+    """Compare batch sizes and token hashes by iteration, then the hashes in the descriptions of the data.
+
+    ``sizes`` says how the sizes of the iterations differ, where the sides were aligned by something else.
+    """
+    if sizes:
+        return Stage("data", "differs", sizes, min((pair[0].iteration for pair in pairs.pairs), default=None))
     for name, spelled in (
         ("consumed_samples", "consumed samples"),
         ("global_batch_size", "global batch size"),
@@ -126,9 +132,9 @@ def _parameter_difference(name: str, a: dict[str, Any], b: dict[str, Any]) -> st
     return f"the parameter {name} starts from other values (sum {a[name].get('sum')} against {b[name].get('sum')})"
 
 
-def schedule_stage(a: Side, b: Side, pairs: Pairs, printed: bool) -> Stage:
+def schedule_stage(pairs: Pairs, ruler: Ruler) -> Stage:
     """Compare learning rate and weight decay; ``first`` is the first iteration whose update they can change."""
-    compared = 0
+    compared: set[int] = set()
     found: list[tuple[int, int, str]] = []
     for name, spelled, delay in (
         ("lr", "learning rate", 0),
@@ -136,12 +142,13 @@ def schedule_stage(a: Side, b: Side, pairs: Pairs, printed: bool) -> Stage:
         ("weight_decay", "weight decay", 0),
     ):
         for position, pair in enumerate(pairs.pairs):
-            values = both(pair, name, printed)
+            values = both(pair, name)
             if values is None:
                 continue
-            compared += 1
-            if values[0] != values[1]:
+            compared.add(pair[0].iteration)
+            if not ruler.same_in(name, pair):
                 at = pair[0].iteration + delay
+                values = ruler.cut(name, values[0]), ruler.cut(name, values[1])
                 text = f"the {spelled} of iteration {at} is {values[0]:.7g} against {values[1]:.7g}"
                 found.append((at, _may_differ_from(pairs, position, at), text))
                 break
@@ -150,7 +157,7 @@ def schedule_stage(a: Side, b: Side, pairs: Pairs, printed: bool) -> Stage:
         return Stage("schedule", "differs", detail, first)
     if not compared:
         return Stage("schedule", "unknown", "no learning rate is known of both sides")
-    return Stage("schedule", "equal", f"the learning rates of {len(pairs.pairs)} iterations are equal")
+    return Stage("schedule", "equal", f"the learning rates of {len(compared)} iterations are equal")
 
 
 def _may_differ_from(pairs: Pairs, position: int, at: int) -> int:

@@ -9,6 +9,7 @@ from lockstep.lab.config_diff import ConfigDifference, show
 from lockstep.lab.dormant import DATA, INIT, SCHEDULE
 from lockstep.lab.findings import Findings
 from lockstep.lab.numbers import LOSS, NORM, Mismatch
+from lockstep.lab.side import Side
 from lockstep.lab.stages import Stage
 
 Verdict = Literal["identical", "rounding", "config", "data", "init", "schedule", "bug", "cannot tell"]
@@ -26,7 +27,24 @@ class Decision:
 
 
 def decide(found: Findings) -> Decision:
-    """Name the first cause that explains what was found."""
+    """Name the first cause that explains what was found; a side that contradicts itself proves nothing equal."""
+    decision = _decide(found)
+    side = next((side for side in (found.a, found.b) if side.conflict), None)
+    return (
+        decision if side is None or decision.verdict not in ("identical", "rounding") else _contradicts(side, decision)
+    )
+
+
+def _contradicts(side: Side, decision: Decision) -> Decision:
+    kind = "equal" if decision.verdict == "identical" else "inside the band"
+    return Decision(
+        "cannot tell",
+        f"In {side.label}, {side.conflict}, before and after a resume; with the later numbers everything is {kind}.",
+        "Split the file where the run resumes, and compare the parts.",
+    )
+
+
+def _decide(found: Findings) -> Decision:
     numbers = found.numbers
     if not numbers.compared:
         return _nothing_shared(found)
@@ -84,6 +102,8 @@ def _unexplained(found: Findings, part: str, stage: Stage) -> Decision:
         # Two logs: the numbers part before the schedule can act, so that it is not the cause.
         return _unknown_cause(found, outside)
     same = "the configs agree" if found.differences is not None else "the configs are not known"
+    if found.partial:
+        same = "the settings that both tell agree"
     if found.active:
         same = f"no setting that differs explains it ({_keys(found.active)})"
     then = f"; {_spread(found)}" if found.numbers.rows else ""
@@ -174,7 +194,7 @@ def _unknown_cause(found: Findings, outside: Mismatch) -> Decision:
 
 
 def _record_both(found: Findings) -> str:
-    logs = [side.label for side in (found.a, found.b) if side.printed]
+    logs = [side.label for side in (found.a, found.b) if side.run is None]
     if not logs:
         return "Run both again with this version of Lockstep and compare the run directories."
     return (

@@ -40,7 +40,7 @@ def outside(base: Curve, other: Curve, band: Band) -> bool:
             assert a is not None
             width = band.width(quantity, iteration, a)
             if band.factor == 0 and b is not None:  # As where no band is measured.
-                width = loss_band(a, b) if quantity == "lm_loss" else norm_band(a, b, printed=False)
+                width = loss_band(a, b) if quantity == "lm_loss" else norm_band(a, b)
             if b is None or width is None or not abs(a - b) <= width:
                 return True
     return False

@@ -1,0 +1,1 @@
+"""Curves and settings of runs that other trainers logged, one small parser a format."""
