@@ -55,7 +55,6 @@ def test_a_blocking_option_is_exit_code_1_and_its_name(capsys: pytest.CaptureFix
             ["--args", ARGS, "--recipe", "vanila_gpt"],
             "unknown recipe vanila_gpt. Did you mean vanilla_gpt_pretrain_config",
         ),
-        (["--args", ARGS, "--recipe", "llama3_8b_sft_config"], "add --for megatron-bridge"),
         (["--args", ARGS, "--for", "megatron-bridge", "--recipe", "x"], "values of Bridge's recipe x are not known"),
         (["--args", ARGS, "--waive", "--fim-data"], "--waive --fim-data: it is not among the options"),
         (["--args", ARGS, "--world-size", "0"], "--world-size 0: give 1 or more"),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lockstep.arguments import StrictParser
 from lockstep.errors import ConfigError, nearest
-from lockstep.recipes.catalog import RECIPES, get_recipe
+from lockstep.recipes.catalog import find_recipe
 from lockstep.recipes.translate import DEFAULT_RECIPE
 from lockstep.translation import bridge
 from lockstep.translation.emit import FORMATS, emit
@@ -124,10 +124,8 @@ def _check(options: argparse.Namespace) -> None:
         raise ConfigError(f"--recipe-name {options.recipe_name}: give a name that Python takes for a function")
     if options.world_size is not None and options.world_size < 1:
         raise ConfigError(f"--world-size {options.world_size}: give 1 or more")
-    if options.system == "lockstep" and options.recipe not in RECIPES:
-        if options.recipe in bridge.recipe_names():
-            raise ConfigError(f"Lockstep has no recipe {options.recipe}, Bridge has: add --for megatron-bridge")
-        get_recipe(options.recipe)
+    if options.system == "lockstep":
+        find_recipe(options.recipe)
 
 
 def _defined(words: Sequence[str]) -> dict[str, str]:
