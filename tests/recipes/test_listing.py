@@ -57,8 +57,8 @@ def test_memory_is_that_of_a_plan_or_says_why_not(
     memory = rows(shown)[sized]
     assert main(["plan", "--no-layouts", "--gpu", "rtx4090", "--", "train", "--recipe", sized]) == 0
     planned = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("peak "))
-    assert float(memory[5]) == pytest.approx(float(planned.split()[-1]), abs=0.06)
-    assert memory[6:] == ["fits"]
+    assert float(memory[6]) == pytest.approx(float(planned.split()[-1]), abs=0.06)
+    assert memory[7:] == ["fits"]
     assert f"{vanilla}: model.num_layers (--num-layers) is not set; give it a value (and 2 more)" in shown
 
 
