@@ -15,7 +15,10 @@ plain attention, with heads of kv_channels, before it.
 
 import hashlib
 import math
+import os
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -26,6 +29,7 @@ from lockstep.models.decoder import GPTModel
 from lockstep.models.layers import required
 from lockstep.models.philox import CudaNormalGenerator
 
+_HASHERS = min(8, os.cpu_count() or 1)
 _GPU_SEED_OFFSET = 2718
 _GPU_EXPERT_SEED_OFFSET = 1024
 
@@ -158,30 +162,38 @@ def _gpu_draw(seed: int, dtype: torch.dtype, device: torch.device) -> Draw:
 
 
 class Fingerprint:
-    """Hashes of the parameters of a model, added one by one in the order of the whole model."""
+    """Hashes of the parameters of a model, added one by one in the order of the whole model.
+
+    Some are hashed at a time, by threads; a parameter must not change before ``result`` is called.
+    """
 
     def __init__(self) -> None:
         self._prints: dict[str, dict[str, Any]] = {}
-        self._overall = hashlib.sha256()
+        self._threads = ThreadPoolExecutor(_HASHERS, thread_name_prefix="fingerprint")
+        self._hashing: deque[tuple[str, Future[str]]] = deque()
 
     def add(self, name: str, parameter: Tensor) -> None:
         """Describe a parameter."""
-        values = parameter.detach().cpu().contiguous()
-        digest = hashlib.sha256(values.view(torch.uint8).numpy().data).hexdigest()[:16]
+        values = parameter.detach().contiguous()
         exact = values.double()
         self._prints[name] = {
             "shape": list(values.shape),
             "dtype": str(values.dtype).removeprefix("torch."),
-            "sha256": digest,
+            "sha256": "",
             "sum": float(exact.sum()),
             "sumsq": float(exact.square().sum()),
         }
-        self._overall.update(f"{name} {digest}\n".encode())
+        if len(self._hashing) >= 2 * _HASHERS:  # host memory holds no more
+            self._settle()
+        self._hashing.append((name, self._threads.submit(_hash, values.cpu())))
+
+    def _settle(self) -> None:
+        name, digest = self._hashing.popleft()
+        self._prints[name]["sha256"] = digest.result()
 
     def take(self, name: str, known: dict[str, Any]) -> None:
         """Add a parameter that is described already."""
         self._prints[name] = known
-        self._overall.update(f"{name} {known['sha256']}\n".encode())
 
     def added(self, weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """Yield the weights on, each added."""
@@ -195,7 +207,14 @@ class Fingerprint:
         A parameter has shape, dtype, sha256 (first 16 hex digits of its little-endian bytes), sum and sumsq (float64);
         "all" has sha256 of the names and hashes in order.
         """
-        return self._prints | {"all": {"sha256": self._overall.hexdigest()[:16]}}
+        while self._hashing:
+            self._settle()
+        overall = hashlib.sha256("".join(f"{name} {told['sha256']}\n" for name, told in self._prints.items()).encode())
+        return self._prints | {"all": {"sha256": overall.hexdigest()[:16]}}
+
+
+def _hash(values: Tensor) -> str:
+    return hashlib.sha256(values.view(torch.uint8).numpy().data).hexdigest()[:16]
 
 
 def fingerprint(model: torch.nn.Module) -> dict[str, dict[str, Any]]:
