@@ -92,7 +92,7 @@ def test_a_hugging_face_folder_learns_answers_as_the_first_fine_tuning_says(tmp_
     assert "assistant :[[It is Lima . </s>]]" in before
     assert "logits in float32       same" in before
     after = run_blocks(page, tmp_path, "train", "after", path=str(ROOT / "src"))
-    assert "-->  It is Lima ." in after
+    assert after.count("-->  It is Lima .") == 2, "with adapters, and merged"
     losses = [line.lm_loss or 0.0 for line in load_run(tmp_path / "my-data/lora").train]
     assert losses[0] > 3
     assert 0 < losses[-1] < 0.1

@@ -71,6 +71,16 @@ def test_logits_of_a_batch_with_kept_keys_are_those_of_each_prompt_alone(folder:
         torch.testing.assert_close(torch.stack(found)[:, row], alone, rtol=1e-5, atol=1e-5)
 
 
+def test_keys_are_turned_by_their_place_in_the_prompt_and_not_in_the_batch(tmp_path: Path) -> None:
+    model = load(saved(tmp_path / "hf", "llama"), token_ids=True).model
+    batch, alone = (decode._Batch(model, prompts, room=1) for prompts in (PROMPTS, [PROMPTS[1]]))
+    batch.logits()
+    alone.logits()
+    keys, expected = (found._sequence._kept[0] for found in (batch, alone))
+    padding = len(PROMPTS[0]) - len(PROMPTS[1])
+    torch.testing.assert_close(keys[1, padding : len(PROMPTS[0])], expected[0, : len(PROMPTS[1])])
+
+
 def test_a_stop_token_ends_its_prompt_alone(folder: Path) -> None:
     free = ours(folder, PROMPTS)
     stop = free[0][1]

@@ -24,11 +24,17 @@ def register(subparsers: Any) -> None:
         "generate",
         help="continue prompts with a model",
         description="Continue prompts with the model of a checkpoint in whatever layout it was saved, or of a "
-        "Hugging Face folder. One process, on a CPU or a GPU. Without --temperature the likeliest token is taken.",
+        "Hugging Face folder. Adapters are added to the weights that they are for. One process, on a CPU or a GPU. "
+        "Without --temperature the likeliest token is taken.",
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("model", type=Path, metavar="MODEL", help="folder of checkpoints, one checkpoint, or a Hugging Face folder")
+    add(
+        "model",
+        type=Path,
+        metavar="MODEL",
+        help="folder of checkpoints, of whole weights or adapters; one checkpoint; or a Hugging Face folder",
+    )
     add("--prompt", action="append", default=[], metavar="TEXT", help="text to continue; may be given several times")
     add(
         "--prompts-file",
@@ -60,6 +66,12 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     add = group.add_argument
     add("--ckpt-step", type=int, metavar="N", help="iteration instead of the newest")
+    add(
+        "--base",
+        type=Path,
+        metavar="BASE",
+        help="where the weights of adapters are (default: where they were in training)",
+    )
     add("--tokenizer", type=Path, metavar="FOLDER", help="in the place of the model's own tokenizer")
     add("--token-ids", action="store_true", help="prompts and completions are numbers: no tokenizer is needed")
     add(
@@ -96,6 +108,7 @@ def _generate(options: argparse.Namespace) -> int:
         device=device,
         tokenizer=options.tokenizer,
         token_ids=options.token_ids,
+        base=options.base,
     )
     prompts = read_prompts(options.prompt, options.prompts_file, loaded.tokenizer, chat=options.chat)
     began = time.perf_counter()

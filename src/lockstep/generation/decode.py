@@ -110,10 +110,11 @@ class _Batch:
         places = torch.arange(length, device=tokens.device) - self._padding
         document_ids = torch.where(places < 0, _PADDING, _TEXT) if self._any_padding else None
         position_ids = places[:, -tokens.shape[1] :].clamp(min=0)
+        rotary_positions = position_ids if self._any_padding else None
         model = self._model
         model.sequence, model.head = self._sequence, _last
         try:
-            logits: Tensor = model(tokens, position_ids, document_ids=document_ids)
+            logits: Tensor = model(tokens, position_ids, document_ids=document_ids, rotary_positions=rotary_positions)
         finally:
             model.sequence, model.head = WholeSequence(), head
         self._sequence.grown(tokens.shape[1])

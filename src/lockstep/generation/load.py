@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,13 @@ from lockstep.hf.folder import CONFIG, Folder, read_json
 from lockstep.hf.logits import build
 from lockstep.hf.settings import to_config
 from lockstep.models import GPTModel
+from lockstep.peft.files import AdapterCheckpoint, base_of
+from lockstep.peft.merge import merged
 from lockstep.training import checkpoint_files as files
 from lockstep.training.checkpoint_args import is_hf_folder
 
 GENERATION = "generation_config.json"
+_EMBEDDING = "embedding.word_embeddings.weight"
 
 
 @dataclass(frozen=True)
@@ -58,9 +62,11 @@ def load(
     device: torch.device | None = None,
     tokenizer: Path | None = None,
     token_ids: bool = False,
+    base: Path | None = None,
 ) -> Loaded:
     """Return the model of a checkpoint in whatever layout it was saved, or of a Hugging Face folder.
 
+    Adapters are added to the weights that they are for, as merging them does.
     Experts take every token that is sent to them: neither capacity nor forced balance belongs to a finished model.
 
     Args:
@@ -70,12 +76,13 @@ def load(
         device: the CPU when None.
         tokenizer: folder or file in the place of the model's own tokenizer.
         token_ids: texts are numbers, and there is no other tokenizer.
+        base: where the weights of adapters are now; where the adapters say when None.
 
     Raises:
         UserError: there is no model, it is damaged, or it has no tokenizer.
     """
     device = device or torch.device("cpu")
-    stored = _from_hf(path, step) if is_hf_folder(path) else _from_checkpoint(path, step)
+    stored = _open(path, step, base)
     words = _tokenizer(stored, path, tokenizer, token_ids)
     settings = stored.settings
     settings.moe_expert_capacity_factor, settings.moe_router_force_load_balancing = None, False
@@ -84,6 +91,23 @@ def load(
     for name, buffer in model.named_buffers():
         buffer.copy_(stored.whole(name))
     return Loaded(model, words, _stop_tokens([stored.folder, _folder_of(stored.saved), tokenizer], words))
+
+
+def _open(path: Path, step: int | None, base: Path | None) -> _Stored:
+    if not is_hf_folder(path) and files.ADAPTERS in files.read_manifest(files.find_one(path, step)):
+        return _from_adapters(path, step, base)
+    if base is not None:
+        raise UserError(f"--base {base}: {path} holds whole weights and no adapters; drop it")
+    return _from_hf(path, step) if is_hf_folder(path) else _from_checkpoint(path, step)
+
+
+def _from_adapters(path: Path, step: int | None, base: Path | None) -> _Stored:
+    adapters = AdapterCheckpoint.open(path, step)
+    weights = base_of(adapters, base)
+    saved = files.read_config(adapters.folder)
+    return _Stored(
+        adapters.config.model, partial(merged, adapters, weights), weights.dtype(_EMBEDDING), weights.reference, saved
+    )
 
 
 def _from_hf(path: Path, step: int | None) -> _Stored:

@@ -49,7 +49,7 @@ class Checkpoint:
         Raises:
             UserError: there is none, or it is damaged.
         """
-        folder = path if (path / files.MANIFEST).is_file() else files.find(path, step)
+        folder = files.find_one(path, step)
         manifest = files.read_manifest(folder)
         files.verify(folder, manifest)
         if files.ADAPTERS in manifest:

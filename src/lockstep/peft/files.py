@@ -43,7 +43,7 @@ class AdapterCheckpoint:
         Raises:
             UserError: there is none, it is damaged, or it holds something else than adapters.
         """
-        folder = path if (path / files.MANIFEST).is_file() else files.find(path, step)
+        folder = files.find_one(path, step)
         manifest = files.read_manifest(folder)
         files.verify(folder, manifest)
         if files.ADAPTERS not in manifest:

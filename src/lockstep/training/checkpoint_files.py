@@ -90,6 +90,19 @@ def find(root: Path, step: int | None) -> Path:
     return folder
 
 
+def find_one(path: Path, step: int | None) -> Path:
+    """Return the checkpoint that ``path`` is, or the one of iteration ``step``, or the newest, in a folder of them.
+
+    Raises:
+        UserError: there is none, or ``step`` asks for another one than ``path`` is.
+    """
+    if not (path / MANIFEST).is_file():
+        return find(path, step)
+    if step is not None:
+        raise UserError(f"--ckpt-step {step}: {path} is one checkpoint; give the folder that it lies in, or drop this")
+    return path
+
+
 def unfinished(root: Path) -> list[str]:
     """Return the names of checkpoints whose saving was cut off."""
     return sorted(path.name.removeprefix(_SAVING).partition(".")[0] for path in _leftovers(root, _SAVING))
