@@ -1,5 +1,6 @@
 """Generation with adapters: what the peft library generates, without a merge on disk before it."""
 
+import shlex
 import shutil
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 
 from lockstep.cli import main
 from lockstep.generation.decode import generate
-from lockstep.generation.load import load
+from lockstep.generation.load import _Stored, _tokenizer_settings, load
 from lockstep.guard import USER_ERROR
 from tests.hf.tiny import saved, with_tokenizer
 from tests.peft.test_hf import theirs_at
@@ -46,6 +47,31 @@ def test_tokens_are_those_of_peft(dora: bool, tmp_path: Path, capsys: pytest.Cap
     assert ours(adapters, tmp_path / "moved") == expected
 
 
+def test_a_chat_goes_through_the_template_of_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = with_tokenizer(saved(tmp_path / "hf", "llama"))
+    (tmp_path / "rows.jsonl").write_text(
+        '{"messages": [{"role": "user", "content": "w5"}, {"role": "assistant", "content": "w6"}]}\n'
+    )
+    words = (
+        f"--model vanilla_gpt --mode lora --dataset local-jsonl dataset.data_path=[{tmp_path / 'rows.jsonl'}] -sl 16 "
+        f"-ms 1 -gb 1 --warmup_iters 0 validation.eval_iters=0 run.device=cpu run.dir={tmp_path / 'run'} "
+        f"dataset.hf_validation_proportion=null --pretrained_checkpoint {base} --save_interval 1 "
+        f"--save_dir {tmp_path / 'saved'}"
+    )
+    (tmp_path / "template.jinja").write_text(
+        "{% for m in messages %}{{ 'w7' if m.role == 'user' else 'w8' }} {{ m.content }} {% endfor %}"
+        "{% if add_generation_prompt %}w8{% endif %}"
+    )
+    assert main(["train", *shlex.split(words), f"tokenizer.chat_template={tmp_path / 'template.jinja'}"]) == 0
+    for moved in ([], ["--base", str(tmp_path / "moved")]):
+        capsys.readouterr()
+        asked = ["--chat", "--prompt", "w9", "--max-new-tokens", "1"]
+        assert main(["generate", str(tmp_path / "saved"), *moved, *asked]) == 0
+        assert capsys.readouterr().out.startswith("[1] w7 w9 w8\n")
+        if not moved:
+            shutil.move(base, tmp_path / "moved")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -67,3 +93,11 @@ def test_mistakes_give_one_message(
     assert main(["convert", "import", "hf", "ours"]) == 0
     assert main(["generate", *words, "--token-ids", "--prompt", "1 2"]) == USER_ERROR
     assert message in capsys.readouterr().err
+
+
+def test_a_checkpoint_cannot_let_the_code_of_a_tokenizer_run(tmp_path: Path) -> None:
+    model = load(saved(tmp_path / "hf", "llama"), token_ids=True).model
+    said = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": "there", "trust_remote_code": True}
+    stored = _Stored(model.config, lambda name: torch.empty(0), "float32", None, {"tokenizer": said})
+    found = _tokenizer_settings(stored, tmp_path)
+    assert (found.tokenizer_model, found.trust_remote_code) == ("there", False)

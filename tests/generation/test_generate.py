@@ -186,7 +186,7 @@ def test_a_checkpoint_answers_as_the_folder_it_came_from(tmp_path: Path) -> None
         (["--prompt", "w1", "--temperature", "1", "--top-p", "1.5"], "top-p of 1.5 is not above 0"),
         (["--prompt", "w1", "--ckpt-step", "3"], "--ckpt-step 3"),
         (["--prompt", "w1", "--chat"], "the tokenizer has no chat template"),
-        (["--prompt", "1 2", "--token-ids", "--chat"], "the NullTokenizer has none"),
+        (["--prompt", "1 2", "--token-ids", "--chat"], "NullTokenizer has no chat templates"),
         (["--prompt", "1 2", "--token-ids", "--tokenizer", "x"], "drop one of the two"),
         (["--prompt", ""], "prompt 1 is empty"),
         (["--prompt", "w1 w2", "--max-new-tokens", "63"], "more than the 64 positions of the model"),

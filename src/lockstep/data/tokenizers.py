@@ -198,20 +198,6 @@ class HuggingFaceTokenizer(Tokenizer):
         """Return the text of token ids, special tokens spelled out."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-    def chat(self, messages: Sequence[dict[str, Any]]) -> list[int]:
-        """Return the token ids of a conversation and of the beginning of an answer, after the chat template.
-
-        Raises:
-            UserError: there is no template, or it does not take these messages.
-        """
-        if not self._tokenizer.chat_template:
-            raise UserError("the tokenizer has no chat template; add chat_template to its tokenizer_config.json")
-        try:
-            text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # a template raises what it likes
-            raise UserError(f"the chat template does not take these messages: {error}") from None
-        return self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-
     def identity(self) -> dict[str, Any]:
         """Return a hash over vocabulary, merges and what a probe text becomes, and the special ids."""
         backend = getattr(self._tokenizer, "backend_tokenizer", None)

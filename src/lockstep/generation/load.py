@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lockstep.config import ConfigContainer, Origin
+from lockstep.config import Origin
+from lockstep.config.data import TokenizerConfig
 from lockstep.config.model import ModelConfig
 from lockstep.data.tokenizers import HuggingFaceTokenizer, NullTokenizer, Tokenizer, build_tokenizer
 from lockstep.errors import UserError
@@ -21,6 +22,7 @@ from lockstep.hf.settings import to_config
 from lockstep.models import GPTModel
 from lockstep.peft.files import AdapterCheckpoint, base_of
 from lockstep.peft.merge import merged
+from lockstep.record.schema import decode_number
 from lockstep.training import checkpoint_files as files
 from lockstep.training.checkpoint_args import is_hf_folder
 
@@ -132,17 +134,29 @@ def _tokenizer(stored: _Stored, path: Path, given: Path | None, token_ids: bool)
         return NullTokenizer(stored.settings.vocab_size)
     if given is not None:
         return HuggingFaceTokenizer(str(given))
-    if stored.folder is not None and any(stored.folder.glob("tokenizer*")):
-        return HuggingFaceTokenizer(str(stored.folder))
-    if stored.saved.get("tokenizer", {}).get("tokenizer_type"):
-        tree = ConfigContainer()
-        for name, value in stored.saved["tokenizer"].items():
-            if name in tree.tokenizer.fields():
-                tree.set(f"tokenizer.{name}", value, Origin("checkpoint", path.name))
-        return build_tokenizer(tree.tokenizer)
+    settings = _tokenizer_settings(stored, path)
+    if settings.tokenizer_type is not None:
+        return build_tokenizer(settings)
     raise UserError(
         f"{path} has no tokenizer; give one with --tokenizer FOLDER, or prompts as numbers with --token-ids"
     )
+
+
+def _tokenizer_settings(stored: _Stored, path: Path) -> TokenizerConfig:
+    """Return the settings that a run saved, with the files beside the weights where its own are gone.
+
+    What a checkpoint says never lets the code of a tokenizer run.
+    """
+    settings = TokenizerConfig()
+    for name, value in stored.saved.get("tokenizer", {}).items():
+        if name in settings.fields() and name != "trust_remote_code":
+            settings.assign(name, decode_number(value), Origin("checkpoint", path.name))
+    if stored.folder is not None and any(stored.folder.glob("tokenizer*")):
+        named = settings.tokenizer_model
+        if settings.tokenizer_type is None or (named is not None and not Path(named).exists()):
+            settings.tokenizer_type = settings.tokenizer_type or "HuggingFaceTokenizer"
+            settings.tokenizer_model = str(stored.folder)
+    return settings
 
 
 def _folder_of(saved: dict[str, dict[str, Any]]) -> Path | None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lockstep.data.tokenizers import HuggingFaceTokenizer, Tokenizer
+from lockstep.data.tokenizers import Tokenizer
 from lockstep.errors import UserError
 
 
@@ -36,10 +36,8 @@ def read_prompts(texts: Sequence[str], file: Path | None, tokenizer: Tokenizer, 
 def _prompt(given: str | list[dict[str, Any]], tokenizer: Tokenizer) -> Prompt:
     if isinstance(given, str):
         return Prompt(given, tokenizer.tokenize(given))
-    if not isinstance(tokenizer, HuggingFaceTokenizer):
-        raise UserError(f"a chat needs a tokenizer with a chat template, and the {tokenizer.name} has none")
-    tokens = tokenizer.chat(given)
-    return Prompt(tokenizer.detokenize(tokens), tokens)
+    text = tokenizer.chat_text(given, generate=True)
+    return Prompt(text, tokenizer.tokenize_alone(text))
 
 
 def _lines(file: Path) -> list[str | list[dict[str, Any]]]:

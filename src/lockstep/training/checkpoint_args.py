@@ -44,6 +44,8 @@ _GIVEN_COUNTS = {
     "model.max_position_embeddings",
     "model.vocab_size",
 }
+# How conversations are written belongs to the data of a run.
+_GIVEN_TEMPLATES = {"tokenizer.chat_template", "tokenizer.tokenizer_prompt_format"}
 _GIVEN: tuple[OriginKind, ...] = ("command line", "file", "python")
 _REPLACES = "replaces"
 _HUGGING_FACE = "HuggingFaceTokenizer"
@@ -75,7 +77,9 @@ def take_settings(config: ConfigContainer) -> None:
         theirs = saved[info.section][info.name]
         given = origin.kind in _GIVEN and ours is not None
         # Adapters that are asked for otherwise are an error, which the loading of them words.
-        if theirs == encode(ours) or (given and (info.path in _GIVEN_COUNTS or info.section == "peft")):
+        if theirs == encode(ours) or (
+            given and (info.path in _GIVEN_COUNTS | _GIVEN_TEMPLATES or info.section == "peft")
+        ):
             continue
         detail = f"{folder.name}, {_REPLACES} {spelled(info, origin)} = {ours}" if given else folder.name
         config.set(info.path, decode_number(theirs), Origin("checkpoint", detail))
