@@ -62,6 +62,19 @@ def test_memory_is_that_of_a_plan_or_says_why_not(
     assert f"{vanilla}: model.num_layers (--num-layers) is not set; give it a value (and 2 more)" in shown
 
 
+@pytest.mark.slow
+def test_memory_of_fine_tuning_needs_no_data_and_no_weights_yet(capsys: pytest.CaptureFixture[str]) -> None:
+    names = ("qwen3_600m_sft_config", "qwen3_600m_peft_config")
+    assert main(["recipes", "--memory", "--gpu", "rtx4090", *names, "vanilla_gpt_peft_config"]) == 0
+    shown = rows(capsys.readouterr().out)
+    whole, adapters = (float(shown[name][6]) for name in names)
+    assert 1 < adapters < whole - 4
+    assert shown["vanilla_gpt_peft_config"][6:] == ["-"]
+    assert main(["plan", "--no-layouts", "--gpu", "rtx4090", "--", "train", "--recipe", names[1]]) == 0
+    planned = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("peak "))
+    assert float(planned.split()[-1]) == pytest.approx(adapters, abs=0.06)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

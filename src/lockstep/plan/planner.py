@@ -4,7 +4,8 @@ import contextlib
 import io
 from dataclasses import dataclass
 
-from lockstep.config import ConfigContainer, Origin, resolve
+from lockstep.config import ConfigContainer, Origin, Ref, resolve
+from lockstep.config.derive import has_data
 from lockstep.data.tokenizers import build_tokenizer
 from lockstep.errors import ConfigError
 from lockstep.plan.gpus import Gpu
@@ -44,7 +45,7 @@ class Planner:
     """Measures a configuration, as a door has read it, on GPUs of one type; every question is measured once."""
 
     def __init__(self, config: ConfigContainer, gpu: Gpu) -> None:
-        self._config = config.copy()
+        self._config = _standing_in(config)
         self.gpu = gpu
         self._answers: dict[_Question, Answer] = {}
         self._unfit: set[_Question] = set()
@@ -104,6 +105,25 @@ class Planner:
             with contextlib.suppress(ConfigError):
                 answers.append(self.ask(gpus, layout.changes(asked)))
         return sorted(answers, key=lambda a: (not a.fits, a.layout.model_parallel if a.fits else a.memory.peak_bytes))
+
+
+def _standing_in(config: ConfigContainer) -> ConfigContainer:
+    """Return a copy in which what a run of fine-tuning reads has a stand-in where it is not named yet.
+
+    Samples, the tokenizer and the weights that adapters are for do not change what is held of them.
+    """
+    changed, origin = config.copy(), Origin("derived", "lockstep plan")
+    if changed.dataset.sft and changed.dataset.mock is None and not has_data(changed):
+        changed.set("dataset.mock", True, origin)
+    settings = changed.checkpoint
+    if settings.use_checkpoint_args or changed.model.vocab_size is None:
+        return changed
+    if changed.peft.scheme is not None and settings.pretrained_checkpoint is None:
+        changed.set("checkpoint.pretrained_checkpoint", "not named yet", origin)
+        if changed.tokenizer.tokenizer_model is None:
+            changed.set("tokenizer.tokenizer_type", "NullTokenizer", origin)
+            changed.set("tokenizer.vocab_size", Ref("model.vocab_size"), origin)
+    return changed
 
 
 def _key(gpus: int, changes: Changes) -> _Question:

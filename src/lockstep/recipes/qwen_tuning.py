@@ -116,5 +116,12 @@ def qwen3_32b_sft_config() -> ConfigContainer:
 @recipe_for(1, "qwen3_32b_peft_1gpu_h100_bf16_config")
 def qwen3_32b_peft_config() -> ConfigContainer:
     """Qwen3 32B, adapters trained on packed samples of 2048 tokens."""
-    layout = {**_ONE_GPU, "model.pipeline_model_parallel_size": 1}
-    return from_differences("qwen3_32b_peft_config", _TUNING, _LORA, layout, parent=qwen.qwen3_32b_pretrain_config)
+    recomputed = {
+        "model.pipeline_model_parallel_size": 1,
+        "model.recompute_granularity": "full",
+        "model.recompute_method": "uniform",
+        "model.recompute_num_layers": 1,
+    }
+    return from_differences(
+        "qwen3_32b_peft_config", _TUNING, _LORA, _ONE_GPU, recomputed, parent=qwen.qwen3_32b_pretrain_config
+    )
