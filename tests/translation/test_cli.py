@@ -225,6 +225,23 @@ def test_what_no_flag_says_blocks_on_the_way_back(capsys: pytest.CaptureFixture[
     assert translate(capsys, *words, "--waive", "dataset.random_seed")[0] == 0
 
 
+def test_fine_tuning_goes_to_a_recipe_of_fine_tuning(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ARGS.replace("--tokenizer-type NullTokenizer --vocab-size 64 --mock-data", "")
+    words = f"{sizes} --sft --tokenizer-type SFTTokenizer --tokenizer-model t --sft-tokenizer-prompt-format default"
+    to_bridge = ("--for", "megatron-bridge", "--args")
+    code, _, err = translate(capsys, *to_bridge, f"{words} --dataset-root d")
+    assert code == 1
+    assert "dataset.sft needs a recipe whose data is a GPTSFTDatasetConfig, such as llama32_1b_sft_config" in err
+    recipe = ("--recipe", "llama32_1b_sft_config")
+    code, out, err = translate(capsys, *recipe, *to_bridge, f"{words} --dataset-root d --sft-prompt-column q")
+    assert code == 0
+    assert {"dataset.dataset_root=d", "dataset.preprocessing.prompt_column=q"} <= set(out.split())
+    assert "--sft: the recipe's data is a GPTSFTDatasetConfig" in err
+    code, out, err = translate(capsys, *recipe, *to_bridge, f"{words} --data-path x.jsonl")
+    assert (code, "dataset.data_path" in out, "dataset.split" in err) == (1, False, False)
+    assert "blocked by --data-path" in err
+
+
 _OF_BRIDGES_FINE_TUNING = (  # refused, or without effect
     "dataset.hf_dataset_subset",
     "dataset.hf_dataset_load_kwargs",

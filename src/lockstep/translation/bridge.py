@@ -228,6 +228,16 @@ def _value(path: str, value: Any) -> Any:
     return value
 
 
+NOT_OF_FINE_TUNING = (
+    "dataset.data_path",
+    "dataset.train_data_path",
+    "dataset.valid_data_path",
+    "dataset.test_data_path",
+    "dataset.split",
+)
+"""Paths whose keys Bridge's data for fine-tuning does not have: it has dataset.dataset_root and dataset.hf_dataset."""
+
+
 def needs_recipe(values: Mapping[str, Any], recipe: str) -> list[str]:
     """Return, one sentence each, why overrides alone cannot carry some of these values in Bridge."""
     found = []
@@ -235,6 +245,8 @@ def needs_recipe(values: Mapping[str, Any], recipe: str) -> list[str]:
         found.append("model.hybrid_layer_pattern and its like need a recipe whose model is a HybridModelProvider")
     if values.get("model.multi_latent_attention") and recipe_model(recipe) != "MLAModelProvider":
         found.append("model.multi_latent_attention needs a recipe whose model is an MLAModelProvider")
+    if values.get("dataset.sft"):
+        found.append("dataset.sft needs a recipe whose data is a GPTSFTDatasetConfig, such as llama32_1b_sft_config")
     details = [p for p in values if p.startswith("mixed_precision.") and not p.endswith((".bf16", ".fp16"))]
     if details:
         found.append(f"mixed_precision names a preset; a recipe with a MixedPrecisionConfig has to set {details[0]}")

@@ -153,7 +153,9 @@ def to_bridge(
     other = _effective(other, world_size)
     values = {p: here.get(p) for p in all_fields() if p in given and p not in reading.deferred}
     values = {path: value for path, value in values.items() if value != there[path]} | reading.deferred
-    unsaid = _unsaid(reading)
+    keyless = bridge.NOT_OF_FINE_TUNING if here.dataset.sft else ()
+    values = {path: value for path, value in values.items() if path not in keyless}
+    unsaid = [*_unsaid(reading), *keyless]
     unset = [path for path in all_fields() if path not in given and path not in unsaid and _differs(path, here, other)]
     follows = "train.global_batch_size" in unset and here.train.step_batch_size_schedule is None
     if follows and world_size is None:
@@ -173,7 +175,7 @@ def to_bridge(
     ]
     deferred = {key for path in reading.deferred for key in bridge.keys(path, version)}
     verdicts = classify(reading.options, _bridge_side(here, there, version), waived)
-    notes = bridge.needs_recipe(values, recipe) + _unsaid_notes(unsaid, there)
+    notes = bridge.needs_recipe(values, recipe) + _unsaid_notes(_unsaid(reading), there)
     return Translation(
         "megatron-bridge", bridge.long_name(recipe, version), verdicts, differing, assignments, deferred, notes
     )
@@ -194,6 +196,8 @@ def _differs(path: str, here: ConfigContainer, other: ConfigContainer) -> bool:
 
 def _bridge_side(here: ConfigContainer, there: Mapping[str, Any], version: str) -> Side:
     def keys(path: str, value: Any) -> tuple[str, ...]:
+        if here.dataset.sft and path in bridge.NOT_OF_FINE_TUNING:
+            return ()
         return () if (path, value) == ("model.activation_func", "openai_gelu") else bridge.keys(path, version)
 
     learned = here.model.position_embedding_type == "learned_absolute"
@@ -206,4 +210,6 @@ def _bridge_side(here: ConfigContainer, there: Mapping[str, Any], version: str) 
             "follows from the sequence length, or is not read with these positions",
         ),
     }
+    if there["dataset.sft"]:
+        fixed["dataset.sft"] = (True, "the recipe's data is a GPTSFTDatasetConfig")
     return Side(bridge.NAME, there, keys, fixed)

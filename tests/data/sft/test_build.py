@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lockstep.cli import main
 from lockstep.config.data import DatasetConfig
 from lockstep.data.build import Datasets, build_datasets
 from lockstep.data.sft import store
@@ -306,3 +307,22 @@ def test_a_damaged_cache_is_made_anew(tokenizer: Tokenizer, root: Path, monkeypa
     tokens.write_bytes(tokens.read_bytes()[:-4] + b"\1\1\1\1")
     assert dataset_of(tokenizer, **fields)[0]["tokens"].tolist() == whole
     assert len(seen) == 1
+
+
+def test_data_show_marks_what_is_learned(root: Path, characters: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Plain text into a pipe, from a folder of three files and from one file."""
+    words = ["--seq-length", "20", "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(characters)]
+    assert main(["data", "show", str(root), "--samples", "2", *words]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "train: 20 texts of 20 rows, in 20 sequences of 20 tokens, 35.0% full",
+        "--- sample 0: 1 text, 5 of 20 places filled, 5 tokens learned",
+        "- row 1",
+        " [[0000<eos>]]",
+        "--- sample 1: 1 text, 6 of 20 places filled, 6 tokens learned",
+        "- row 2",
+        "q[[ 0001<eos>]]",
+    ]
+    assert main(["data", "show", str(root / "training.jsonl"), "--sft-packing", "--sft-loss-mode", "all", *words]) == 0
+    packed = capsys.readouterr().out
+    assert packed.count("--- sample ") == 3
+    assert "q[[q 0002<eos>]]" in packed or "q[[qq 0003<eos>]]" in packed
