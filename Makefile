@@ -7,7 +7,7 @@ STAMP := $(VENV)/.set-up
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-all check format docs benchmark sweep clean
+.PHONY: help setup demo test test-slow test-all check format docs benchmark sweep faults clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -51,6 +51,9 @@ benchmark: setup ## time training steps against Hugging Face GPT-2 of the same s
 
 sweep: setup ## train a tiny model in every layout and compare with one process
 	$(BIN)/python -m tests.parallel.table --write docs/layouts.md
+
+faults: setup ## run every planted fault and every clean pair through lockstep localise
+	$(BIN)/python -m tests.lab.fault_table --write docs/faults.md
 
 clean: ## remove the environment and caches; runs stay
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist
