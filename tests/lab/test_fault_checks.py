@@ -54,7 +54,7 @@ def test_without_its_check_a_fault_is_not_named(check: str, tmp_path: Path) -> N
 
     patches = [mock.patch.object(walk._Walker, "rows", without)]
     if check == stages.FEATURES:
-        patches.append(mock.patch.object(walk, "disagreements", lambda *_: []))
+        patches.append(mock.patch.object(walk, "disagreements", return_value=[]))
     with contextlib.ExitStack() as stack:
         for patch in patches:
             stack.enter_context(patch)
