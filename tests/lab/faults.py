@@ -200,6 +200,14 @@ def _no_mask(hidden_positions: Any, where: torch.Tensor, length: int, documents:
     return hidden & (torch.arange(length) != length - 1)
 
 
+def _all_seen(hidden_positions: Any, where: torch.Tensor, length: int, documents: Any) -> torch.Tensor:
+    return torch.zeros_like(hidden_positions(where, length, documents))
+
+
+def _query_and_key_swapped(core: Any, query: Any, key: Any, *rest: Any, **settings: Any) -> Any:
+    return core(key, query, *rest, **settings)
+
+
 def _product_not_added(product: Any, self: Any, x: torch.Tensor) -> torch.Tensor:
     return ops.linear(x, self.weight)
 
@@ -332,6 +340,14 @@ FAULTS: dict[str, Fault] = {
     ),
     "last key always seen": Fault(
         _changed(sys.modules["lockstep.models.mask"], "hidden_positions", _no_mask), stages.FORWARD, "attention mask"
+    ),
+    "all-ones attention mask": Fault(
+        _changed(sys.modules["lockstep.models.mask"], "hidden_positions", _all_seen), stages.FORWARD, "attention mask"
+    ),
+    "query and key swapped": Fault(
+        _changed(attention, "core_attention", _query_and_key_swapped),
+        stages.FORWARD,
+        "decoder.layers.0.self_attention",
     ),
     "missing sum in the forward pass": Fault(
         _changed(modules.RowParallelLinear, "product", _product_not_added),
