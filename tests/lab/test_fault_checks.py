@@ -52,7 +52,7 @@ def test_without_its_check_a_fault_is_not_named(check: str, tmp_path: Path) -> N
     def without(self: Any, iteration: int, stage: str) -> list[walk.Row]:
         return [] if stage == check else rows(self, iteration, stage)
 
-    patches = [mock.patch.object(walk._Walker, "rows", without)]
+    patches: list[Any] = [mock.patch.object(walk._Walker, "rows", without)]
     if check == stages.FEATURES:
         patches.append(mock.patch.object(walk, "disagreements", return_value=[]))
     with contextlib.ExitStack() as stack:
