@@ -112,7 +112,7 @@ def measure(setting: str, config: ConfigContainer, steps: int, profile: Path | N
         samples, length = required(config.train.global_batch_size), required(config.model.seq_length)
         operations = flops_per_sequence(config.model) * samples
         compilation = choose_compilation(config, device, operations * required(config.train.train_iters))
-        if compilation.blocks:
+        if compilation.on:
             compile_blocks(model)
         graphs = choose_graphs(config, device, mesh, operations / samples * required(config.train.micro_batch_size))
         optimizer = Optimizer(model, config, mesh)

@@ -32,15 +32,6 @@ RECOMPUTED = {
     "model.recompute_method": "uniform",
     "model.recompute_num_layers": 1,
 }
-LAYOUTS: dict[str, dict[str, Any]] = {
-    "TP2": faults.TENSOR,
-    "TP2+SP": faults.SEQUENCE,
-    "PP2": faults.PIPELINE,
-    "DP2": {},
-    "sharded DP2": faults.SHARDED,
-    "CP2": {"model.context_parallel_size": 2},
-    "FSDP2": {"dist.use_torch_fsdp2": True},
-}
 ALONE: dict[str, dict[str, Any]] = {
     "again": {},
     "BF16": BF16,
@@ -96,7 +87,7 @@ def rows(folder: Path) -> list[Row]:
     starts, jobs, turns = {kind: folder / kind for kind in faults.KINDS}, {}, []
     for kind, start in starts.items():
         _alone(faults.job_of(None, start, start, kind))
-        for name, layout in LAYOUTS.items():
+        for name, layout in faults.LAYOUTS.items():
             for suffix, precision in (("", {}), (", BF16", BF16)):
                 tree = faults.config({**faults.KINDS[kind], **layout, **precision}, 2)
                 where = folder / f"{kind}-{name}{suffix}"

@@ -83,6 +83,16 @@ def config(changes: dict[str, Any], processes: int = 1) -> dict[str, dict[str, A
     return encode(resolve(tree, world_size=processes).as_dict())
 
 
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "TP2": TENSOR,
+    "TP2+SP": SEQUENCE,
+    "PP2": PIPELINE,
+    "DP2": {},
+    "sharded DP2": SHARDED,
+    "CP2": {"model.context_parallel_size": 2},
+    "FSDP2": {"dist.use_torch_fsdp2": True},
+}
+
 Plant = Callable[[], AbstractContextManager[Any]]
 
 

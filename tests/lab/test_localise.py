@@ -375,22 +375,11 @@ def test_a_fault_is_named_by_way_of_the_launcher(tmp_path: Path) -> None:
     assert found.next_step.startswith("Look at the sums over micro-batches and processes")
 
 
-_LAYOUTS: dict[str, dict[str, Any]] = {
-    "TP2": faults.TENSOR,
-    "TP2+SP": faults.SEQUENCE,
-    "PP2": faults.PIPELINE,
-    "DP2": {},
-    "sharded DP2": faults.SHARDED,
-    "CP2": {"model.context_parallel_size": 2},
-    "FSDP2": {"dist.use_torch_fsdp2": True},
-}
-
-
 @pytest.fixture(scope="module")
 def together(clean: dict[str, Path], tmp_path_factory) -> dict[str, Path]:
     """The probes of two processes: clean layouts by name, and planted faults by theirs; one start serves all."""
     folder, turns, found = tmp_path_factory.mktemp("together"), [], {}
-    for number, (name, layout) in enumerate(_LAYOUTS.items()):
+    for number, (name, layout) in enumerate(faults.LAYOUTS.items()):
         found[name] = folder / f"layout-{number}"
         tree = faults.config({**faults.GPT, **layout}, 2)
         job = Job(tree, [1], str(found[name]), str(clean["gpt"]))
@@ -409,7 +398,7 @@ def together(clean: dict[str, Path], tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", _LAYOUTS)
+@pytest.mark.parametrize("layout", faults.LAYOUTS)
 def test_a_layout_is_rounding(layout: str, clean: dict[str, Path], together: dict[str, Path]) -> None:
     found = _outcome(clean["gpt"], together[layout])
     assert found.verdict == "rounding", found.sentence

@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from lockstep.training.checkpoint_storage import read_index, read_whole
-from tests.parallel.spawn import Turn, in_turn
-from tests.training.checkpoint_runs import FSDP, PIPELINE, SEQUENCE, SHARDED, echo, train
+from tests.parallel.spawn import Turn
+from tests.training.checkpoint_runs import FSDP, PIPELINE, SEQUENCE, SHARDED, echo, recorded, take, train
 
-_CLOCKED = ("seconds", "tokens_per_second", "memory_bytes")
 _DORA: dict[str, Any] = {
     "peft.scheme": "dora",
     "peft.dim": 4,
@@ -52,22 +51,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, (source, layout) in _MOVES.items():
         changes = {**adapted, **layout, "checkpoint.load": str(root / source / "ckpt")}
         turns.append(Turn(2 if layout else 1, echo, (changes, root / name / "run", root / name / "echo")))
-    for turn, results in zip(turns, in_turn(turns), strict=True):
-        for result in results:
-            if isinstance(result, Exception):
-                raise AssertionError(f"{turn}") from result
+    take(turns)
     return root
-
-
-def _lines(run_dir: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in _CLOCKED} for line in lines]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", _RESUMED)
 def test_resumed_run_is_bitwise_the_uninterrupted_one(name: str, runs: Path) -> None:
-    first, second, whole = (_lines(runs / name / part) for part in ("first", "second", "whole"))
+    first, second, whole = (recorded(runs / name / part) for part in ("first", "second", "whole"))
     assert first + second == whole
 
 
@@ -76,7 +67,7 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(name: str, runs: Path) -> 
 def test_a_layout_starts_from_the_weights_and_adapters_of_one_process(name: str, runs: Path) -> None:
     ours, alone = (json.loads((runs / folder / "run.json").read_text()) for folder in (f"{name}/first", "one"))
     assert ours["initial_weights"]["fingerprint"] == alone["initial_weights"]["fingerprint"]
-    first, expected = _lines(runs / name / "first")[0], _lines(runs / "one")[0]
+    first, expected = recorded(runs / name / "first")[0], recorded(runs / "one")[0]
     if name == "tp":  # others draw other dropout masks
         assert first["lm_loss"] == pytest.approx(expected["lm_loss"], rel=1e-5)
         assert first["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)

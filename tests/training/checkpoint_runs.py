@@ -3,7 +3,9 @@
 import contextlib
 import importlib
 import io
+import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,6 +18,7 @@ from lockstep.training.checkpoint_peers import Peers
 from lockstep.training.checkpoint_save import Saved, write_checkpoint
 from lockstep.training.hooks import Progress
 from lockstep.training.setup import Parts
+from tests.parallel.spawn import Turn, in_turn
 
 TINY: dict[str, Any] = {
     "model.num_layers": 4,
@@ -42,6 +45,7 @@ TINY: dict[str, Any] = {
     "optimizer.lr": 1e-3,
     "run.device": "cpu",
 }
+_CLOCKED = ("seconds", "tokens_per_second", "memory_bytes")
 DROPOUT = {"model.hidden_dropout": 0.1, "model.attention_dropout": 0.1}
 SHARDED = {"ddp.use_distributed_optimizer": True}
 FSDP = {"dist.use_torch_fsdp2": True}
@@ -108,3 +112,17 @@ def train_aloud(changes: dict[str, Any], run_dir: Path) -> list[str]:
     with contextlib.redirect_stdout(printed):
         train(changes, run_dir)
     return printed.getvalue().splitlines()
+
+
+def take(turns: Sequence[Turn]) -> None:
+    """Run jobs in one spawn; the first that fails is an error."""
+    for turn, results in zip(turns, in_turn(turns), strict=True):
+        for result in results:
+            if isinstance(result, Exception):
+                raise AssertionError(f"{turn}") from result
+
+
+def recorded(run_dir: Path) -> list[dict[str, Any]]:
+    """Return the lines of a run's record without what a clock or a memory counter says."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in _CLOCKED} for line in lines]

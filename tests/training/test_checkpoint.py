@@ -18,8 +18,8 @@ from lockstep.config import ConfigContainer
 from lockstep.errors import ConfigError, UserError
 from lockstep.training import Command, RunResult, checkpoint_storage, run
 from lockstep.training.step import TrainStep
+from tests.training.checkpoint_runs import recorded
 
-_CLOCKED = ("seconds", "tokens_per_second", "memory_bytes")
 _SHARD = "tensors-00000-00001.safetensors"
 _DROPOUT = {"model.hidden_dropout": 0.1, "model.attention_dropout": 0.1}
 
@@ -27,11 +27,6 @@ _DROPOUT = {"model.hidden_dropout": 0.1, "model.attention_dropout": 0.1}
 def _run(config: ConfigContainer, run_dir: Path) -> RunResult:
     config.run.dir = str(run_dir)
     return run(config, door="python", command=Command(["prog"]), name="tiny")
-
-
-def _lines(run_dir: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in _CLOCKED} for line in lines]
 
 
 def _tracked(root: Path) -> str:
@@ -94,8 +89,8 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(changes, async_save, confi
     torch.manual_seed(99)  # all state has to come from the files
     second = _run(configure({**changes, "checkpoint.load": saving["checkpoint.save"]}), tmp_path / "second")
     assert (second.status, second.iterations) == ("finished", 20)
-    whole = _lines(tmp_path / "whole")
-    assert _lines(tmp_path / "first") + _lines(tmp_path / "second") == whole
+    whole = recorded(tmp_path / "whole")
+    assert recorded(tmp_path / "first") + recorded(tmp_path / "second") == whole
     if "mixed_precision.fp16" in changes:
         scales = [line["loss_scale"] for line in whole if line["kind"] == "train"]
         assert any(line.get("skipped") for line in whole)
@@ -161,14 +156,14 @@ def test_says_what_it_resumes_from_in_its_first_lines_and_in_the_record(configur
         "run_dir": str(saved / "r"),
         "finetune": False,
     }
-    assert [line["iteration"] for line in _lines(tmp_path / "run") if line["kind"] == "train"] == [3, 4]
+    assert [line["iteration"] for line in recorded(tmp_path / "run") if line["kind"] == "train"] == [3, 4]
 
 
 def test_ckpt_step_takes_an_older_checkpoint(configure, tmp_path) -> None:
     root = str(tmp_path / "ckpt")
     _run(configure({"checkpoint.save": root, "checkpoint.save_interval": 1}), tmp_path / "whole")
     _run(configure({"checkpoint.load": root, "checkpoint.ckpt_step": 1}), tmp_path / "run")
-    assert _lines(tmp_path / "run") == _lines(tmp_path / "whole")[1:]
+    assert recorded(tmp_path / "run") == recorded(tmp_path / "whole")[1:]
 
 
 def test_resuming_a_finished_run_only_evaluates(configure, tmp_path, capsys) -> None:
@@ -179,7 +174,7 @@ def test_resuming_a_finished_run_only_evaluates(configure, tmp_path, capsys) -> 
     result = _run(configure({**saving, "checkpoint.load": root}), tmp_path / "again")
     assert result.iterations == 4
     assert "saving checkpoint" not in capsys.readouterr().out
-    assert _lines(tmp_path / "again") == _lines(tmp_path / "whole")[-2:]
+    assert recorded(tmp_path / "again") == recorded(tmp_path / "whole")[-2:]
 
 
 def test_finetune_takes_the_weights_alone(configure, saved, tmp_path, capsys) -> None:
@@ -190,7 +185,7 @@ def test_finetune_takes_the_weights_alone(configure, saved, tmp_path, capsys) ->
     _run(config, tmp_path / "run")
     first = capsys.readouterr().out.splitlines()[1]
     assert first == f"fine-tuning from iteration 0 with the weights of {saved}, iteration 2"
-    lines = _lines(tmp_path / "run")
+    lines = recorded(tmp_path / "run")
     assert lines[0]["consumed_samples"] == 4
     assert lines[0]["iteration"] == 1
     weights = json.loads((tmp_path / "run" / "run.json").read_text())["initial_weights"]
@@ -224,7 +219,7 @@ def test_no_load_optim_and_no_load_rng_start_those_afresh(configure, tmp_path) -
     with pytest.raises(UserError, match="was saved without random streams; add --no-load-rng"):
         _run(configure({**loading, "checkpoint.load_optim": False}), tmp_path / "x")
     _run(configure({**loading, "checkpoint.load_optim": False, "checkpoint.load_rng": False}), tmp_path / "run")
-    first = _lines(tmp_path / "run")[0]
+    first = recorded(tmp_path / "run")[0]
     assert (first["iteration"], first["consumed_samples"]) == (3, 12)
     assert first["lr"] == 1e-2, "without the optimizer's state the schedules begin anew"
 
@@ -236,8 +231,8 @@ def test_schedules_must_be_those_of_the_checkpoint(configure, saved, refusal, tm
     loading = {"checkpoint.load": str(saved), "train.train_iters": 8}
     _run(configure({**loading, "scheduler.override_opt_param_scheduler": True}), tmp_path / "ours")
     _run(configure({**loading, "scheduler.use_checkpoint_opt_param_scheduler": True}), tmp_path / "theirs")
-    assert _lines(tmp_path / "ours")[0]["lr"] == pytest.approx(1e-2 * (1 - 8 / 32))
-    assert _lines(tmp_path / "theirs")[0]["lr"] == pytest.approx(1e-2 * (1 - 8 / 16))
+    assert recorded(tmp_path / "ours")[0]["lr"] == pytest.approx(1e-2 * (1 - 8 / 32))
+    assert recorded(tmp_path / "theirs")[0]["lr"] == pytest.approx(1e-2 * (1 - 8 / 16))
 
 
 def test_another_model_is_refused_by_name(refusal) -> None:

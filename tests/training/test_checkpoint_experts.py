@@ -9,10 +9,9 @@ import torch
 
 from lockstep.lab.compare import compare_paths
 from lockstep.training.checkpoint_storage import read_index, read_whole
-from tests.parallel.spawn import Turn, in_turn
-from tests.training.checkpoint_runs import SEQUENCE, SHARDED, echo, train
+from tests.parallel.spawn import Turn
+from tests.training.checkpoint_runs import SEQUENCE, SHARDED, echo, recorded, take, train
 
-_CLOCKED = ("seconds", "tokens_per_second", "memory_bytes")
 _EXPERTS: dict[str, Any] = {
     "model.num_moe_experts": 4,
     "model.moe_ffn_hidden_size": 16,
@@ -53,21 +52,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, (source, processes, layout) in _MOVES.items():
         changes = {**layout, "checkpoint.load": str(root / source / "ckpt")}
         turns.append(Turn(processes, echo, (changes, root / name / "run", root / name / "echo")))
-    for turn, results in zip(turns, in_turn(turns), strict=True):
-        for result in results:
-            if isinstance(result, Exception):
-                raise AssertionError(f"{turn}") from result
+    take(turns)
     return root
-
-
-def _lines(run_dir: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in _CLOCKED} for line in lines]
 
 
 @pytest.mark.slow
 def test_resumed_run_is_bitwise_the_uninterrupted_one(runs) -> None:
-    first, second, whole = (_lines(runs / "sharded" / name) for name in ("first", "second", "whole"))
+    first, second, whole = (recorded(runs / "sharded" / name) for name in ("first", "second", "whole"))
     assert first + second == whole
 
 

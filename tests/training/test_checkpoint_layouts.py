@@ -24,12 +24,12 @@ from tests.training.checkpoint_runs import (
     TWICE,
     damage,
     echo,
+    recorded,
+    take,
     train,
     train_aloud,
     train_on_a_full_disk,
 )
-
-_CLOCKED = ("seconds", "tokens_per_second", "memory_bytes")
 
 _EXACT: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2+sp async dropout": (2, {**SEQUENCE, **DROPOUT, "checkpoint.async_save": True}),
@@ -86,24 +86,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, (source, processes, layout) in _MOVES.items():
         changes = {**layout, "checkpoint.load": str(root / source / "ckpt")}
         turns.append(Turn(processes, echo, (changes, root / name / "run", root / name / "echo")))
-    for turn, results in zip(turns, in_turn(turns), strict=True):
-        for result in results:
-            if isinstance(result, Exception):
-                raise AssertionError(f"{turn}") from result
+    take(turns)
     return root
-
-
-def _lines(run_dir: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in _CLOCKED} for line in lines]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", _EXACT)
 def test_resumed_run_is_bitwise_the_uninterrupted_one(name, runs) -> None:
     folder = runs / name
-    whole = _lines(folder / "whole")
-    assert _lines(folder / "first") + _lines(folder / "second") == whole
+    whole = recorded(folder / "whole")
+    assert recorded(folder / "first") + recorded(folder / "second") == whole
     assert [line["iteration"] for line in whole if line["kind"] == "train"] == list(range(1, 21))
 
 
@@ -127,7 +119,7 @@ def test_another_layout_starts_from_the_same_numbers(name, runs) -> None:
 def test_another_layout_goes_on_within_rounding(name, runs) -> None:
     decision = compare_paths(runs / "uninterrupted", runs / name / "run").decision
     assert decision.verdict == "rounding", decision
-    lines = [line for line in _lines(runs / name / "run") if line["kind"] == "train"]
+    lines = [line for line in recorded(runs / name / "run") if line["kind"] == "train"]
     assert [line["iteration"] for line in lines] == list(range(11, 21))
     weights = json.loads((runs / name / "run" / "run.json").read_text())["initial_weights"]
     assert set(weights["parameters"]) == {

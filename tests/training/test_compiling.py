@@ -55,7 +55,7 @@ WHOLE_LAYERS = {
 )
 def test_choice(device, operations, changes, blocks, reason) -> None:
     chosen = choose_compilation(configured(**changes), device, operations)
-    assert chosen.blocks is blocks
+    assert chosen.on is blocks
     assert chosen.reason.startswith(reason)
 
 

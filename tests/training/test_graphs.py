@@ -35,7 +35,7 @@ CPU, GPU = torch.device("cpu"), torch.device("meta")
 )
 def test_choice(device, operations, changes, used, reason) -> None:
     chosen = choose_graphs(configured(**changes), device, Mesh(), operations)
-    assert chosen.used is used
+    assert chosen.on is used
     assert chosen.reason.startswith(reason)
 
 

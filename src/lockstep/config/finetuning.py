@@ -98,7 +98,7 @@ class FineTuningData(Section):
     packed_metadata_path: str | None = opt(None, refused=_PICKLES)
 
 
-_PREPROCESSING = (
+PREPROCESSING = (
     "prompt_column",
     "completion_column",
     "prompt_template",
@@ -145,7 +145,7 @@ BRIDGE_KEYS: dict[str, str] = {
     "dataset.seed": "dataset.random_seed",
     "dataset.dataset_kwargs.pad_to_max_length": "dataset.pad_to_max_length",
     "dataset.dataset_kwargs.truncation_field": "dataset.truncation_field",
-    **{f"dataset.preprocessing.{name}": f"dataset.{name}" for name in _PREPROCESSING},
+    **{f"dataset.preprocessing.{name}": f"dataset.{name}" for name in PREPROCESSING},
     **{f"dataset.offline_packing_specs.{theirs}": f"dataset.{ours}" for theirs, ours in _PACKING.items()},
     **{f"dataset.hf_dataset.{theirs}": f"dataset.{ours}" for theirs, ours in _HF_DATASET.items()},
 }

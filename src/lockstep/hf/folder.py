@@ -1,5 +1,6 @@
 """Folders of Hugging Face models: reading their tensors one by one, strictly, and writing them in shards."""
 
+import contextlib
 import json
 import re
 import shutil
@@ -233,16 +234,28 @@ def write_folder(
     Raises:
         UserError: the folder holds something already, or cannot be written.
     """
+    with whole_folder(target) as scratch:
+        for path in carried:
+            shutil.copyfile(path, scratch / path.name)
+        (scratch / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        _write_shards(scratch, sizes, iter(tensors), limit)
+    return sorted(path.name for path in target.iterdir())
+
+
+@contextlib.contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """Give a folder to write into; it becomes ``target`` when all is written, and vanishes on any error.
+
+    Raises:
+        UserError: the target holds something already, or cannot be written.
+    """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} is there already; give another folder")
     scratch = target.parent / f".{target.name}.writing"
     try:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
-        for path in carried:
-            shutil.copyfile(path, scratch / path.name)
-        (scratch / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        _write_shards(scratch, sizes, iter(tensors), limit)
+        yield scratch
         if target.exists():
             target.rmdir()
         scratch.rename(target)
@@ -250,7 +263,6 @@ def write_folder(
         raise UserError(f"cannot write {target}: {error.strerror or error}") from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return sorted(path.name for path in target.iterdir())
 
 
 def _write_shards(folder: Path, sizes: Mapping[str, int], tensors: Iterator[tuple[str, Tensor]], limit: int) -> None:

@@ -6,7 +6,6 @@ together becomes one of each with the same first matrix; the way back needs firs
 
 import json
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +22,7 @@ from lockstep.config.model import ModelConfig
 from lockstep.errors import ConfigError, UserError
 from lockstep.hf.checkpoint import write_weights
 from lockstep.hf.families import family_for, family_of
-from lockstep.hf.folder import read_json
+from lockstep.hf.folder import read_json, whole_folder
 from lockstep.hf.rules import Form, Gated, Grouped, GroupedInOne, Mapped, Same, Transposed, listed, mapped
 from lockstep.models.layers import required
 from lockstep.peft.apply import CANONICAL, adapter_names, linears_of, whole_adapters
@@ -168,21 +167,9 @@ def _shortened(chosen: list[str], every: list[str]) -> list[str]:
 
 
 def _write(target: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> list[str]:
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target} is there already; give another folder")
-    scratch = target.parent / f".{target.name}.writing"
-    try:
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
+    with whole_folder(target) as scratch:
         (scratch / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_file(tensors, scratch / TENSORS, metadata={"format": "pt"})
-        if target.exists():
-            target.rmdir()
-        scratch.rename(target)
-    except OSError as error:
-        raise UserError(f"cannot write {target}: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return sorted(path.name for path in target.iterdir())
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from lockstep.config import ConfigContainer
 from lockstep.config.derive import interpolate
 from lockstep.recipes.catalog import get_recipe
+from lockstep.words import is_number
 
 DEFAULT_RECIPE = "vanilla_gpt_pretrain_config"
 """The recipe that a run is spelled by where none is named."""
@@ -35,7 +36,7 @@ def spell(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ",".join(spell(item) for item in value) + "]"
     if isinstance(value, str):
-        if _PLAIN.fullmatch(value) and value.lower() not in _WORDS_OF_THE_GRAMMAR and not _is_number(value):
+        if _PLAIN.fullmatch(value) and value.lower() not in _WORDS_OF_THE_GRAMMAR and not is_number(value):
             return value
         return quoted(value, '"')
     return str(value)
@@ -45,11 +46,3 @@ def quoted(text: str, quote: str) -> str:
     """Return a text in quotes of Hydra's grammar, where a backslash is one unless a quote follows it."""
     escaped = re.sub(r"(\\*)(" + quote + "|$)", lambda m: m[1] * 2 + (m[2] and "\\" + m[2]), text)
     return f"{quote}{escaped}{quote}"
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

@@ -1,6 +1,5 @@
 """Compilation of the layers of a model by torch.compile: when it pays, and what it works with."""
 
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -8,47 +7,27 @@ import torch
 from lockstep.config import ConfigContainer
 from lockstep.config.experts import expert_layers
 from lockstep.config.sharding import shards_weights
-from lockstep.errors import UserError
 from lockstep.models import GPTModel
 from lockstep.models.decoder import head
 from lockstep.models.mlp import MLP
 from lockstep.models.ops import matmul_mode
 from lockstep.training.attention import choose_attention, keeps_documents_apart
 from lockstep.training.precision import params_dtype
+from lockstep.training.switch import Switch, decide
 
 # Floating-point operations of one process in a run from which compiling pays; docs/performance.md has the measurement.
 PAYING_OPERATIONS = 2.5e16
 
 
-@dataclass(frozen=True)
-class Compilation:
-    """Whether layers are compiled, and why."""
-
-    blocks: bool
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{'layer by layer' if self.blocks else 'none'} ({self.reason})"
-
-
-def choose_compilation(config: ConfigContainer, device: torch.device, operations: float) -> Compilation:
+def choose_compilation(config: ConfigContainer, device: torch.device, operations: float) -> Switch:
     """Return whether a run of so many floating-point operations on each process compiles its layers.
 
     Raises:
         UserError: compilation is asked for where it does not work.
     """
-    wanted = config.run.compile
-    if wanted == "none":
-        return Compilation(False, "run.compile=none")
-    obstacle = _obstacle(config, device)
-    if wanted == "blocks":
-        if obstacle is not None:
-            raise UserError(f"run.compile=blocks does not work {obstacle}; use run.compile=none or auto")
-        return Compilation(True, "run.compile=blocks")
-    if obstacle is not None:
-        return Compilation(False, f"auto, {obstacle}")
     pays = operations >= PAYING_OPERATIONS
-    return Compilation(pays, f"auto, {'pays' if pays else 'does not pay'} for {operations:.1e} operations a process")
+    worth = pays, f"{'pays' if pays else 'does not pay'} for {operations:.1e} operations a process"
+    return decide("run.compile", config.run.compile, "layer by layer", partial(_obstacle, config, device), worth)
 
 
 def compile_blocks(model: GPTModel, backend: str = "inductor") -> None:

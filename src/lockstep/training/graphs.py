@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 
 from lockstep.config import ConfigContainer
 from lockstep.config.experts import expert_layers
-from lockstep.errors import UserError
 from lockstep.models import DropoutStreams
 from lockstep.models.ops import matmul_mode
 from lockstep.parallel import Mesh
@@ -16,41 +16,23 @@ from lockstep.parallel.buckets import GradientBuckets
 from lockstep.training.attention import keeps_documents_apart
 from lockstep.training.feed import Batch
 from lockstep.training.passes import Objective, WholePasses
+from lockstep.training.switch import Switch, decide
 
 # Operations of a micro-batch above which its kernels outlast their launches; docs/performance.md has the measurement.
 SMALL_OPERATIONS = 1e12
 _EAGER_STEPS = 1  # which leave libraries with their handles and workspaces
 
 
-@dataclass(frozen=True)
-class Graphs:
-    """Whether micro-batches are captured, and why."""
-
-    used: bool
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{'micro-batches' if self.used else 'none'} ({self.reason})"
-
-
-def choose_graphs(config: ConfigContainer, device: torch.device, mesh: Mesh, operations: float) -> Graphs:
+def choose_graphs(config: ConfigContainer, device: torch.device, mesh: Mesh, operations: float) -> Switch:
     """Return whether micro-batches of so many floating-point operations become CUDA graphs.
 
     Raises:
         UserError: graphs are asked for where they do not work.
     """
-    wanted = config.run.cuda_graphs
-    if wanted == "none":
-        return Graphs(False, "run.cuda_graphs=none")
-    obstacle = _obstacle(config, device, mesh)
-    if wanted == "micro-batches":
-        if obstacle is not None:
-            raise UserError(f"run.cuda_graphs=micro-batches does not work {obstacle}; use run.cuda_graphs=none or auto")
-        return Graphs(True, "run.cuda_graphs=micro-batches")
-    if obstacle is not None:
-        return Graphs(False, f"auto, {obstacle}")
     small = operations <= SMALL_OPERATIONS
-    return Graphs(small, f"auto, micro-batches are {'small' if small else 'large'}: {operations:.1e} operations")
+    worth = small, f"micro-batches are {'small' if small else 'large'}: {operations:.1e} operations"
+    obstacle = partial(_obstacle, config, device, mesh)
+    return decide("run.cuda_graphs", config.run.cuda_graphs, "micro-batches", obstacle, worth)
 
 
 def _obstacle(config: ConfigContainer, device: torch.device, mesh: Mesh) -> str | None:

@@ -34,7 +34,7 @@ from lockstep.training.context import ContextPasses
 from lockstep.training.evaluate import Evaluator, Split
 from lockstep.training.exits import ExitRule
 from lockstep.training.feed import Feed, sample_order
-from lockstep.training.graphs import GraphedPasses, Graphs, choose_graphs
+from lockstep.training.graphs import GraphedPasses, choose_graphs
 from lockstep.training.loop import Trainer
 from lockstep.training.optimizer import Optimizer
 from lockstep.training.passes import Passes, WholePasses
@@ -42,6 +42,7 @@ from lockstep.training.pipeline import PipelinePasses
 from lockstep.training.precision import params_dtype
 from lockstep.training.schedule import build_schedules
 from lockstep.training.step import TrainStep
+from lockstep.training.switch import Switch
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def build(
     iterations = min(train_iters, config.train.exit_interval or train_iters)
     operations = flops * batches.samples_after(iterations) / mesh.world.size
     compilation = choose_compilation(config, device, operations)
-    if compilation.blocks:
+    if compilation.on:
         compile_blocks(model)
     passes = build_passes(config, model, spans, mesh, device)
     graphs = choose_graphs(config, device, mesh, flops * batches.micro_batch_size)
@@ -202,7 +203,7 @@ def build_passes(
 
 
 def build_trainer(
-    config: ConfigContainer, model: nn.Module, passes: Passes, datasets: Datasets, mesh: Mesh, graphs: Graphs
+    config: ConfigContainer, model: nn.Module, passes: Passes, datasets: Datasets, mesh: Mesh, graphs: Switch
 ) -> Trainer:
     """Build what the iterations need: data feed, optimizer, schedules, step."""
     batches = build_batch_schedule(config, mesh.dp.size)
@@ -220,9 +221,9 @@ def build_trainer(
     )
 
 
-def graphed(passes: Passes, optimizer: Optimizer, graphs: Graphs) -> Passes:
+def graphed(passes: Passes, optimizer: Optimizer, graphs: Switch) -> Passes:
     """Return passes that run micro-batches as graphs where that was chosen."""
-    if not graphs.used:
+    if not graphs.on:
         return passes
     assert isinstance(passes, WholePasses), "graphs are chosen for one process only"
     return GraphedPasses(passes, optimizer.weights.gradients)

@@ -10,6 +10,7 @@ from lockstep.config import all_fields
 from lockstep.config.experts import layer_pattern
 from lockstep.config.finetuning import BRIDGE_KEYS, FORMER_BRIDGE_KEYS
 from lockstep.errors import ConfigError, nearest
+from lockstep.words import is_number
 
 NAME = "Megatron Bridge"
 VERSIONS = ("0.2", "0.3", "0.4", "0.5", "0.6")
@@ -185,16 +186,8 @@ def _blend_per_split(values: Mapping[str, Any]) -> list[Any]:
 
 
 def _blend(words: list[str]) -> list[Any]:
-    weighted = len(words) > 1 and len(words) % 2 == 0 and all(_is_number(word) for word in words[::2])
+    weighted = len(words) > 1 and len(words) % 2 == 0 and all(is_number(word) for word in words[::2])
     return [words[1::2], [float(word) for word in words[::2]]] if weighted else [words, None]
-
-
-def _is_number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
 
 
 PATTERNS = (

@@ -20,6 +20,7 @@ from lockstep.data.sft.text import TextRules
 from lockstep.data.splits import SPLITS, documents_of, parse_split
 from lockstep.data.tokenizers import Tokenizer
 from lockstep.errors import UserError
+from lockstep.words import is_number
 
 ROOT_FILES: dict[SplitName, str] = {"train": "training.jsonl", "valid": "validation.jsonl", "test": "test.jsonl"}
 _ORDERS: dict[str | None, Order] = {"single": "repeated", "batch": "shuffled", "cyclic": "once"}
@@ -147,18 +148,10 @@ def _of_folder(path: Path, config: DatasetConfig, rules: TextRules) -> Plan:
 
 def _source(paths: Sequence[str], config: DatasetConfig, rules: TextRules) -> TextSource:
     for path in paths:
-        if _is_number(path):
+        if is_number(path):
             raise UserError(f"data of fine-tuning is not weighted: {path} in {' '.join(paths)} is no path; drop it")
     opened = [open_rows(Path(path)) for path in paths]
     return TextSource(joined(opened), rules, _cache(config, Path(paths[0])))
-
-
-def _is_number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
 
 
 def _cache(config: DatasetConfig, data: Path) -> IndexCache:

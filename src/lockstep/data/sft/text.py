@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lockstep.config.data import DatasetConfig
+from lockstep.config.finetuning import PREPROCESSING
 from lockstep.data.sft.chat import assistant_spans, conversation
 from lockstep.data.sft.rows import Row
 from lockstep.data.tokenizers import Tokenizer
@@ -14,21 +15,7 @@ from lockstep.errors import UserError, nearest
 
 Format = Literal["prompt", "chat"]
 CONVERSATIONS = "conversations"
-_OF_TEXT = (
-    "sft_format",
-    "prompt_column",
-    "completion_column",
-    "messages_column",
-    "prompt_template",
-    "separator",
-    "loss_mode",
-    "strip_whitespace",
-    "add_bos",
-    "add_sep",
-    "add_eos",
-    "truncation_method",
-    "truncation_field",
-)
+_OF_TEXT = ("sft_format", "messages_column", *PREPROCESSING, "truncation_field")
 
 
 @dataclass(frozen=True)

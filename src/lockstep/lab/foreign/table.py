@@ -13,6 +13,7 @@ from lockstep.lab.foreign.columns import COUNTED, Columns, choose
 from lockstep.lab.foreign.text import check_text
 from lockstep.lab.foreign.trace import Format, Trace
 from lockstep.lab.point import Point
+from lockstep.words import is_number
 
 _FACTS = (
     "a loss is taken as that of its iteration alone, or with average=true as the mean since the row before; digits are "
@@ -29,7 +30,7 @@ Row = tuple[str, dict[str, str]]
 def recognises_csv(text: str) -> bool:
     """Tell whether a first line is a header."""
     cells = [cell.strip() for cell in text.split(_delimiter(text))]
-    return len(cells) > 1 and not any(_is_number(cell) for cell in cells) and "{" not in text
+    return len(cells) > 1 and not any(is_number(cell) for cell in cells) and "{" not in text
 
 
 def recognises_jsonl(text: str) -> bool:
@@ -155,14 +156,6 @@ def _whole(where: str, column: str, value: float) -> int:
     if not math.isfinite(value) or value != int(value):
         raise UserError(f"{where}: {column} is {value}, no whole number; mend the line")
     return int(value)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _delimiter(header: str) -> str:
