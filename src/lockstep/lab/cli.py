@@ -9,6 +9,11 @@ from lockstep.errors import UserError
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add ``lockstep compare`` and ``lockstep correlate``."""
+    _register_compare(subparsers)
+    _register_correlate(subparsers)
+
+
+def _register_compare(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     compare = subparsers.add_parser(
         "compare",
         help="say whether two runs are the same run, or the first cause why not",
@@ -46,6 +51,8 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     compare.add_argument("--json", action="store_true", help="print report.json instead; files only with --out")
     compare.set_defaults(func=_compare)
 
+
+def _register_correlate(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     correlate = subparsers.add_parser(
         "correlate",
         help="run the same job through both doors and compare the runs",
