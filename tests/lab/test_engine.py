@@ -8,11 +8,13 @@ import pytest
 
 from lockstep.cli import main
 from lockstep.errors import UserError
+from lockstep.lab.calibration import calibrate
+from lockstep.lab.calibration.band import FACTOR, QUANTITIES, Band, write_band
 from lockstep.lab.correlate import REFERENCE_OVERRIDES
 from lockstep.lab.engine import WITHOUT_TRANSFORMER_ENGINE, correlate_engine, find_checkout, flags_to_add
 from lockstep.megatron_lm.parser import parse_flags
 from tests.commands import FLAGS
-from tests.lab.synthetic import train_lines, write, write_log
+from tests.lab.synthetic import ITERATIONS, train_lines, write, write_log
 
 ADDED = [word for words in WITHOUT_TRANSFORMER_ENGINE for word in words]
 
@@ -71,6 +73,18 @@ def test_recipe_beside_flags_is_lockstep_s_side(tmp_path: Path, monkeypatch: pyt
     engine = f"megatron-lm={checkout(tmp_path / 'm')}"
     assert correlate_engine(engine, " ".join(FLAGS), REFERENCE_OVERRIDES, tmp_path / "out") == 0
     assert "door train" in (tmp_path / "out" / "lockstep.log").read_text()
+
+
+def test_band_is_measured_on_lockstep_s_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    stand_in(tmp_path, monkeypatch)
+    spread = {quantity: dict.fromkeys(range(1, ITERATIONS + 1), 1e-4) for quantity in QUANTITIES}
+    band = Band(spread, FACTOR, ["4 runs from elsewhere"], True)
+    monkeypatch.setattr(calibrate, "calibrate", lambda run_dir, say: write_band(band, run_dir))
+    engine = f"megatron-lm={checkout(tmp_path / 'm')}"
+    assert main(["correlate", "--engine", engine, "--calibrate", "--out", str(tmp_path / "out")]) == 0
+    assert "the band was measured on B" in " ".join(capsys.readouterr().out.split())
 
 
 def test_flags_are_added_only_where_they_are_needed(monkeypatch: pytest.MonkeyPatch):

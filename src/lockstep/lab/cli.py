@@ -112,7 +112,7 @@ def _correlate(arguments: argparse.Namespace) -> int:
 
         if arguments.left is not None or arguments.right is not None:
             raise UserError("--engine runs another trainer as side A; drop --left and --right")
-        return correlate_engine(arguments.engine, arguments.mlm, arguments.bridge, out)
+        return correlate_engine(arguments.engine, arguments.mlm, arguments.bridge, out, arguments.calibrate)
     if arguments.left is not None or arguments.right is not None:
         from lockstep.lab.cores import correlate_cores
 

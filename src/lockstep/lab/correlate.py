@@ -58,13 +58,18 @@ def correlate(mlm: str | None, bridge: str | None, out: Path | None, calibrated:
     run_side("mlm", ["pretrain-gpt", *pair.flags, "--run-dir", str(flags_dir)], folder)
     run_side("bridge", ["train", *pair.recipe, f"run.dir={spell(str(recipe_dir))}"], folder)
     if calibrated:
-        from lockstep.lab.calibration.calibrate import calibrate
-
-        calibrate(flags_dir, partial(print, flush=True))
+        measure_band(flags_dir)
     found = compare_paths(flags_dir, recipe_dir)
     show(found)
     print(f"report: {write_report(found, folder)[-1]}")
     return found.exit_code
+
+
+def measure_band(run_dir: Path) -> None:
+    """Measure what rounding does to a side, and keep it beside its record, where the comparison finds it."""
+    from lockstep.lab.calibration.calibrate import calibrate
+
+    calibrate(run_dir, partial(print, flush=True))
 
 
 def build_pair(mlm: str | None, bridge: str | None) -> Pair:

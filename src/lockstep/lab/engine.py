@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lockstep.errors import UserError
 from lockstep.lab.compare import compare_paths
-from lockstep.lab.correlate import REFERENCE_FLAGS, build_pair, new_folder, run_logged, run_side
+from lockstep.lab.correlate import REFERENCE_FLAGS, build_pair, measure_band, new_folder, run_logged, run_side
 from lockstep.lab.report import show, write_report
 
 ENGINE = "megatron-lm"
@@ -24,10 +24,13 @@ WITHOUT_TRANSFORMER_ENGINE = (
 """Flags that a checkout needs where Transformer Engine and its companions are not installed."""
 
 
-def correlate_engine(engine: str, mlm: str | None, bridge: str | None, out: Path | None) -> int:
+def correlate_engine(
+    engine: str, mlm: str | None, bridge: str | None, out: Path | None, calibrated: bool = False
+) -> int:
     """Run a job in Megatron-LM (A) and in Lockstep (B), write the report, and return the comparison's exit code.
 
     B takes the recipe where one is given beside flags, and A's flags otherwise. Both are checked before either starts.
+    ``calibrated`` has the band of B measured before the comparison.
 
     Raises:
         UserError: no checkout there, bad flags or overrides, a folder that is not empty, or a side that fails.
@@ -51,6 +54,8 @@ def correlate_engine(engine: str, mlm: str | None, bridge: str | None, out: Path
         run_side("lockstep", ["train", *pair.recipe, f"run.dir={spell(str(run_dir))}"], folder)
     else:
         run_side("lockstep", ["pretrain-gpt", *flags, "--run-dir", str(run_dir)], folder)
+    if calibrated:
+        measure_band(run_dir)
     found = compare_paths(log, run_dir)
     show(found)
     print(f"report: {write_report(found, folder)[-1]}")
