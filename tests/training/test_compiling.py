@@ -7,8 +7,7 @@ import torch
 
 from lockstep.config import ConfigContainer, Origin
 from lockstep.errors import UserError
-from lockstep.models import build_model, cross_entropy
-from lockstep.models.cross_entropy import linear_cross_entropy
+from lockstep.models import build_model
 from lockstep.training.attention import Choice, use_attention
 from lockstep.training.compiling import PAYING_OPERATIONS, choose_compilation, compile_blocks
 from tests.training.test_attention import configured
@@ -95,18 +94,3 @@ def test_compiled_layers_compute_the_same_with_one_graph(changes) -> None:
     assert len(graphs) == 1  # all layers share it, and nothing breaks it
     for ours, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
-
-
-def test_compiled_passes_are_those_in_tiles(monkeypatch) -> None:
-    monkeypatch.setattr(cross_entropy, "_native", lambda _: True)
-    monkeypatch.setattr(cross_entropy, "_compiled", lambda function: function)
-    labels = torch.tensor([[1, 30, 0], [12, 7, 63]])
-    found = []
-    for compiled in (False, True):
-        torch.manual_seed(3)
-        hidden, weight = torch.randn(2, 3, 16).bfloat16().requires_grad_(), torch.randn(64, 16).bfloat16()
-        weight.requires_grad_()
-        loss = linear_cross_entropy(hidden, weight, labels, tile_numbers=128, compiled=compiled)
-        found.append((loss, *torch.autograd.grad((loss * torch.arange(6).view(2, 3)).sum(), (hidden, weight))))
-    for tiles, passes in zip(*found, strict=True):
-        torch.testing.assert_close(passes, tiles, rtol=1e-5 if tiles.dtype == torch.float32 else 2**-7, atol=1e-5)

@@ -7,9 +7,9 @@ that fit the cache are finished before the next ones are computed; this is most 
 Shape legend: t tokens (b * s), h hidden, v vocabulary.
 """
 
+import importlib.util
 from collections.abc import Callable
-from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -33,7 +33,6 @@ def linear_cross_entropy(
     tile_numbers: int | None = None,
     first_row: int = 0,
     merge: Merge | None = None,
-    compiled: bool = False,
 ) -> Tensor:
     """Return the float32 loss of each token (float64 for a float64 model).
 
@@ -41,15 +40,13 @@ def linear_cross_entropy(
     labels. `tile_numbers` bounds how many float32 logits are held at a time; it changes rounding of sums only.
     Backward may be called once.
 
-    `compiled`: one pass over the logits each way in place of float32 copies, where products are native.
-
     Where the weight has only the vocabulary's rows from `first_row` on, `merge` completes what was found for them, and
     the gradient of hidden is that through these rows.
     """
     rows = hidden.reshape(-1, hidden.shape[-1])
     limit = tile_numbers or (_CPU_TILE_NUMBERS if rows.device.type == "cpu" else _GPU_TILE_NUMBERS)
     if _native(rows):
-        passes = _Passes(limit) if not compiled else _CompiledPasses()
+        passes = _KernelPasses() if _has_kernels(rows.device) else _TiledPasses(limit)
         return _NativeLoss.apply(rows, weight, labels.reshape(-1) - first_row, passes, merge).view(labels.shape)
     low_precision = rows.dtype in (torch.bfloat16, torch.float16)
     keep = low_precision and torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad)
@@ -174,18 +171,26 @@ def _clamped(labels: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
     return (labels >= 0) & (labels < vocab), labels.clamp(0, vocab - 1)
 
 
-class _Passes:
-    """The float32 arithmetic on low-precision logits [t, v], some tokens at a time."""
+class _Passes(Protocol):
+    """The float32 arithmetic on low-precision logits [t, v]."""
+
+    def log_sums(self, logits: Tensor) -> Tensor:
+        """Return log(sum(exp(logits))) of each row."""
+
+    def put_gradients(self, logits: Tensor, log_sum: Tensor, labels: Tensor, grad: Tensor) -> None:
+        """Put the gradient of the logits in their place, for the gradient [t] of the losses."""
+
+
+class _TiledPasses:
+    """Some tokens at a time, through float32 copies of their logits."""
 
     def __init__(self, tile_numbers: int):
         self._tile_numbers = tile_numbers
 
     def log_sums(self, logits: Tensor) -> Tensor:
-        """Return log(sum(exp(logits))) of each row."""
         return torch.cat([_log_sum_exp_(block.float()) for block in logits.split(self._height(logits))])
 
     def put_gradients(self, logits: Tensor, log_sum: Tensor, labels: Tensor, grad: Tensor) -> None:
-        """Put the gradient of the logits in their place, for the gradient [t] of the losses."""
         height = self._height(logits)
         index = torch.arange(min(height, labels.shape[0]), device=labels.device)
         for start in range(0, labels.shape[0], height):
@@ -199,33 +204,22 @@ class _Passes:
         return max(1, self._tile_numbers // logits.shape[1])
 
 
-class _CompiledPasses(_Passes):
-    """The same on all tokens at once, in compiled kernels."""
-
-    def __init__(self) -> None:
-        super().__init__(0)
+class _KernelPasses:
+    """All tokens at once, in one Triton kernel each way."""
 
     def log_sums(self, logits: Tensor) -> Tensor:
-        """Return log(sum(exp(logits))) of each row."""
-        return _compiled(_log_sums)(logits)
+        from lockstep.models import loss_kernels
+
+        return loss_kernels.log_sums(logits)
 
     def put_gradients(self, logits: Tensor, log_sum: Tensor, labels: Tensor, grad: Tensor) -> None:
-        """Put the gradient of the logits in their place, for the gradient [t] of the losses."""
-        _compiled(_put_gradients)(logits, log_sum, labels, grad)
+        from lockstep.models import loss_kernels
+
+        loss_kernels.put_gradients(logits, log_sum, labels, grad)
 
 
-@cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=False)
-
-
-def _log_sums(logits: Tensor) -> Tensor:
-    return torch.logsumexp(logits.float(), dim=1)
-
-
-def _put_gradients(logits: Tensor, log_sum: Tensor, labels: Tensor, grad: Tensor) -> None:
-    chosen = torch.arange(logits.shape[1], device=logits.device) == labels[:, None]
-    logits.copy_(((logits.float() - log_sum[:, None]).exp() - chosen.float()) * grad[:, None])
+def _has_kernels(device: torch.device) -> bool:
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 class _NativeLoss(torch.autograd.Function):

@@ -148,11 +148,11 @@ class GPTModel(nn.Module):
         return rotary_cos_sin(self.config, positions, hidden.dtype)
 
 
-def head(hidden: Tensor, weight: Tensor, labels: Tensor | None, *, compiled: bool = False) -> Tensor:
+def head(hidden: Tensor, weight: Tensor, labels: Tensor | None) -> Tensor:
     """Return the loss of each token [b, s] for hidden states [b, s, h], or without labels the logits [b, s, v]."""
     if labels is None:
         return linear(hidden, weight)
-    return linear_cross_entropy(hidden, weight, labels, compiled=compiled)
+    return linear_cross_entropy(hidden, weight, labels)
 
 
 class Embedding(nn.Module):

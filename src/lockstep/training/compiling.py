@@ -8,7 +8,6 @@ from lockstep.config import ConfigContainer
 from lockstep.config.experts import expert_layers
 from lockstep.config.sharding import shards_weights
 from lockstep.models import GPTModel
-from lockstep.models.decoder import head
 from lockstep.models.mlp import MLP
 from lockstep.models.ops import matmul_mode
 from lockstep.training.attention import choose_attention, keeps_documents_apart
@@ -31,8 +30,7 @@ def choose_compilation(config: ConfigContainer, device: torch.device, operations
 
 
 def compile_blocks(model: GPTModel, backend: str = "inductor") -> None:
-    """Have every layer without experts, and the loss, compiled when they first run; hooks on layers stay outside."""
-    model.head = partial(head, compiled=True)
+    """Have every layer without experts compiled when it first runs; hooks on layers stay outside."""
     for layer in model.decoder.layers.values():
         if isinstance(layer.mlp, MLP):
             layer.forward = torch.compile(layer.forward, backend=backend, dynamic=False)
