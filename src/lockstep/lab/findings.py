@@ -36,7 +36,7 @@ class Findings:
 
     @property
     def missing(self) -> bool:
-        """An iteration or an evaluation is there on one side only."""
+        """An iteration or an evaluation is not there on one side, or on both in the middle of their curves."""
         return bool(
             self.pairs.missing_a
             or self.pairs.missing_b
@@ -111,10 +111,11 @@ class Findings:
 
     def missing_text(self) -> str:
         """Say which iterations are missing where; empty if none."""
+        a, b = set(self.pairs.missing_a), set(self.pairs.missing_b)
         parts = []
-        for label, missing in (("A", self.pairs.missing_a), ("B", self.pairs.missing_b)):
+        for label, missing in (("A", a - b), ("B", b - a), ("A and B", a & b)):
             if missing:
-                parts.append(f"{spans(missing)} missing in {label}")
+                parts.append(f"{spans(sorted(missing))} missing in {label}")
         return "; ".join(parts)
 
     def missing_evaluations_text(self) -> str:

@@ -91,7 +91,19 @@ def _identical(found: Findings) -> Decision:
     cause = f"Every loss and gradient norm of {' and '.join(counted)} is {how}"
     if found.active:
         cause += f", although the configs differ in {_keys(found.active)}"
+    stopped = _stopped(found)
+    if stopped:
+        cause += f", as far as they go ({stopped})"
     return Decision("identical", cause + ".")
+
+
+def _stopped(found: Findings) -> str:
+    """Say which sides are records of runs that did not come to their end; empty if none."""
+    return ", ".join(
+        f"{side.label} is {side.run.status}"
+        for side in (found.a, found.b)
+        if side.run and side.run.status != "finished"
+    )
 
 
 def _unexplained(found: Findings, part: str, stage: Stage) -> Decision:
@@ -206,8 +218,8 @@ def _record_both(found: Findings) -> str:
 def _incomplete(found: Findings) -> Decision:
     texts = [text for text in (found.missing_text(), found.missing_evaluations_text()) if text]
     rest = "every number that both have is equal" if not found.numbers.mismatches else _spread(found)
-    stopped = [f"{s.label} is {s.run.status}" for s in (found.a, found.b) if s.run and s.run.status != "finished"]
-    status = f" ({', '.join(stopped)})" if stopped else ""
+    stopped = _stopped(found)
+    status = f" ({stopped})" if stopped else ""
     return Decision(
         "cannot tell",
         f"{_capital('; '.join(texts))}{status}, while {rest}.",
