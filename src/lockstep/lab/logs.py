@@ -130,8 +130,9 @@ def parse_log(path: Path) -> Log:
 
 
 def _is_cut_off(text: str) -> bool:
-    """Tell whether the fields of a training line end before the last of them, within one."""
-    return bool(text.rpartition("|")[2].strip()) and _LAST not in _fields(text)
+    """Tell whether the fields of a training line end before the last of them: within one, or before the loss scale."""
+    fields = _fields(text)
+    return _LAST not in fields and (bool(text.rpartition("|")[2].strip()) or "loss scale" not in fields)
 
 
 def _fields(text: str) -> dict[str, str]:
