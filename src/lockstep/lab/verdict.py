@@ -59,13 +59,17 @@ def _decide(found: Findings) -> Decision:
     causes = found.causes()
     outside = numbers.first_outside
     if outside and not any(found.can_cause(d, outside) for d in causes):
-        return _bug(found, outside) if not found.unknown() else _unknown_cause(found, outside)
+        if found.unknown():
+            return _unknown_cause(found, outside)
+        return _masks_apart(outside) if found.other_masks else _bug(found, outside)
     if causes:
         return _config(found, causes)
     if found.missing:
         return _incomplete(found)
     if found.ledger.state == "differs" and not found.active:
         return _made_otherwise(found)
+    if found.other_masks:
+        return _masks_apart(numbers.mismatches[0])
     return _too_wide(found) or _rounding(found)
 
 
@@ -159,6 +163,11 @@ def _bug(found: Findings, outside: Mismatch) -> Decision:
     ledger = [found.ledger.detail] if found.ledger.state == "differs" else found.ledger.evidence
     cause = f"{same}, but {'; '.join([_apart(outside), *ledger])}."
     return Decision("bug", cause, _where_to_look(found, outside))
+
+
+def _masks_apart(outside: Mismatch) -> Decision:
+    cause = f"{_capital(_apart(outside))}; both have dropout, and layouts that draw other masks."
+    return Decision("cannot tell", cause, "Run both with dropout 0 and compare again.")
 
 
 def _made_otherwise(found: Findings) -> Decision:
