@@ -54,6 +54,7 @@ sweep: setup ## train a tiny model in every layout and compare with one process
 
 faults: setup ## run every planted fault and every clean pair through lockstep localise
 	$(BIN)/python -m tests.lab.fault_table --write docs/faults.md
+	$(BIN)/python -m tests.lab.command_pairs --write docs/clean-pairs.md
 
 clean: ## remove the environment and caches; runs stay
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist

@@ -114,6 +114,33 @@ def test_a_bug_in_the_first_iteration_points_at_the_pass(tmp_path: Path, key: st
     assert place in found.decision.next_step
 
 
+@pytest.mark.parametrize("size", [1e-3, 1.0])
+@pytest.mark.parametrize(
+    ("dropout", "axis", "verdict"),
+    [
+        (0.1, "data_parallel", "cannot tell"),
+        (0.1, "pipeline_parallel", "cannot tell"),
+        (0.1, "tensor_parallel", None),
+        (0.0, "data_parallel", None),
+    ],
+)
+def test_masks_that_layouts_draw_apart_are_neither_rounding_nor_a_bug(
+    dropout: float, axis: str, verdict: str | None, size: float, tmp_path: Path
+):
+    tree = config(model__hidden_dropout=dropout, model__attention_dropout=0.0)
+    one, two = ({"layout": {"data_parallel": 1, "pipeline_parallel": 1, axis: n}} for n in (1, 2))
+
+    def moved(lines: list[Line]) -> None:
+        lines[0]["lm_loss"] += size
+
+    a = write(tmp_path / "a", tree=tree, features=one)
+    found = compare_paths(a, write(tmp_path / "b", tree=tree, features=two, change=moved))
+    assert found.decision.verdict == (verdict or ("bug" if size == 1 else "rounding"))
+    if verdict:
+        assert found.decision.next_step == "Run both with dropout 0 and compare again."
+        assert "both have dropout, and layouts that draw other masks" in found.decision.cause
+
+
 def test_nan_on_both_sides_is_not_equal(tmp_path: Path):
     a = write(tmp_path / "a", change=put(6, "lm_loss", math.nan))
     found = compare_paths(a, write(tmp_path / "b", change=put(6, "lm_loss", math.nan)))

@@ -1,7 +1,9 @@
 """Everything a comparison found, and which setting can have caused what."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from lockstep.lab.calibration.band import Band
 from lockstep.lab.config_diff import ConfigDifference
@@ -36,7 +38,7 @@ class Findings:
 
     @property
     def missing(self) -> bool:
-        """An iteration or an evaluation is there on one side only."""
+        """An iteration or an evaluation is not there on one side, or on both in the middle of their curves."""
         return bool(
             self.pairs.missing_a
             or self.pairs.missing_b
@@ -53,6 +55,14 @@ class Findings:
     def partial(self) -> bool:
         """Settings are compared as far as a log prints them."""
         return self.differences is not None and (self.a.run is None or self.b.run is None)
+
+    @property
+    def other_masks(self) -> bool:
+        """Both sides drop, and draw their masks apart: data-parallel processes and pipeline stages have their own."""
+        config = [side.config or {} for side in (self.a, self.b)]
+        layouts = [(side.fact("features") or {}).get("layout") or {} for side in (self.a, self.b)]
+        axes = ("data_parallel", "pipeline_parallel")
+        return all(_drops(each) for each in config) and any(layouts[0].get(x) != layouts[1].get(x) for x in axes)
 
     def unknown(self) -> list[str]:
         """Name what the sides do not tell of the contract."""
@@ -111,10 +121,11 @@ class Findings:
 
     def missing_text(self) -> str:
         """Say which iterations are missing where; empty if none."""
+        a, b = set(self.pairs.missing_a), set(self.pairs.missing_b)
         parts = []
-        for label, missing in (("A", self.pairs.missing_a), ("B", self.pairs.missing_b)):
+        for label, missing in (("A", a - b), ("B", b - a), ("A and B", a & b)):
             if missing:
-                parts.append(f"{spans(missing)} missing in {label}")
+                parts.append(f"{spans(sorted(missing))} missing in {label}")
         return "; ".join(parts)
 
     def missing_evaluations_text(self) -> str:
@@ -126,6 +137,12 @@ class Findings:
                 verb = "are" if len(keys) > 1 else "is"
                 parts.append(f"the {evaluation_name(keys[0])}{more} {verb} missing in {label}")
         return "; ".join(parts)
+
+
+def _drops(config: Mapping[str, Any]) -> bool:
+    """Tell whether a run has dropout anywhere."""
+    adapters = config.get("peft.dropout") if config.get("peft.scheme") else 0.0
+    return any(config.get(f"model.{name}_dropout") for name in ("hidden", "attention")) or bool(adapters)
 
 
 def _may_act(stage: Stage, latest: int) -> bool:

@@ -19,6 +19,7 @@ MEGATRON_LM, BRIDGE = "Megatron-LM or Lockstep", "Megatron Bridge"
 
 _TRAIN = re.compile(r"\biteration\s+(\d+)\s*/\s*(\d+)\s*\|(.*)")
 _EVALUATION = re.compile(r"\bvalidation(\S*) loss at iteration (\d+)(?: on (validation|test) set)?\s*\|(.*)")
+_LAST = "number of nan iterations"
 _STAMP = re.compile(r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(\.\d+)?\]")
 
 
@@ -59,6 +60,7 @@ class Log:
     lines: dict[int, LogLine] = field(default_factory=dict)
     evaluations: dict[tuple[int, str, bool], LogEvaluation] = field(default_factory=dict)
 
+    notes: list[str] = field(default_factory=list)
     settled: Settled[LogLine] = field(default_factory=Settled)
     settings: Settings | None = None
 
@@ -99,9 +101,12 @@ def parse_log(path: Path) -> Log:
     lines: list[Item[LogLine]] = []
     evaluations: list[tuple[int, tuple[int, str, bool], LogEvaluation]] = []
     collector = Collector()
-    for rank, text in read_lines(path):
+    for number, (rank, text) in enumerate(read_lines(path), start=1):
         collector.line(text)
-        if found := _TRAIN.search(text):
+        found = _TRAIN.search(text)
+        if found and _is_cut_off(found[3]):
+            log.notes.append(f"line {number}, of iteration {found[1]}, is cut off and was left out")
+        elif found:
             line = _train_line(int(found[1]), _fields(found[3]))
             lines.append(Item(line.iteration, rank, line))
             log.train_iters = int(found[2])
@@ -112,7 +117,7 @@ def parse_log(path: Path) -> Log:
             evaluations.append((len(lines), key, evaluation))
     if not lines and not evaluations:
         raise UserError(
-            f"{path} holds no training or validation line of Megatron-LM, Megatron Bridge or Lockstep; "
+            f"{path} holds no whole training or validation line of Megatron-LM, Megatron Bridge or Lockstep; "
             "give a run directory or a console log"
         )
     log.settings = collector.settings()
@@ -124,8 +129,15 @@ def parse_log(path: Path) -> Log:
     return log
 
 
+def _is_cut_off(text: str) -> bool:
+    """Tell whether the fields of a training line end before the last of them: within one, or before the loss scale."""
+    fields = _fields(text)
+    return _LAST not in fields and (bool(text.rpartition("|")[2].strip()) or "loss scale" not in fields)
+
+
 def _fields(text: str) -> dict[str, str]:
-    pairs = (part.rpartition(":") for part in text.split("|"))
+    """Return the fields that a bar ends: what follows the last one lacks digits, or is no field."""
+    pairs = (part.rpartition(":") for part in text.split("|")[:-1])
     return {key.strip(): value.strip() for key, _, value in pairs if key.strip()}
 
 

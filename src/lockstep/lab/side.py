@@ -1,8 +1,9 @@
 """One side of a comparison: a run record or a console log, brought to one shape."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,7 @@ def _from_log(log: Log, label: str) -> Side:
             loss_scale=line.loss_scale,
             consumed_samples=line.consumed_samples,
             global_batch_size=line.global_batch_size,
-            skipped=line.skipped > 0 if start == end else None,
+            skipped=line.skipped > 0 if start == end else line.skipped > end - start or None,
         )
     evaluations: dict[EvaluationKey, float | None] = {key: line.lm_loss for key, line in log.evaluations.items()}
     return Side(
@@ -148,7 +149,7 @@ def _from_log(log: Log, label: str) -> Side:
         samples=dict.fromkeys(evaluations),
         digits=CONSOLE,
         settings=log.settings,
-        notes=log.settled.notes,
+        notes=[*log.notes, *log.settled.notes],
         conflict=log.settled.conflict,
     )
 
@@ -178,7 +179,7 @@ def _from_trace(trace: Trace, label: str) -> Side:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Points of two sides over equal windows, and the windows one side lacks (by last iteration)."""
+    """Points of two sides over equal windows, and the windows that a side lacks (by last iteration); some lack both."""
 
     pairs: list[tuple[Point, Point]]
     missing_a: list[int]
@@ -189,11 +190,15 @@ def align(a: Side, b: Side) -> Pairs:
     """Bring both sides to the coarser of their intervals and pair their points."""
     interval = max(a.interval, b.interval)
     regular_a, regular_b = _regular(a, interval), _regular(b, interval)
-    ends = sorted(regular_a | regular_b)
-    found_a = {end: _over(a, end, _start(end, a, b)) for end in ends if end in regular_a}
-    found_b = {end: _over(b, end, _start(end, a, b)) for end in ends if end in regular_b}
+    there = sorted(regular_a | regular_b)
+    ends = sorted({*there, *gaps(there, interval)})
+    found_a = {end: _over(a, end, _start(end, a, b)) for end in there if end in regular_a}
+    found_b = {end: _over(b, end, _start(end, a, b)) for end in there if end in regular_b}
     points_a = {end: point for end, point in found_a.items() if point}
     points_b = {end: point for end, point in found_b.items() if point}
+    for end in points_a.keys() & points_b.keys():
+        if _tell_nothing(points_a[end], points_b[end]):
+            del points_a[end], points_b[end]
     return Pairs(
         pairs=[(points_a[end], points_b[end]) for end in ends if end in points_a and end in points_b],
         missing_a=[end for end in ends if end not in points_a],
@@ -201,9 +206,30 @@ def align(a: Side, b: Side) -> Pairs:
     )
 
 
+def _tell_nothing(a: Point, b: Point) -> bool:
+    """Tell whether neither side has the loss of an iteration that both took."""
+    return a.lm_loss is b.lm_loss is None and not (a.skipped and b.skipped)
+
+
 def _regular(side: Side, interval: int) -> set[int]:
     """Return the ends of whole windows; a line outside the rhythm (a process's first) has no partner."""
     return {end for end in side.points if end % interval == 0} if interval > 1 else set(side.points)
+
+
+def gaps(ends: Sequence[int], interval: int) -> list[int]:
+    """Return the windows that are left out between others: those of a curve that goes on in its rhythm behind them.
+
+    Where it goes on in another rhythm, as with lines ever farther apart, none is expected in between.
+    """
+    steps = [later - earlier for earlier, later in pairwise(ends)]
+    if 2 * steps.count(interval) <= len(steps):
+        return []
+    last = max(number for number, step in enumerate(steps) if step == interval)
+    found: list[int] = []
+    for number, (earlier, later) in enumerate(pairwise(ends)):
+        if number < last or number == last + 1 == len(steps) - 1:
+            found += range(earlier + interval, later, interval)
+    return found
 
 
 def _start(end: int, a: Side, b: Side) -> int:

@@ -59,13 +59,17 @@ def _decide(found: Findings) -> Decision:
     causes = found.causes()
     outside = numbers.first_outside
     if outside and not any(found.can_cause(d, outside) for d in causes):
-        return _bug(found, outside) if not found.unknown() else _unknown_cause(found, outside)
+        if found.unknown():
+            return _unknown_cause(found, outside)
+        return _masks_apart(outside) if found.other_masks else _bug(found, outside)
     if causes:
         return _config(found, causes)
     if found.missing:
         return _incomplete(found)
     if found.ledger.state == "differs" and not found.active:
         return _made_otherwise(found)
+    if found.other_masks:
+        return _masks_apart(numbers.mismatches[0])
     return _too_wide(found) or _rounding(found)
 
 
@@ -91,7 +95,19 @@ def _identical(found: Findings) -> Decision:
     cause = f"Every loss and gradient norm of {' and '.join(counted)} is {how}"
     if found.active:
         cause += f", although the configs differ in {_keys(found.active)}"
+    stopped = _stopped(found)
+    if stopped:
+        cause += f", as far as they go ({stopped})"
     return Decision("identical", cause + ".")
+
+
+def _stopped(found: Findings) -> str:
+    """Say which sides are records of runs that did not come to their end; empty if none."""
+    return ", ".join(
+        f"{side.label} is {side.run.status}"
+        for side in (found.a, found.b)
+        if side.run and side.run.status != "finished"
+    )
 
 
 def _unexplained(found: Findings, part: str, stage: Stage) -> Decision:
@@ -147,6 +163,11 @@ def _bug(found: Findings, outside: Mismatch) -> Decision:
     ledger = [found.ledger.detail] if found.ledger.state == "differs" else found.ledger.evidence
     cause = f"{same}, but {'; '.join([_apart(outside), *ledger])}."
     return Decision("bug", cause, _where_to_look(found, outside))
+
+
+def _masks_apart(outside: Mismatch) -> Decision:
+    cause = f"{_capital(_apart(outside))}; both have dropout, and layouts that draw other masks."
+    return Decision("cannot tell", cause, "Run both with dropout 0 and compare again.")
 
 
 def _made_otherwise(found: Findings) -> Decision:
@@ -206,8 +227,8 @@ def _record_both(found: Findings) -> str:
 def _incomplete(found: Findings) -> Decision:
     texts = [text for text in (found.missing_text(), found.missing_evaluations_text()) if text]
     rest = "every number that both have is equal" if not found.numbers.mismatches else _spread(found)
-    stopped = [f"{s.label} is {s.run.status}" for s in (found.a, found.b) if s.run and s.run.status != "finished"]
-    status = f" ({', '.join(stopped)})" if stopped else ""
+    stopped = _stopped(found)
+    status = f" ({stopped})" if stopped else ""
     return Decision(
         "cannot tell",
         f"{_capital('; '.join(texts))}{status}, while {rest}.",

@@ -11,7 +11,7 @@ from lockstep.errors import UserError
 from lockstep.lab.compare import Comparison, compare_paths
 from lockstep.lab.foreign.options import make_readers
 from lockstep.lab.foreign.repeats import Item, settle
-from lockstep.lab.side import load_side
+from lockstep.lab.side import gaps, load_side
 from tests.lab.foreign.writers import (
     MEGATRON_TAGS,
     WRITERS,
@@ -160,6 +160,52 @@ def test_last_line_that_is_cut_off_is_left_out_and_said(name: str, tmp_path: Pat
     assert any("cut off" in note for note in found.notes)
 
 
+def _losses_last(path: Path, lines: list[dict[str, Any]]) -> Path:
+    made = table(path, lines)
+    rows = [row.split(",") for row in made.read_text().splitlines()]
+    made.write_text("".join(",".join([at, norm, loss]) + "\n" for at, loss, norm, _ in rows))
+    return made
+
+
+@pytest.mark.parametrize("name", ["megatron-lm", "megatron-bridge", "torchtitan", "olmo-core", "csv", "losses last"])
+def test_log_that_is_cut_off_anywhere_in_its_last_lines_names_no_cause(name: str, tmp_path: Path):
+    """A number that lacks digits is another number: 3e-05 without its last two characters is 3."""
+    whole = (WRITERS | {"losses last": _losses_last})[name](tmp_path / "x", smooth())
+    run, content = write(tmp_path / "run", train=smooth(), evaluations=[]), whole.read_bytes()
+    begins = content.rindex(b"step=" if name == "olmo-core" else b"\n", 0, -2)
+    for end in range(begins + 1, len(content), 3):
+        whole.write_bytes(content[:end])
+        found = compare_paths(run, whole)
+        assert found.decision.verdict in ("cannot tell", "rounding", "identical"), (content[begins:end], found.decision)
+        told = found.findings.b.points.get(10)
+        if told is not None and name != "losses last":
+            assert told.lm_loss == pytest.approx(found.findings.a.points[10].lm_loss, abs=1e-2), content[begins:end]
+        if found.decision.verdict != "cannot tell":
+            assert told is not None
+
+
+def test_line_that_is_cut_off_within_a_log_is_left_out_and_said(tmp_path: Path):
+    def cut(text: bytes) -> bytes:
+        lines = text.splitlines(keepends=True)
+        return b"".join([*lines[:4], lines[4][: lines[4].index(b"lm loss:") + 14] + b"\n", *lines[5:]])
+
+    made = edit(megatron(tmp_path / "x", smooth()), cut)
+    for other in (write(tmp_path / "run", train=smooth(), evaluations=[]), made):
+        found = compare_paths(other, made)
+        assert found.decision.verdict == "cannot tell"
+        assert found.decision.cause.startswith("Iteration 5 is missing in ")
+        assert "B: line 5, of iteration 5, is cut off and was left out" in found.notes
+
+
+def test_event_file_that_is_cut_in_the_middle_lacks_the_rest(tmp_path: Path):
+    folder = events(tmp_path / "tb", smooth(), MEGATRON_TAGS)
+    edit(event_file(folder), lambda content: content[: len(content) // 2])
+    found = against_record(folder, tmp_path)
+    assert found.exit_code == 1
+    assert found.findings.pairs.missing_b[-1] == 10
+    assert any("cut off and was left out" in note for note in found.notes)
+
+
 def test_last_number_of_a_table_that_is_cut_is_no_equal_number(tmp_path: Path):
     made = edit(table(tmp_path / "x", [{**line, "lr": 1.0} for line in smooth()]), lambda c: c)
     text = made.read_text().splitlines()
@@ -203,6 +249,56 @@ def test_an_iteration_that_one_side_lacks_is_missing(name: str, tmp_path: Path):
     assert found.findings.pairs.missing_b, found.decision
 
 
+def _without_the_fifth() -> list[dict[str, Any]]:
+    return [*smooth()[:4], *smooth()[5:]]
+
+
+@pytest.mark.parametrize("name", [name for name in WRITERS if name != "hugging-face lines"])
+def test_an_iteration_that_both_sides_lack_is_missing(name: str, tmp_path: Path):
+    made = WRITERS[name](tmp_path / "x", _without_the_fifth())
+    found = compare_paths(made, made, *READERS)
+    assert (found.decision.verdict, found.exit_code) == ("cannot tell", 1)
+    assert found.decision.cause.startswith("Iteration 5 is missing in A and B, while every number that both have")
+
+
+def test_an_iteration_that_both_records_lack_is_missing(tmp_path: Path):
+    a, b = (write(tmp_path / name, train=_without_the_fifth(), evaluations=[]) for name in "ab")
+    assert compare_paths(a, b).decision.cause.startswith("Iteration 5 is missing in A and B")
+    lossless = [{**line, "lm_loss": None} if line["iteration"] == 5 else line for line in smooth()]
+    a, b = (write(tmp_path / f"{name}2", train=lossless, evaluations=[]) for name in "ab")
+    assert compare_paths(a, b).decision.cause.startswith("Iteration 5 is missing in A and B")
+
+
+def test_gaps_are_those_of_a_curve_that_keeps_its_rhythm():
+    assert gaps([1, 2, 4, 6, 7, 8, 9, 10, 11], 1) == [3, 5]
+    assert gaps([10, 20, 50, 60, 70], 10) == [30, 40]
+    assert gaps([1, 2, 3, 4, 6], 1) == [5]
+    assert not gaps([1, 2, 3, 4, 5, 10, 20, 30], 1)
+    assert not gaps([1, 2, 4, 8, 16], 1)
+    assert not gaps([7], 1)
+    assert not gaps([], 1)
+
+
+@pytest.mark.parametrize("name", ["megatron-lm", "tensorboard", "hugging-face", "csv"])
+def test_curves_without_an_iteration_in_common_cannot_tell(name: str, tmp_path: Path):
+    a, b = (WRITERS[name](tmp_path / where, part) for where, part in (("a", smooth()[:4]), ("b", smooth()[5:])))
+    found = compare_paths(a, b)
+    assert (found.decision.verdict, found.exit_code) == ("cannot tell", 1)
+    assert "no iteration and no evaluation in common (A has iterations 1 to 4, B has" in found.decision.cause
+
+
+def test_records_that_were_not_written_to_their_end_say_so(tmp_path: Path):
+    def killed(name: str) -> Path:
+        run = write(tmp_path / name, train=smooth(), evaluations=[], status="running")
+        return edit(run / "metrics.jsonl", lambda content: content[:-20]).parent
+
+    found = compare_paths(killed("a"), killed("b"))
+    assert found.decision.cause.endswith(
+        "of 9 iterations is bitwise equal, as far as they go (A is running, B is running)."
+    )
+    assert against_record(killed("c"), tmp_path).decision.verdict == "cannot tell"
+
+
 @pytest.mark.parametrize("name", ONE_LINE_AN_ITERATION)
 def test_two_runs_in_one_file_are_refused(name: str, tmp_path: Path):
     other = smooth()
@@ -238,10 +334,11 @@ def test_iterations_that_a_resume_repeats_alike_do_no_harm(name: str, tmp_path: 
     )
 
 
+@pytest.mark.parametrize("number", ["lm_loss", "grad_norm"])
 @pytest.mark.parametrize("name", [n for n in ONE_LINE_AN_ITERATION if n not in ("hugging-face", "megatron-lm")])
-def test_iterations_that_a_resume_repeats_otherwise_are_never_identical(name: str, tmp_path: Path):
+def test_iterations_that_a_resume_repeats_otherwise_are_never_identical(name: str, number: str, tmp_path: Path):
     before = smooth()[:8]
-    before[6]["lm_loss"] += 0.5
+    before[6][number] += 0.5
     found = against_record(joined(name, tmp_path, before, smooth()[5:]), tmp_path)
     assert (found.decision.verdict, found.exit_code) == ("cannot tell", 1)
     assert "iteration 7 is printed twice with different numbers" in found.decision.cause

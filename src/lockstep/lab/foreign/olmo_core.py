@@ -47,7 +47,7 @@ def parse(path: Path) -> Trace:
     step: int | None = None
     owner: str | None = None
     metrics: dict[str, float] = {}
-    for rank, text in read_lines(path):
+    for rank, text in read_lines(path, trace.notes):
         if found := _MARKER.search(text):
             _close(trace, step, metrics, owner)
             step, owner, metrics = int(found[1]), rank, {}

@@ -10,7 +10,7 @@ from typing import Any
 from lockstep.errors import UserError
 from lockstep.lab.digits import EXACT, Digits, digits_of
 from lockstep.lab.foreign.columns import COUNTED, Columns, choose
-from lockstep.lab.foreign.text import check_text
+from lockstep.lab.foreign.text import CUT_OFF, check_text
 from lockstep.lab.foreign.trace import Format, Trace
 from lockstep.lab.point import Point
 from lockstep.words import is_number
@@ -21,6 +21,8 @@ _FACTS = (
 )
 CSV = Format("csv", "CSV table", _FACTS)
 JSONL = Format("jsonl", "lines of JSON", _FACTS)
+_CAUSES = (*COUNTED, "lr", "next_lr", "loss_scale")
+"""Numbers that are named as the cause where they differ, so that one that may lack digits is not read."""
 _EMPTY = ("", "none", "null", "-")
 
 Row = tuple[str, dict[str, str]]
@@ -63,13 +65,16 @@ def parse_csv(path: Path, columns: Columns) -> Trace:
             continue
         if len(cells) != len(header):
             if reader.line_num == len(lines) and not whole.endswith("\n"):
-                trace.notes.append("the last line is cut off and was left out")
+                trace.notes.append(CUT_OFF)
                 continue
             raise UserError(f"{path}:{reader.line_num}: {len(cells)} cells under {len(header)} names; mend the line")
         rows.append((f"{path}:{reader.line_num}", dict(zip(header, cells, strict=True))))
+    chosen = choose(str(path), header, columns)
     if not whole.endswith("\n") and rows and rows[-1][0].endswith(f":{len(lines)}"):
         trace.notes.append("the last line has no end: it may be cut off")
-    return _fill(trace, rows, choose(str(path), header, columns), columns)
+        if header[-1] in [chosen[name] for name in _CAUSES if name in chosen]:
+            rows[-1][1][header[-1]] = ""
+    return _fill(trace, rows, chosen, columns)
 
 
 def parse_jsonl(path: Path, columns: Columns) -> Trace:
@@ -92,7 +97,7 @@ def parse_jsonl(path: Path, columns: Columns) -> Trace:
                 raise ValueError
         except ValueError:
             if position == len(lines):
-                trace.notes.append("the last line is cut off and was left out")
+                trace.notes.append(CUT_OFF)
                 continue
             raise UserError(f"{path}:{position}: not a JSON object; the file is damaged, restore it") from None
         if "kind" in cells and "batch_hash" in cells:

@@ -1,6 +1,7 @@
 """TensorBoard event files of any trainer whose tags are known, or named by the user."""
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,6 @@ from typing import Any
 from lockstep.errors import UserError
 from lockstep.lab.digits import Digits
 from lockstep.lab.foreign.columns import COUNTED, Columns
-from lockstep.lab.foreign.repeats import Item, settle
 from lockstep.lab.foreign.trace import Format, Trace
 from lockstep.lab.point import Point
 
@@ -159,20 +159,17 @@ def _custom(columns: Columns, scalars: Mapping[str, Any], path: Path) -> Family:
 def _fill(trace: Trace, family: Family, scalars: Mapping[str, list[tuple[int, float]]]) -> None:
     shift = 1 - family.counts_from
     known = {name: tag for name, spelled in family.tags.items() if (tag := _tag(spelled, scalars)) is not None}
-    where = str(trace.path)
-    series: dict[str, dict[int, float]] = {}
-    for name, tag in known.items():
-        if name == "evaluation":
-            continue
-        items = [Item(step + shift, None, value) for step, value in scalars[tag]]
-        settled = settle(f"{where}, {tag},", items)
-        series[name] = settled.values
+    series = {name: _by_step(scalars[tag]) for name, tag in known.items() if name != "evaluation"}
     losses = scalars[known["lm_loss"]]
-    series.setdefault("consumed_samples", _samples(known["lm_loss"], scalars, shift))
+    series.setdefault("consumed_samples", _samples(known["lm_loss"], scalars))
+    to_come = Counter(step for step, _ in losses)
     previous = 0
     for step, loss in losses:
         iteration = step + shift
-        numbers: dict[str, Any] = {name: values.get(iteration) for name, values in series.items()}
+        numbers: dict[str, Any] = {
+            name: _of_pass(values.get(step, []), to_come[step]) for name, values in series.items()
+        }
+        to_come[step] -= 1
         numbers |= {name: None if numbers.get(name) is None else int(numbers[name]) for name in COUNTED}
         start = previous + 1 if family.averages and previous < iteration else iteration
         trace.read(Point(**numbers | {"iteration": iteration, "start": start, "lm_loss": loss}))
@@ -194,12 +191,24 @@ def _evaluate(trace: Trace, losses: list[tuple[int, float]], last: int) -> None:
             trace.evaluate(iteration, loss, split, after)
 
 
-def _samples(loss: str, scalars: Mapping[str, list[tuple[int, float]]], shift: int) -> dict[int, float]:
-    """Return consumed samples by iteration, from the copy of the curve over samples that Megatron-LM writes."""
+def _by_step(values: Iterable[tuple[int, float]]) -> dict[int, list[float]]:
+    found: dict[int, list[float]] = {}
+    for step, value in values:
+        found.setdefault(step, []).append(value)
+    return found
+
+
+def _of_pass(values: list[float], from_the_end: int) -> float | None:
+    """Return the value of one pass over an iteration, counted from the last one: a tag may have come in later."""
+    return values[-min(from_the_end, len(values))] if values else None
+
+
+def _samples(loss: str, scalars: Mapping[str, list[tuple[int, float]]]) -> dict[int, list[float]]:
+    """Return consumed samples by step, from the copy of the curve over samples that Megatron-LM writes."""
     over = scalars.get(loss + _VS_SAMPLES, [])
     if len(over) != len(scalars[loss]):
         return {}
-    return {step + shift: samples for (step, _), (samples, _) in zip(scalars[loss], over, strict=True)}
+    return _by_step((step, samples) for (step, _), (samples, _) in zip(scalars[loss], over, strict=True))
 
 
 def _tag(spelled: str, scalars: Mapping[str, Any]) -> str | None:

@@ -11,8 +11,13 @@ _RANK = re.compile(r"\s*(?:\[(?:default|rank)\s?(\d+)\]:?|(\d+):\s)")
 _HEAD = 1 << 16
 
 
-def read_lines(path: Path) -> Iterator[tuple[str | None, str]]:
+CUT_OFF = "the last line is cut off and was left out"
+
+
+def read_lines(path: Path, notes: list[str] | None = None) -> Iterator[tuple[str | None, str]]:
     """Yield the rank that a launcher put before each line, or None, and the line without it and without colours.
+
+    With ``notes``, a last line without an end is left out and noted: a number in it may lack digits.
 
     Raises:
         UserError: the file cannot be read, is empty, or is no text.
@@ -20,6 +25,9 @@ def read_lines(path: Path) -> Iterator[tuple[str | None, str]]:
     check_text(path)
     with path.open(encoding="utf-8", errors="replace") as file:
         for text in file:
+            if notes is not None and not text.endswith("\n"):
+                notes.append(CUT_OFF)
+                return
             plain = _COLOUR.sub("", text.rstrip("\n"))
             found = _RANK.match(plain)
             if found:

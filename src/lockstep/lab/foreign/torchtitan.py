@@ -34,7 +34,7 @@ def parse(path: Path) -> Trace:
     trace = Trace(path, FORMAT)
     collector = Collector()
     losses, norms, evaluations = [], [], []
-    for rank, text in read_lines(path):
+    for rank, text in read_lines(path, trace.notes):
         collector.line(text)
         if found := _VALIDATE.search(text):
             trace.evaluate(int(found[1]), number(found[2]))

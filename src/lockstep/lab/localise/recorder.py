@@ -183,7 +183,7 @@ class Recorder(Observer):
                     shape, offsets = (length, *tensor.shape[1:]), (there, *(0,) * (tensor.dim() - 1))
                     self._tensor(FORWARD, f"rotary {what}", tensor[first : first + size], shape, offsets)
         hidden = context.mask.hidden
-        if hidden.shape[0] > 1:
+        if context.mask.document_ids is not None:  # of each sample
             self._write(FORWARD, "attention mask", hidden, number, runs, length)
         elif number == 0:
             for first, there, size in runs:
