@@ -129,6 +129,23 @@ def test_the_first_bad_line_is_the_one_reported(tmp_path: Path, monkeypatch: pyt
         prepare(PrepareOptions(corpus(tmp_path, lines), str(tmp_path / "out"), NULL, workers=2))
 
 
+def test_a_text_without_tokens_for_it_is_reported_before_a_later_line_that_is_not_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare_module, "_CHUNK_LINES", 3)
+    lines = [*({"text": str(i)} for i in range(4)), {"text": "to be"}, "{"]
+    with pytest.raises(UserError, match="line 5: NullTokenizer reads numbers"):
+        prepare(PrepareOptions(corpus(tmp_path, lines), str(tmp_path / "out"), NULL, workers=1))
+
+
+def test_half_a_surrogate_pair_is_an_error_of_its_line(shared: Path, tmp_path: Path) -> None:
+    model = str(shared / "data" / "tokenizer_bpe4096")
+    config = TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=model)
+    path = corpus(tmp_path, [{"text": "a"}, '{"text": "b \\ud800"}'])
+    with pytest.raises(UserError, match="line 2: the text cannot be tokenized"):
+        prepare(PrepareOptions(path, str(tmp_path / "out"), config, workers=1))
+
+
 def test_text_that_is_not_utf8(tmp_path: Path) -> None:
     path = tmp_path / "corpus.jsonl"
     path.write_bytes(b'{"text": "1"}\n{"text": "\xff"}\n')
