@@ -1,6 +1,7 @@
 import gzip
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -48,6 +49,25 @@ def test_worker_count_changes_nothing(shared: Path, tmp_path: Path, monkeypatch:
     (written,) = prepare(options)
     assert (written.bin_sha256, written.idx_sha256) == (BIN_SHA256, IDX_SHA256)
     assert (written.documents, written.tokens, written.dtype) == (723, 343383, "uint16")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("before", [None, "true"])
+def test_a_worker_starts_no_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int, before: str | None
+) -> None:
+    encode, name = prepare_module.Encoder.encode, "TOKENIZERS_PARALLELISM"
+
+    def checked(self: prepare_module.Encoder, chunk: prepare_module.Chunk) -> list[prepare_module.Encoded]:
+        assert os.environ[name] == "false"
+        return encode(self, chunk)
+
+    monkeypatch.setattr(prepare_module.Encoder, "encode", checked)
+    monkeypatch.delenv(name, raising=False)
+    if before is not None:
+        monkeypatch.setenv(name, before)
+    prepare(PrepareOptions(corpus(tmp_path, [{"text": "1"}]), str(tmp_path / "out"), NULL, workers=workers))
+    assert os.environ.get(name) == before
 
 
 def test_empty_texts_and_lists_of_sentences(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from lockstep.errors import UserError
 
 _CHUNK_BYTES = 1 << 18
 _CHUNK_LINES = 256
+_PARALLELISM = "TOKENIZERS_PARALLELISM"
 _CHUNKS_IN_FLIGHT = 4  # a worker; bounds memory while keeping workers busy
 
 
@@ -294,7 +295,6 @@ _worker_encoder: Encoder
 
 
 def _start_worker(inherited: Encoder | None, options: PrepareOptions) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core already
     global _worker_encoder
     _worker_encoder = inherited or Encoder(build_tokenizer(options.tokenizer), options.json_keys, options.append_eod)
 
@@ -309,6 +309,7 @@ class _Encoding:
     def __init__(self, encoder: Encoder, options: PrepareOptions, workers: int) -> None:
         self._encoder = encoder
         self._workers = workers
+        self._parallel: str | None = None
         self._pool: ProcessPoolExecutor | None = None
         if workers > 1:
             # Forked workers have the libraries already; elsewhere than on Linux forking is not safe.
@@ -317,6 +318,9 @@ class _Encoding:
             self._pool = ProcessPoolExecutor(workers, context, _start_worker, (encoder if forks else None, options))
 
     def __enter__(self) -> "_Encoding":
+        # A worker is one process on one core: the library would start threads for all of them.
+        self._parallel = os.environ.get(_PARALLELISM)
+        os.environ[_PARALLELISM] = "false"
         if self._pool is not None:
             self._pool.submit(os.getpid)  # start the processes now, before a progress bar starts its thread
         return self
@@ -324,6 +328,9 @@ class _Encoding:
     def __exit__(self, *exc: object) -> None:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
+        del os.environ[_PARALLELISM]
+        if self._parallel is not None:
+            os.environ[_PARALLELISM] = self._parallel
 
     def ordered(self, chunks: Iterator[Chunk]) -> Iterator[tuple[Chunk, list[Encoded]]]:
         """Yield each chunk with its documents; at most a few chunks a worker are held at a time."""
