@@ -29,6 +29,13 @@ def test_import_and_help_are_quick_and_leave_torch_alone() -> None:
     assert quickest[1] < 0.5
 
 
+def test_importing_the_trainer_leaves_what_one_process_does_not_need_alone() -> None:
+    slow = ["distributed.fsdp", "distributed.tensor", "distributed.checkpoint", "distributed.pipelining", "_dynamo"]
+    code = f"import sys, lockstep.training.run; print([m for m in {slow} if 'torch.' + m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_user_errors_become_one_message_and_a_code(capsys: pytest.CaptureFixture[str]) -> None:
     def fail() -> int:
         raise UserError("what is wrong; what to do")

@@ -1,6 +1,7 @@
 import gzip
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -48,6 +49,25 @@ def test_worker_count_changes_nothing(shared: Path, tmp_path: Path, monkeypatch:
     (written,) = prepare(options)
     assert (written.bin_sha256, written.idx_sha256) == (BIN_SHA256, IDX_SHA256)
     assert (written.documents, written.tokens, written.dtype) == (723, 343383, "uint16")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("before", [None, "true"])
+def test_a_worker_starts_no_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int, before: str | None
+) -> None:
+    encode, name = prepare_module.Encoder.encode, "TOKENIZERS_PARALLELISM"
+
+    def checked(self: prepare_module.Encoder, chunk: prepare_module.Chunk) -> list[prepare_module.Encoded]:
+        assert os.environ[name] == "false"
+        return encode(self, chunk)
+
+    monkeypatch.setattr(prepare_module.Encoder, "encode", checked)
+    monkeypatch.delenv(name, raising=False)
+    if before is not None:
+        monkeypatch.setenv(name, before)
+    prepare(PrepareOptions(corpus(tmp_path, [{"text": "1"}]), str(tmp_path / "out"), NULL, workers=workers))
+    assert os.environ.get(name) == before
 
 
 def test_empty_texts_and_lists_of_sentences(tmp_path: Path) -> None:
@@ -127,6 +147,23 @@ def test_the_first_bad_line_is_the_one_reported(tmp_path: Path, monkeypatch: pyt
     lines[3] = lines[8] = {"txt": "1"}
     with pytest.raises(UserError, match="line 4 has no key"):
         prepare(PrepareOptions(corpus(tmp_path, lines), str(tmp_path / "out"), NULL, workers=2))
+
+
+def test_a_text_without_tokens_for_it_is_reported_before_a_later_line_that_is_not_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare_module, "_CHUNK_LINES", 3)
+    lines = [*({"text": str(i)} for i in range(4)), {"text": "to be"}, "{"]
+    with pytest.raises(UserError, match="line 5: NullTokenizer reads numbers"):
+        prepare(PrepareOptions(corpus(tmp_path, lines), str(tmp_path / "out"), NULL, workers=1))
+
+
+def test_half_a_surrogate_pair_is_an_error_of_its_line(shared: Path, tmp_path: Path) -> None:
+    model = str(shared / "data" / "tokenizer_bpe4096")
+    config = TokenizerConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=model)
+    path = corpus(tmp_path, [{"text": "a"}, '{"text": "b \\ud800"}'])
+    with pytest.raises(UserError, match="line 2: the text cannot be tokenized"):
+        prepare(PrepareOptions(path, str(tmp_path / "out"), config, workers=1))
 
 
 def test_text_that_is_not_utf8(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from lockstep.training.checkpoint_storage import read_index, read_whole
+from lockstep.training.checkpoint_index import read_index, read_whole
 from tests.parallel.spawn import Turn
 from tests.training.checkpoint_runs import FSDP, PIPELINE, SEQUENCE, SHARDED, echo, recorded, take, train
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lockstep.lab.compare import compare_paths
-from lockstep.training.checkpoint_storage import read_index, read_whole
+from lockstep.training.checkpoint_index import read_index, read_whole
 from tests.parallel.spawn import Turn
 from tests.training.checkpoint_runs import SEQUENCE, SHARDED, echo, recorded, take, train
 

@@ -10,7 +10,7 @@ import torch
 
 from lockstep.errors import CommonError
 from lockstep.lab.compare import compare_paths
-from lockstep.training.checkpoint_storage import read_index, read_whole
+from lockstep.training.checkpoint_index import read_index, read_whole
 from tests.parallel.spawn import Turn, in_turn
 from tests.training.checkpoint_runs import (
     CONTEXT,

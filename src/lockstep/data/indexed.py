@@ -12,6 +12,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -275,6 +276,14 @@ class IndexedDatasetWriter:
         self.num_tokens += len(values)
         self._lengths.extend([len(values)] if lengths is None else lengths)
         self._bounds.append(len(self._lengths))
+
+    def add_documents(self, tokens: bytes, lengths: Sequence[int], sequences: Sequence[int]) -> None:
+        """Add documents: their tokens as the file holds them, the lengths of all sequences, and how many each has."""
+        self._write(tokens)
+        self.num_tokens += len(tokens) // self.dtype.itemsize
+        first = len(self._lengths)
+        self._lengths.extend(lengths)
+        self._bounds.extend(islice(accumulate(sequences, initial=first), 1, None))
 
     def extend(self, other: "IndexedDatasetWriter") -> None:
         """Add all documents of another unfinished writer of the same dtype."""

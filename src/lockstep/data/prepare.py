@@ -12,13 +12,14 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from lockstep.config.data import TokenizerConfig
+from lockstep.data.encoding import text_encoder
 from lockstep.data.indexed import IndexedDatasetWriter, WrittenFiles, optimal_dtype
 from lockstep.data.progress import PrepareProgress
 from lockstep.data.sidecar import Sidecar, write_sidecar
@@ -27,6 +28,7 @@ from lockstep.errors import UserError
 
 _CHUNK_BYTES = 1 << 18
 _CHUNK_LINES = 256
+_PARALLELISM = "TOKENIZERS_PARALLELISM"
 _CHUNKS_IN_FLIGHT = 4  # a worker; bounds memory while keeping workers busy
 
 
@@ -69,9 +71,15 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Encoded:
-    """The documents of a chunk for one key: all tokens, the lengths of sequences, and how many each document has."""
+    """The documents of a chunk for one key.
 
-    tokens: np.ndarray
+    Attributes:
+        tokens: all tokens, as the file holds them.
+        lengths: tokens of each sequence.
+        sequences: how many sequences each document has.
+    """
+
+    tokens: bytes
     lengths: list[int]
     sequences: list[int]
 
@@ -80,10 +88,10 @@ class Encoder:
     """Turns a chunk of JSON lines into tokens."""
 
     def __init__(self, tokenizer: Tokenizer, json_keys: Sequence[str], append_eod: bool) -> None:
-        self._tokenizer = tokenizer
         self._keys = tuple(json_keys)
-        self._eod = [tokenizer.eod] if append_eod else []
         self._dtype = optimal_dtype(tokenizer.vocab_size)
+        self._eod = np.array([tokenizer.eod], self._dtype).tobytes() if append_eod else b""
+        self._texts = text_encoder(tokenizer, self._dtype)
 
     def encode(self, chunk: Chunk) -> list[Encoded]:
         """Return the documents of a chunk, an entry a key.
@@ -91,44 +99,57 @@ class Encoder:
         Raises:
             UserError: a line is not a JSON object with the keys, or a text cannot be tokenized; names file and line.
         """
-        ids: list[list[int]] = [[] for _ in self._keys]
-        lengths: list[list[int]] = [[] for _ in self._keys]
-        sequences: list[list[int]] = [[] for _ in self._keys]
+        documents: list[list[list[str]]] = []  # of each line, the texts of each key
+        failure = None
         for number, line in enumerate(chunk.lines, chunk.first_line):
             place = f"{chunk.path}, line {number}"
-            document = _parse(line, place)
-            for k, key in enumerate(self._keys):
-                texts = _texts(document, key, place)
-                found = self._document(texts, place, ids[k])
-                lengths[k].extend(found)
-                sequences[k].append(len(found))
-        arrays = [np.array(values, dtype=self._dtype) for values in ids]
-        return [Encoded(*parts) for parts in zip(arrays, lengths, sequences, strict=True)]
-
-    def _document(self, texts: list[str], place: str, ids: list[int]) -> list[int]:
-        """Append the tokens of a document to ``ids`` and return the lengths of its sequences."""
-        lengths = []
-        for text in texts:
             try:
-                tokens = self._tokenizer.tokenize(text)
+                document = _parse(line, place)
+                documents.append([_texts(document, key, place) for key in self._keys])
             except UserError as error:
-                raise UserError(f"{place}: {error}") from None
-            self._check_ids(tokens, place)
-            if tokens:
-                ids.extend(tokens)
-                lengths.append(len(tokens))
-        if lengths:
-            ids.extend(self._eod)
-            lengths[-1] += len(self._eod)
-        return lengths
+                failure = error
+                break
+        ids = self._encode_texts(documents, chunk)
+        if failure is not None:
+            raise failure
+        return [self._collect(documents, k, ids[k]) for k in range(len(self._keys))]
 
-    def _check_ids(self, tokens: list[int], place: str) -> None:
-        size = self._tokenizer.vocab_size
-        if tokens and (min(tokens) < 0 or max(tokens) >= size):
-            wrong = next(token for token in tokens if not 0 <= token < size)
-            raise UserError(
-                f"{place}: token id {wrong} is not in the vocabulary of {size} tokens; correct the text or --vocab-size"
-            )
+    def _encode_texts(self, documents: list[list[list[str]]], chunk: Chunk) -> list[list[bytes]]:
+        """Return the ids of all texts of each key; an error is that of the first line that has one."""
+        try:
+            return [
+                self._texts.encode([text for texts in documents for text in texts[k]]) for k in range(len(self._keys))
+            ]
+        except (UserError, TypeError):
+            for number, texts in enumerate(documents, chunk.first_line):
+                for text in chain.from_iterable(texts):
+                    self._encode_one(text, f"{chunk.path}, line {number}")
+            raise
+
+    def _encode_one(self, text: str, place: str) -> None:
+        try:
+            self._texts.encode([text])
+        except UserError as error:
+            raise UserError(f"{place}: {error}") from None
+        except TypeError as error:
+            raise UserError(f"{place}: the text cannot be tokenized ({error}); is a surrogate alone in it?") from None
+
+    def _collect(self, documents: list[list[list[str]]], k: int, ids: list[bytes]) -> Encoded:
+        """Join the ids of texts to documents; texts without a token are no sequences."""
+        tokens: list[bytes] = []
+        lengths: list[int] = []
+        sequences: list[int] = []
+        size, eod = self._dtype.itemsize, self._eod
+        at = 0
+        for texts in documents:
+            found = [each for each in ids[at : at + len(texts[k])] if each]
+            at += len(texts[k])
+            sequences.append(len(found))
+            if found:
+                found[-1] += eod
+                tokens += found
+                lengths += [len(each) // size for each in found]
+        return Encoded(b"".join(tokens), lengths, sequences)
 
 
 def _parse(line: bytes, place: str) -> dict[str, Any]:
@@ -251,13 +272,15 @@ class _Output:
         return sum(writer.num_tokens for writer in (self._writer, *self._parts))
 
     def add(self, encoded: Encoded) -> None:
-        bounds = [0, *accumulate(encoded.sequences)]
-        at = 0
-        for first, last in pairwise(bounds):
+        if not self._parts:
+            self._writer.add_documents(encoded.tokens, encoded.lengths, encoded.sequences)
+            return
+        size, at = self._writer.dtype.itemsize, 0
+        for first, last in pairwise(accumulate(encoded.sequences, initial=0)):
             lengths = encoded.lengths[first:last]
-            end = at + sum(lengths)
-            writer = self._parts[self._next % len(self._parts)] if self._parts else self._writer
-            writer.add_document(encoded.tokens[at:end], lengths)
+            end = at + size * sum(lengths)
+            part = self._parts[self._next % len(self._parts)]
+            part.add_documents(encoded.tokens[at:end], lengths, [len(lengths)])
             at = end
             self._next += 1
 
@@ -271,10 +294,9 @@ class _Output:
 _worker_encoder: Encoder
 
 
-def _start_worker(options: PrepareOptions) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core already
+def _start_worker(inherited: Encoder | None, options: PrepareOptions) -> None:
     global _worker_encoder
-    _worker_encoder = Encoder(build_tokenizer(options.tokenizer), options.json_keys, options.append_eod)
+    _worker_encoder = inherited or Encoder(build_tokenizer(options.tokenizer), options.json_keys, options.append_eod)
 
 
 def _encode_in_worker(chunk: Chunk) -> list[Encoded]:
@@ -287,13 +309,18 @@ class _Encoding:
     def __init__(self, encoder: Encoder, options: PrepareOptions, workers: int) -> None:
         self._encoder = encoder
         self._workers = workers
+        self._parallel: str | None = None
         self._pool: ProcessPoolExecutor | None = None
         if workers > 1:
             # Forked workers have the libraries already; elsewhere than on Linux forking is not safe.
-            context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-            self._pool = ProcessPoolExecutor(workers, context, _start_worker, (options,))
+            forks = sys.platform == "linux"
+            context = multiprocessing.get_context("fork" if forks else "spawn")
+            self._pool = ProcessPoolExecutor(workers, context, _start_worker, (encoder if forks else None, options))
 
     def __enter__(self) -> "_Encoding":
+        # A worker is one process on one core: the library would start threads for all of them.
+        self._parallel = os.environ.get(_PARALLELISM)
+        os.environ[_PARALLELISM] = "false"
         if self._pool is not None:
             self._pool.submit(os.getpid)  # start the processes now, before a progress bar starts its thread
         return self
@@ -301,6 +328,9 @@ class _Encoding:
     def __exit__(self, *exc: object) -> None:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
+        del os.environ[_PARALLELISM]
+        if self._parallel is not None:
+            os.environ[_PARALLELISM] = self._parallel
 
     def ordered(self, chunks: Iterator[Chunk]) -> Iterator[tuple[Chunk, list[Encoded]]]:
         """Yield each chunk with its documents; at most a few chunks a worker are held at a time."""

@@ -13,6 +13,8 @@ from lockstep.errors import UserError
 
 _END_OF_TEXT = "<|endoftext|>"
 _IDENTITY_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+_CALLS = {"__call__", "_encode_plus", "_batch_encode_plus", "encode_plus", "batch_encode_plus"}
+"""Methods of transformers that turn a text into ids; a class with its own may do more than the tokenizers library."""
 _PROBE = "The quick brown fox, aged 37,\n\tdidn't re-read naïve 中文 tokenizers?! <|endoftext|> x=1;"
 
 
@@ -75,6 +77,15 @@ class Tokenizer(ABC):
     def chat_identity(self) -> dict[str, Any] | None:
         """Return what else decides how conversations are written; None without chat templates."""
         return None
+
+    @property
+    def backend(self) -> Any:
+        """The object of the tokenizers library that alone decides the ids of a text; None where there is none."""
+        return None
+
+    def tokenize_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of each text, as ``tokenize`` gives them."""
+        return [self.tokenize(text) for text in texts]
 
     @abstractmethod
     def detokenize(self, ids: Sequence[int]) -> str:
@@ -144,6 +155,7 @@ class HuggingFaceTokenizer(Tokenizer):
         chat_template: str | None = None,
     ) -> None:
         self._tokenizer = _load_hugging_face(Path(model), trust_remote_code)
+        self._tokenizer("", verbose=False)  # takes truncation and padding out of a file that sets them
         self._include_special_tokens = include_special_tokens
         self.vocab_size = len(self._tokenizer)
         ends = (self._tokenizer.eos_token_id, getattr(self._tokenizer, "sep_token_id", None))
@@ -161,6 +173,23 @@ class HuggingFaceTokenizer(Tokenizer):
     def tokenize_alone(self, text: str) -> list[int]:
         """Return the token ids of a piece of text, without what the tokenizer adds to a whole one."""
         return self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+
+    @property
+    def backend(self) -> Any:
+        """The object of the tokenizers library behind it, where the class of the tokenizer adds nothing of its own."""
+        import transformers
+
+        classes = type(self._tokenizer).__mro__
+        if transformers.PreTrainedTokenizerFast not in classes:
+            return None
+        own = classes[: classes.index(transformers.PreTrainedTokenizerFast)]
+        return None if any(_CALLS & vars(each).keys() for each in own) else self._tokenizer.backend_tokenizer
+
+    def tokenize_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of each text."""
+        if (backend := self.backend) is None:
+            return super().tokenize_batch(texts)
+        return _batch(backend, texts, self._include_special_tokens)
 
     def chat_text(
         self, messages: Sequence[dict[str, Any]], *, generate: bool = False, tools: list[Any] | None = None
@@ -258,6 +287,15 @@ class GPT2BPETokenizer(Tokenizer):
         """Return the token ids of a text."""
         return self._tokenizer.encode(text).ids
 
+    @property
+    def backend(self) -> Any:
+        """The object of the tokenizers library behind it."""
+        return self._tokenizer
+
+    def tokenize_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of each text."""
+        return _batch(self._tokenizer, texts, True)
+
     def detokenize(self, ids: Sequence[int]) -> str:
         """Return the text of token ids, special tokens spelled out."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
@@ -265,6 +303,11 @@ class GPT2BPETokenizer(Tokenizer):
     def identity(self) -> dict[str, Any]:
         """Return a hash over vocabulary, merges and what a probe text becomes, and the special ids."""
         return {"type": self.name, **_fingerprint(self, self._tokenizer.get_vocab(), self._tokenizer)}
+
+
+def _batch(backend: Any, texts: Sequence[str], special: bool) -> list[list[int]]:
+    """Return the ids of each text from an object of the tokenizers library; ``special`` adds its special tokens."""
+    return [found.ids for found in backend.encode_batch_fast(list(texts), add_special_tokens=special)]
 
 
 def _fingerprint(tokenizer: Tokenizer, vocab: dict[str, int], backend: Any) -> dict[str, Any]:

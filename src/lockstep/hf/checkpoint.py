@@ -16,10 +16,10 @@ from lockstep.hf.settings import stated
 from lockstep.parallel.placement import Placed, place
 from lockstep.record.schema import decode_number
 from lockstep.training import checkpoint_files as files
+from lockstep.training.checkpoint_index import Stored, read_index, read_whole
 from lockstep.training.checkpoint_peers import Peers
 from lockstep.training.checkpoint_save import Snapshot, write_checkpoint
 from lockstep.training.checkpoint_state import MODEL
-from lockstep.training.checkpoint_storage import Stored, read_index, read_whole
 
 CARRIED = "hf"
 """Folder in a checkpoint with the files of the Hugging Face model it came from."""

@@ -11,9 +11,9 @@ from lockstep.hf.convert import open_weights, set_tokenizer
 from lockstep.hf.folder import Folder, Weights, carried_files
 from lockstep.hf.settings import check_same, stated, to_config
 from lockstep.parallel.placement import Placed
+from lockstep.training.checkpoint_index import Stored
 from lockstep.training.checkpoint_load import Source
 from lockstep.training.checkpoint_state import MODEL
-from lockstep.training.checkpoint_storage import Stored
 
 
 @dataclass(frozen=True)

@@ -5,19 +5,21 @@ optimizer updates. Around its work a layer has whole weights in the dtype of the
 is added up, cut into the same rows, right after it.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 from lockstep.models import GPTModel
 from lockstep.models.ops import widened
 from lockstep.parallel.mesh import Axis, Mesh
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,9 @@ def shard_weights(model: GPTModel, mesh: Mesh, sharding: WeightSharding) -> None
     The model is on the meta device and stays there. What is left (embedding, final norm, output layer) is whole from
     the first use to the end of a backward pass: the output layer may share the embedding's weight.
     """
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     assert mesh.shards.group is not None, "one process has nothing to shard"
     for name, parameter in list(model.named_parameters()):
         owner, _, leaf = name.rpartition(".")
@@ -69,8 +74,10 @@ def _without_views(_: nn.Module, __: Any, output: Tensor) -> Tensor:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Tell whether `shard_weights` was applied to a model."""
-    return isinstance(model, FSDPModule)
+    """Tell whether `shard_weights` was applied to a model, or to a layer."""
+    # What was never imported cannot have sharded anything: its import is seconds of every start.
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(model, fsdp.FSDPModule)
 
 
 def keeper(shards: Axis) -> Callable[[nn.Module, str, Tensor], None]:
@@ -86,7 +93,9 @@ def keeper(shards: Axis) -> Callable[[nn.Module, str, Tensor], None]:
 def local(tensor: Tensor) -> Tensor:
     """Return the rows of a sharded tensor that this process has; they share its memory."""
     detached = tensor.detach()
-    return detached.to_local() if isinstance(detached, DTensor) else detached
+    tensor_module = sys.modules.get("torch.distributed.tensor")
+    sharded = tensor_module is not None and isinstance(detached, tensor_module.DTensor)
+    return cast("DTensor", detached).to_local() if sharded else detached
 
 
 def rows_of(rows: int, axis: Axis) -> tuple[int, int]:
@@ -125,5 +134,5 @@ def release(model: nn.Module) -> None:
         module.reshard()
 
 
-def _sharded_modules(model: nn.Module) -> Iterator[FSDPModule]:
-    return (module for module in model.modules() if isinstance(module, FSDPModule))
+def _sharded_modules(model: nn.Module) -> "Iterator[FSDPModule]":
+    return (cast("FSDPModule", module) for module in model.modules() if is_sharded(module))

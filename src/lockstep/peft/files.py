@@ -23,8 +23,8 @@ from lockstep.peft.apply import adapter_names, is_adapter, whole_adapters
 from lockstep.record.schema import decode_number
 from lockstep.training import checkpoint_files as files
 from lockstep.training.checkpoint_args import is_hf_folder
+from lockstep.training.checkpoint_index import Stored, read_index, read_whole
 from lockstep.training.checkpoint_state import MODEL
-from lockstep.training.checkpoint_storage import Stored, read_index, read_whole
 
 
 @dataclass(frozen=True)

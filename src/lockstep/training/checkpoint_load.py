@@ -27,6 +27,7 @@ from lockstep.training.checkpoint_base import (
     missing_places,
     set_magnitudes,
 )
+from lockstep.training.checkpoint_index import Stored, read_index, read_whole
 from lockstep.training.checkpoint_peers import Peers
 from lockstep.training.checkpoint_state import (
     MODEL,
@@ -36,7 +37,6 @@ from lockstep.training.checkpoint_state import (
     model_tensors,
     take_model_tensors,
 )
-from lockstep.training.checkpoint_storage import Stored, read_index, read_tensors, read_whole
 from lockstep.training.console import say
 from lockstep.training.evaluate import Evaluator
 from lockstep.training.hooks import Progress
@@ -66,6 +66,8 @@ class Source:
 
     def read(self, tensors: dict[str, Placed], config: ConfigContainer) -> None:
         """Fill tensors of this process in place."""
+        from lockstep.training.checkpoint_storage import read_tensors  # PyTorch's checkpoints are slow to import
+
         read_tensors(self.folder, tensors)
 
     def whole(self, name: str, stored: Stored, config: ConfigContainer) -> Tensor:

@@ -25,7 +25,6 @@ from lockstep.record.schema import encode
 from lockstep.training import checkpoint_files as files
 from lockstep.training.checkpoint_peers import Peers
 from lockstep.training.checkpoint_state import model_tensors, optimizer_step, optimizer_tensors, written_here
-from lockstep.training.checkpoint_storage import write_tensors
 from lockstep.training.console import say
 from lockstep.training.evaluate import Evaluator
 from lockstep.training.hooks import Hook, Progress, RunInfo
@@ -112,6 +111,8 @@ def write_checkpoint(
     Raises:
         UserError: on all processes, if one of them could not write.
     """
+    from lockstep.training.checkpoint_storage import write_tensors  # PyTorch's checkpoints are slow to import
+
     scratch = peers.by_leader(lambda: files.scratch_dir(root, snapshot.iteration))
     try:
         names = write_tensors(scratch, snapshot.tensors, peers.group)

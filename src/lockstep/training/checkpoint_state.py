@@ -13,7 +13,7 @@ from lockstep.errors import UserError
 from lockstep.models import GPTModel
 from lockstep.parallel.fsdp import is_sharded, own_weights, take_weights
 from lockstep.parallel.placement import Placed, Placement
-from lockstep.training.checkpoint_storage import Stored
+from lockstep.training.checkpoint_index import Stored
 from lockstep.training.optimizer import Optimizer
 from lockstep.training.sharded import FullyShardedMainWeights
 

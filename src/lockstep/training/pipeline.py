@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import pipelining
 
 from lockstep.config.stages import num_stages
 from lockstep.errors import UserError
@@ -88,6 +87,8 @@ class PipelinePasses:
 
     def _stage(self, number: int, training: bool, shape: torch.Size) -> Any:
         """Wrap a stage, with the shapes of what it receives and sends: PyTorch would run the model to find them."""
+        from torch.distributed import pipelining
+
         stage, mesh, dtype = self._stages[number], self._mesh, self._model.dtype
         meta = partial(torch.empty, device="meta")
         length = shape[1] // (mesh.tp.size if mesh.sequence_parallel else 1)
@@ -105,6 +106,8 @@ class PipelinePasses:
 
 def _build_schedule(stages: list[Any], count: int, training: bool) -> Any:
     """Return 1F1B or its interleaved form; all forward passes first where nothing comes back or all are in flight."""
+    from torch.distributed import pipelining
+
     settings: dict[str, Any] = {"n_microbatches": count, "loss_fn": _given, "scale_grads": False}
     if len(stages) == 1:
         one_by_one = training and count >= stages[0].num_stages
