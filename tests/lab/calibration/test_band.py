@@ -8,11 +8,12 @@ import torch
 
 from lockstep.errors import UserError
 from lockstep.lab.calibration.band import FACTOR, Band, load_band, measure, write_band
-from lockstep.lab.calibration.calibrate import calibrate
+from lockstep.lab.calibration.calibrate import _laid_out, calibrate
 from lockstep.lab.calibration.worker import perturbation
 from lockstep.lab.compare import compare_paths
+from tests.lab.calibration.flips import EXPERTS
 from tests.lab.calibration.rates import BAND_SEEDS, curve, outside
-from tests.lab.faults import FAULTS, GPT
+from tests.lab.faults import FAULTS, GPT, config
 from tests.lab.synthetic import ITERATIONS, Line, train_lines, write
 
 
@@ -96,3 +97,26 @@ def test_calibrate_measures_a_recorded_run(tmp_path: Path):
     assert 0 < made.precision["lm_loss"] < 0.1
     assert load_band(tmp_path / "run") == made
     assert json.loads((tmp_path / "run" / "band.json").read_text())["schema"] == 1
+
+
+@pytest.mark.parametrize(
+    ("layout", "processes"),
+    [
+        ("model.tensor_model_parallel_size=2", 2),
+        ("model.expert_model_parallel_size=2", 2),
+        ("model.tensor_model_parallel_size=2 model.expert_model_parallel_size=2", 4),
+        (
+            "model.tensor_model_parallel_size=2 model.sequence_parallel=true model.expert_tensor_parallel_size=1 "
+            "model.expert_model_parallel_size=2",
+            2,
+        ),
+        ("train.micro_batch_size=2 processes=2", 2),
+    ],
+)
+def test_a_layout_takes_as_few_processes_as_it_fits_on_or_as_many_as_asked(layout: str, processes: int):
+    assert _laid_out(config(EXPERTS), layout)[1] == processes
+
+
+def test_a_layout_that_names_no_number_of_processes_is_refused():
+    with pytest.raises(UserError, match="processes=two is no number of processes"):
+        _laid_out(config(EXPERTS), "processes=two")
