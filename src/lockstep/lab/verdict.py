@@ -164,8 +164,8 @@ def _flipped(found: Findings, outside: Mismatch) -> Decision | None:
     if chooses is None:
         return None
     cause = (
-        f"{_capital(_apart(outside))}; but {chooses}, a choice that flips can take it {reach(found, outside):g} times as far, "
-        "and no band was measured."
+        f"{_capital(_apart(outside))}; but {chooses}, a choice that flips can take it {reach(found, outside):g} "
+        "times as far, and no band was measured."
     )
     return Decision(
         "cannot tell", cause, f"Measure what rounding does to this run, `{command(found)}`, and compare again."

@@ -1,8 +1,8 @@
 """How far apart correct BF16 runs get where a router chooses: ``python -m tests.lab.calibration.flips``.
 
 Each row is a model; its curves start from weights moved by one ulp, with other micro-batch sizes, and on two processes.
-Distances are in units of the bounds that `compare` uses where no band was measured; those of planted faults stand below.
-The measured band is made from half of the moved weights, and judges the others.
+Distances are in units of the bounds that `compare` uses where no band was measured; planted faults stand below. The
+measured band is made from half of the moved weights, and judges the others.
 """
 
 import contextlib

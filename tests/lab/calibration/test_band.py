@@ -16,6 +16,8 @@ from tests.lab.calibration.rates import BAND_SEEDS, curve, outside
 from tests.lab.faults import FAULTS, GPT, config
 from tests.lab.synthetic import ITERATIONS, Line, train_lines, write
 
+LAYOUTS = ["train.micro_batch_size=2", "model.tensor_model_parallel_size=2"]
+
 
 def band(spread: float = 1e-4) -> Band:
     by_iteration = dict.fromkeys(range(1, ITERATIONS + 1), spread)
@@ -88,10 +90,10 @@ def test_calibrate_measures_a_recorded_run(tmp_path: Path):
     )
     assert main(["pretrain-gpt", *flags.split(), "--run-dir", str(tmp_path / "run")]) == 0
     said: list[str] = []
-    made = calibrate(tmp_path / "run", said.append, seeds=2, layouts=["train.micro_batch_size=2"])
+    made = calibrate(tmp_path / "run", said.append, seeds=2, layouts=LAYOUTS)
     assert made.bitwise
     assert "repeat: equal in every digit" in said
-    assert made.made_from == ["2 runs from weights moved by one ulp", "a run with train.micro_batch_size=2"]
+    assert made.made_from == ["2 runs from weights moved by one ulp", *(f"a run with {x}" for x in LAYOUTS)]
     assert set(made.spread["lm_loss"]) == {1, 2, 3}
     assert all(spread > 0 for spread in made.spread["lm_loss"].values())
     assert 0 < made.precision["lm_loss"] < 0.1

@@ -15,7 +15,7 @@ from tests.lab.calibration.test_band import band
 from tests.lab.faults import FAULTS
 from tests.lab.synthetic import Line, config, train_lines, write
 
-ROUTED = {"model__num_moe_experts": 8}
+ROUTED: dict[str, Any] = {"model__num_moe_experts": 8}
 
 
 def off(key: str, iteration: int, ulps: float) -> list[Line]:
@@ -24,9 +24,9 @@ def off(key: str, iteration: int, ulps: float) -> list[Line]:
     return lines
 
 
-def pair(folder: Path, lines: list[Line], facts: dict[str, Any] | None = None, **settings: Any) -> Comparison:
+def pair(folder: Path, lines: list[Line], **settings: Any) -> Comparison:
     tree = config(**settings)
-    return compare_paths(write(folder / "a", tree=tree), write(folder / "b", tree=tree, train=lines, **(facts or {})))
+    return compare_paths(write(folder / "a", tree=tree), write(folder / "b", tree=tree, train=lines))
 
 
 @pytest.mark.parametrize(
