@@ -1,6 +1,7 @@
 """Correlate: sides are derived, checked before anything runs, and kept apart."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from lockstep.config import ConfigContainer, all_fields
 from lockstep.config.resolve import resolve
 from lockstep.errors import UserError
 from lockstep.lab import correlate as module
+from lockstep.lab.calibration.band import Band, write_band
 from lockstep.lab.correlate import DEFAULT_RECIPE, REFERENCE_FLAGS, REFERENCE_OVERRIDES, build_pair, correlate
 from lockstep.lab.dormant import DORMANT
 from lockstep.megatron_lm.parser import parse_flags
@@ -104,6 +106,26 @@ def test_pair_runs_in_fresh_folders_and_is_compared(
     held = {path.name for path in folder.iterdir()}
     assert held == {"mlm", "bridge", "mlm.log", "bridge.log", "report.html", "report.json", "report.png"}
     assert "door train" in (folder / "bridge.log").read_text()
+
+
+def test_calibrate_measures_the_flag_side_before_the_verdict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    fake_lockstep(tmp_path, monkeypatch)
+    measured = []
+
+    def calibrate(run_dir: Path, say: Callable[[str], None]) -> None:
+        measured.append(run_dir)
+        say("measured")
+        write_band(Band({"lm_loss": {}, "grad_norm": {}}, 4.0, ["runs"], True), run_dir)
+
+    monkeypatch.setattr("lockstep.lab.calibration.calibrate.calibrate", calibrate)
+    out = tmp_path / "out"
+    assert correlate(None, None, out, calibrated=True) == 0
+    assert measured == [out / "mlm"]
+    shown = capsys.readouterr().out
+    assert shown.index("[bridge] door train") < shown.index("measured") < shown.index("verdict: identical")
+    assert "the band was measured on A: 4 times the spread of runs" in " ".join(shown.split())
 
 
 def test_side_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

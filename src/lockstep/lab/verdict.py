@@ -8,6 +8,7 @@ from lockstep.lab.bands import bf16_ulp
 from lockstep.lab.config_diff import ConfigDifference, show
 from lockstep.lab.dormant import DATA, INIT, SCHEDULE
 from lockstep.lab.findings import Findings
+from lockstep.lab.flips import beyond_flips, command, may_be_flips, reach
 from lockstep.lab.numbers import LOSS, NORM, Mismatch
 from lockstep.lab.side import Side
 from lockstep.lab.stages import Stage
@@ -61,7 +62,9 @@ def _decide(found: Findings) -> Decision:
     if outside and not any(found.can_cause(d, outside) for d in causes):
         if found.unknown():
             return _unknown_cause(found, outside)
-        return _masks_apart(outside) if found.other_masks else _bug(found, outside)
+        if found.other_masks:
+            return _masks_apart(outside)
+        return _flipped(found, outside) or _bug(found, outside)
     if causes:
         return _config(found, causes)
     if found.missing:
@@ -155,7 +158,22 @@ def _setting(difference: ConfigDifference) -> str:
     return f"{difference.path}={show(difference.a)}"
 
 
+def _flipped(found: Findings, outside: Mismatch) -> Decision | None:
+    """Where a choice that flipped explains the size of every difference, only a measured band can tell."""
+    chooses = may_be_flips(found)
+    if chooses is None:
+        return None
+    cause = (
+        f"{_capital(_apart(outside))}; but {chooses}, a choice that flips can take it {reach(found, outside):g} "
+        "times as far, and no band was measured."
+    )
+    return Decision(
+        "cannot tell", cause, f"Measure what rounding does to this run, `{command(found)}`, and compare again."
+    )
+
+
 def _bug(found: Findings, outside: Mismatch) -> Decision:
+    outside = beyond_flips(found) or outside  # A choice that flipped can be the reason of those before it.
     cannot = found.active
     same = "Config, data, initial weights and schedule are equal"
     if cannot:
@@ -177,7 +195,8 @@ def _made_otherwise(found: Findings) -> Decision:
 
 def _too_wide(found: Findings) -> Decision | None:
     """Where a measured band has grown as wide as a difference that would else be outside, nothing can be told."""
-    hidden = [m for m in found.numbers.mismatches if m.measured and m.grade == "inside" and m.size > m.unmeasured_band]
+    inside = [m for m in found.numbers.mismatches if m.measured and m.grade == "inside"]
+    hidden = [m for m in inside if m.size > reach(found, m) * m.unmeasured_band]
     if not hidden:
         return None
     first = hidden[0]

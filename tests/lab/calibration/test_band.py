@@ -8,12 +8,15 @@ import torch
 
 from lockstep.errors import UserError
 from lockstep.lab.calibration.band import FACTOR, Band, load_band, measure, write_band
-from lockstep.lab.calibration.calibrate import calibrate
+from lockstep.lab.calibration.calibrate import _laid_out, calibrate
 from lockstep.lab.calibration.worker import perturbation
 from lockstep.lab.compare import compare_paths
+from tests.lab.calibration.flips import EXPERTS
 from tests.lab.calibration.rates import BAND_SEEDS, curve, outside
-from tests.lab.faults import FAULTS, GPT
+from tests.lab.faults import FAULTS, GPT, config
 from tests.lab.synthetic import ITERATIONS, Line, train_lines, write
+
+LAYOUTS = ["train.micro_batch_size=2", "model.tensor_model_parallel_size=2"]
 
 
 def band(spread: float = 1e-4) -> Band:
@@ -87,12 +90,35 @@ def test_calibrate_measures_a_recorded_run(tmp_path: Path):
     )
     assert main(["pretrain-gpt", *flags.split(), "--run-dir", str(tmp_path / "run")]) == 0
     said: list[str] = []
-    made = calibrate(tmp_path / "run", said.append, seeds=2, layouts=["train.micro_batch_size=2"])
+    made = calibrate(tmp_path / "run", said.append, seeds=2, layouts=LAYOUTS)
     assert made.bitwise
     assert "repeat: equal in every digit" in said
-    assert made.made_from == ["2 runs from weights moved by one ulp", "a run with train.micro_batch_size=2"]
+    assert made.made_from == ["2 runs from weights moved by one ulp", *(f"a run with {x}" for x in LAYOUTS)]
     assert set(made.spread["lm_loss"]) == {1, 2, 3}
     assert all(spread > 0 for spread in made.spread["lm_loss"].values())
     assert 0 < made.precision["lm_loss"] < 0.1
     assert load_band(tmp_path / "run") == made
     assert json.loads((tmp_path / "run" / "band.json").read_text())["schema"] == 1
+
+
+@pytest.mark.parametrize(
+    ("layout", "processes"),
+    [
+        ("model.tensor_model_parallel_size=2", 2),
+        ("model.expert_model_parallel_size=2", 2),
+        ("model.tensor_model_parallel_size=2 model.expert_model_parallel_size=2", 4),
+        (
+            "model.tensor_model_parallel_size=2 model.sequence_parallel=true model.expert_tensor_parallel_size=1 "
+            "model.expert_model_parallel_size=2",
+            2,
+        ),
+        ("train.micro_batch_size=2 processes=2", 2),
+    ],
+)
+def test_a_layout_takes_as_few_processes_as_it_fits_on_or_as_many_as_asked(layout: str, processes: int):
+    assert _laid_out(config(EXPERTS), layout)[1] == processes
+
+
+def test_a_layout_that_names_no_number_of_processes_is_refused():
+    with pytest.raises(UserError, match="processes=two is no number of processes"):
+        _laid_out(config(EXPERTS), "processes=two")

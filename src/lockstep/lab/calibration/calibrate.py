@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import subprocess
 import sys
@@ -11,7 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lockstep.config import resolve
+from lockstep.config import ConfigContainer, resolve
+from lockstep.config.experts import has_whole_experts
 from lockstep.errors import UserError
 from lockstep.lab.calibration.band import FACTOR, QUANTITIES, Band, Curve, apart, measure, write_band
 from lockstep.lab.localise.sides import Rerun, from_record
@@ -103,25 +105,43 @@ def _in_float32(config: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]] 
 
 
 def _laid_out(config: dict[str, dict[str, Any]], text: str) -> tuple[dict[str, dict[str, Any]], int]:
-    """Return the config with overrides ``key=value ...``, and how many processes it takes."""
+    """Return the config with overrides ``key=value ...``, and how many processes it takes.
+
+    These are as few as the layout needs, or as many as the word ``processes=N`` says.
+    """
     from lockstep.lab.localise.worker import config_of
 
     changed = copy.deepcopy(config)
+    asked = None
     for word in text.split():
         path, equals, value = word.partition("=")
+        if path == "processes":
+            if not value.isdecimal() or int(value) < 1:
+                raise UserError(f"--layout {text!r}: {word} is no number of processes; give processes=2, for example")
+            asked = int(value)
+            continue
         section, _, name = path.partition(".")
         if not equals or name not in changed.get(section, {}):
-            raise UserError(f"--layout {text!r}: {word!r} is not section.key=value of a setting")
+            raise UserError(f"--layout {text!r}: {word!r} is neither section.key=value of a setting nor processes=N")
         try:
             changed[section][name] = decode_number(json.loads(value))
         except ValueError:
             changed[section][name] = value
     tree = config_of(changed)
-    layout = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
-    processes = 1
-    for name in layout:
-        processes *= int(tree.get(f"model.{name}") or 1)
+    processes = asked or _least_processes(tree)
     return encode(resolve(tree, world_size=processes).as_dict()), processes
+
+
+def _least_processes(config: ConfigContainer) -> int:
+    """Return the fewest processes that a layout fits on."""
+    m = config.model
+    tensor, context, experts = (
+        m.tensor_model_parallel_size,
+        m.context_parallel_size,
+        m.expert_model_parallel_size if m.num_moe_experts is not None else 1,
+    )
+    shared = math.lcm(tensor * context, experts) if has_whole_experts(m) else tensor * math.lcm(context, experts)
+    return m.pipeline_model_parallel_size * shared
 
 
 def _run(side: Rerun, jobs: list[Any], scratch: Path, say: Callable[[str], None]) -> dict[str, Curve]:
