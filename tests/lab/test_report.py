@@ -34,6 +34,15 @@ def test_html_needs_nothing_else(tmp_path: Path):
     assert json.loads(files[0].read_text())["config_differences"][0]["path"] == "scheduler.lr_warmup_iters"
 
 
+def test_html_serves_keyboard_dark_screens_and_print(tmp_path: Path):
+    found = compare_paths(write(tmp_path / "a"), write(tmp_path / "b"))
+    page = write_report(found, tmp_path / "out")[-1].read_text()
+    assert page.count('<div class="scroll"') == page.count('tabindex="0" role="region" aria-label=') == 4
+    assert page.count("<th") == page.count('<th scope="col"')
+    for media in ("@media screen and (prefers-color-scheme: dark)", "@media print"):
+        assert media in page
+
+
 def test_json_holds_every_number(tmp_path: Path):
     found = compare_paths(write(tmp_path / "a"), write(tmp_path / "b"))
     report = as_json(found)

@@ -26,6 +26,20 @@ th { background: #eef1f4; font-weight: 600 } tr:last-child td { border-bottom: 0
 .inside td { background: #fff8e1 } .outside td, .differs td { background: #fdecea } .unknown td { background: #fff8e1 }
 .idle td { color: #66717d } code { font-size: 13px; overflow-wrap: anywhere }
 img { max-width: 100%; height: auto; background: #fff; border-radius: 6px; border: 1px solid #dde2e8 }
+.scroll:focus-visible { outline: 3px solid #1f5fa8 }
+@media screen and (prefers-color-scheme: dark) {
+  :root { color-scheme: dark }
+  body { color: #dfe5eb; background: #12171d }
+  .verdict, .scroll { background: #1b222a } .scroll, img { border-color: #36414c }
+  th { background: #26303a } th, td { border-color: #303a45 }
+  .pass { border-color: #5cc98f } .pass strong { color: #5cc98f }
+  .fail { border-color: #ff8a80 } .fail strong { color: #ff8a80 }
+  .inside td, .unknown td { background: #3a3115 } .outside td, .differs td { background: #471f1d }
+  .idle td { color: #9aa6b2 } .scroll:focus-visible { outline-color: #7db4f0 }
+}
+@media print {
+  body { color: #000; background: #fff } .scroll { overflow: visible } tr, img { break-inside: avoid }
+}
 """
 
 
@@ -122,9 +136,10 @@ def _evaluations(found: Comparison) -> str:
 def _table(
     headings: Sequence[str], rows: Iterable[Sequence[str]], kinds: Sequence[str] | None = None, kind: str = "text"
 ) -> str:
-    head = "".join(f"<th>{escape(heading)}</th>" for heading in headings)
+    head = "".join(f'<th scope="col">{escape(heading)}</th>' for heading in headings)
     body = []
     for position, row in enumerate(rows):
         style = f' class="{kinds[position]}"' if kinds else ""
         body.append(f"<tr{style}>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>")
-    return f'<div class="scroll"><table class="{kind}"><tr>{head}</tr>{"".join(body)}</table></div>'
+    region = f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(headings[0])}">'
+    return f'{region}<table class="{kind}"><tr>{head}</tr>{"".join(body)}</table></div>'
