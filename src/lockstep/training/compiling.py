@@ -1,6 +1,8 @@
 """Compilation of the layers of a model by torch.compile: when it pays, and what it works with."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -28,7 +30,7 @@ def choose_compilation(config: ConfigContainer, device: torch.device, operations
     return decide("run.compile", config.run.compile, "layer by layer", partial(_obstacle, config, device), worth)
 
 
-def compile_blocks(model: GPTModel, backend: str = "inductor") -> None:
+def compile_blocks(model: GPTModel, backend: str | Callable[..., Any] = "inductor") -> None:
     """Have every layer without experts compiled when it first runs.
 
     Hooks on layers stay outside: what brings weights from other processes and takes gradients there. A layer that does
