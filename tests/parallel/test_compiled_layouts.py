@@ -20,7 +20,7 @@ _NAMES = (
     "FSDP2 of gradients",
     "sharded DP2, overlap",
     "TP2+SP",
-    "TP2, dropout",  # whose dropout is left out
+    "TP2",
     "CP2",
     "CP2, recomputation",
     "PP2 interleaved",
@@ -44,7 +44,7 @@ def _play(name: str, fault: bool = False) -> tuple[sweep.Row, int]:
 
     torch._dynamo.reset()
     case = next(case for case in sweep.CASES if case.name == name)
-    changes = {k: v for k, v in {**sweep.KINDS["Llama-like"], **case.changes}.items() if not k.endswith("_dropout")}
+    changes = {**sweep.KINDS["Llama-like"], **case.changes}
     expected = sweep.play(sweep.configure(sweep.KINDS["Llama-like"], 1), Mesh())
     found = sweep.play(sweep.configure(changes, case.processes), sweep.mesh_of(case), sabotage=compile_layers)
     return sweep.compare("Llama-like", name, found, expected), graphs
