@@ -1,14 +1,18 @@
-"""Time training steps of named settings on one GPU, beside what its matrix and attention rates allow.
+"""Time training steps of named settings, beside what the GPU's matrix and attention rates allow.
 
     python benchmarks/gpu_speed.py --settings llama32_1b-mb1 llama32_1b-mb4 reference-pair --json speed.json
+    python benchmarks/gpu_speed.py --gpus 2 --settings llama3_8b llama3_8b+fsdp llama3_8b+fp8 --profile profiles
 
-Every setting runs in a process of its own, on random tokens, through the trainer's own step: forward and backward
-passes of all micro-batches, clipping, AdamW. The floor is the time of its matrix products and attention at the rates
-that this GPU reaches on products of 8192 x 8192 matrices, and with the kernel and heads of the setting.
+Every setting runs in processes of its own, one for each GPU, on random tokens, through the trainer's own step: forward
+and backward passes of all micro-batches, clipping, AdamW. What follows a + is a change: see _CHANGES. The floor is the
+time of its matrix products (in BF16) and attention at the rates that this GPU reaches on products of 8192 x 8192
+matrices, and with the kernel and heads of the setting. Tokens a second are those of one GPU.
 """
 
 import argparse
 import json
+import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -26,12 +30,14 @@ from lockstep.models.kernels import Kernel, fused_attention
 from lockstep.models.layers import required
 from lockstep.models.mask import CausalMask
 from lockstep.parallel import Mesh
-from lockstep.recipes.llama import llama32_1b_pretrain_config
+from lockstep.parallel.mesh import start_processes
+from lockstep.recipes.llama import llama3_8b_pretrain_config, llama32_1b_pretrain_config
 from lockstep.training.attention import choose_attention
 from lockstep.training.compiling import choose_compilation, compile_blocks
 from lockstep.training.device import choose_device, switches
 from lockstep.training.feed import Batch
 from lockstep.training.graphs import choose_graphs
+from lockstep.training.kernel_times import profiled
 from lockstep.training.optimizer import Optimizer
 from lockstep.training.precision import params_dtype
 from lockstep.training.setup import build_parallel_model, build_passes, graphed
@@ -57,11 +63,25 @@ _PAIR = {
     "optimizer.lr": 1e-4,
 }
 _TINY = {**_PAIR, "model.hidden_size": 32, "model.seq_length": 32, "model.vocab_size": 128}
+_CHANGES: dict[str, dict[str, Any]] = {
+    "fsdp": {
+        "dist.use_torch_fsdp2": True,
+        "ddp.use_distributed_optimizer": False,
+        "ddp.overlap_grad_reduce": False,
+        "ddp.overlap_param_gather": False,
+    },
+    "kept": {"ddp.torch_fsdp2_reshard_after_forward": False},
+    "lowgrads": {"ddp.grad_reduce_in_fp32": False},
+    "fp8": {"mixed_precision.fp8": "hybrid", "mixed_precision.fp8_recipe": "tensorwise"},
+    "tp2": {"model.tensor_model_parallel_size": 2, "model.sequence_parallel": True},
+    "cp2": {"model.context_parallel_size": 2},
+    "8layers": {"model.num_layers": 8},
+}
 
 
 @dataclass(frozen=True)
 class Timing:
-    """What was found for a setting; tokens are those of the whole batch, rates in operations a second."""
+    """What was found for a setting; tokens and operations are those of one GPU, ``kernels_ms`` those of a profile."""
 
     setting: str
     device: str
@@ -77,11 +97,14 @@ class Timing:
     operations: float
     floor_s: float | None
     losses: list[float]
+    gpus: int = 1
+    kernels_ms: dict[str, float] | None = None
 
 
-def configured(setting: str, compilation: str, changes: list[str]) -> ConfigContainer:
+def configured(setting: str, compilation: str, changes: list[str], gpus: int = 1) -> ConfigContainer:
     """Return the resolved configuration of a setting."""
-    base, _, batch = setting.partition("-mb")
+    name, *named = setting.split("+")
+    base, _, batch = name.partition("-mb")
     values: dict[str, Any]
     if base in ("llama32_1b", "llama32_1b_32k"):
         config = llama32_1b_pretrain_config()
@@ -89,15 +112,21 @@ def configured(setting: str, compilation: str, changes: list[str]) -> ConfigCont
         values = {"model.vocab_size": 128_256, **_NO_RECOMPUTATION}
         if base.endswith("32k"):
             micro, whole, values["model.seq_length"] = 1, 2, 32768
+    elif base == "llama3_8b":
+        config = llama3_8b_pretrain_config()
+        micro, whole = int(batch or 1), int(batch or 1) * gpus
+        values = {"model.context_parallel_size": 1, **_NO_RECOMPUTATION}
     else:
         config = ConfigContainer()
         micro, whole = 4, 32
-        values = dict({"reference-pair": _PAIR, "reference-pair-plain": _plain(_PAIR), "tiny": _TINY}[setting])
+        values = dict({"reference-pair": _PAIR, "reference-pair-plain": _plain(_PAIR), "tiny": _TINY}[name])
     values |= {"train.micro_batch_size": micro, "train.global_batch_size": whole, "train.train_iters": 100}
     values["run.compile"] = compilation
+    for change in named:
+        values |= _CHANGES[change]
     for path, value in [*values.items(), *(change.split("=", 1) for change in changes)]:
         config.set(path, value, Origin("python"))
-    return resolve(config)
+    return resolve(config, world_size=gpus)
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
@@ -106,29 +135,35 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
 
 def measure(setting: str, config: ConfigContainer, steps: int, profile: Path | None) -> Timing:
     """Take steps and time each; the first, which compiles, counts apart."""
-    device, mesh = choose_device("auto"), Mesh()
-    with switches(config, device):
-        model, spans, _ = build_parallel_model(config, mesh, device, params_dtype(config))
+    device = choose_device("auto")
+    with switches(config, device), start_processes(config, device) as mesh:
+        model, spans, _ = build_parallel_model(config, mesh, device, params_dtype(config), fingerprint=False)
         samples, length = required(config.train.global_batch_size), required(config.model.seq_length)
-        operations = flops_per_sequence(config.model) * samples
+        operations = flops_per_sequence(config.model) * samples / mesh.world.size
         compilation = choose_compilation(config, device, operations * required(config.train.train_iters))
         if compilation.on:
             compile_blocks(model)
-        graphs = choose_graphs(config, device, mesh, operations / samples * required(config.train.micro_batch_size))
+        micro = required(config.train.micro_batch_size)
+        graphs = choose_graphs(config, device, mesh, flops_per_sequence(config.model) * micro)
         optimizer = Optimizer(model, config, mesh)
         passes = graphed(build_passes(config, model, spans, mesh, device), optimizer, graphs)
-        step = TrainStep(passes, optimizer)
-        micro, losses, seconds = required(config.train.micro_batch_size), [], []
+        step = TrainStep(passes, optimizer, dp=mesh.dp)
+
+        def take(number: int) -> float:
+            return step(_batch(config, number, device, mesh), micro, 1e-4, 0.01).lm_loss
+
+        losses, seconds = [], []
+        _wait(device)
+        started = time.perf_counter()
         for number in range(steps + 3):
-            batch = _batch(config, number, device)
-            _wait(device)
-            started = time.perf_counter()
-            losses.append(step(batch, micro, 1e-4, 0.01).lm_loss)
-            _wait(device)
-            seconds.append(time.perf_counter() - started)
+            # A step ends when its loss is known; weights may still be on their way to the next one.
+            losses.append(take(number))
+            ended = time.perf_counter()
+            seconds.append(ended - started)
+            started = ended
+            _say(mesh, f"{setting}: step {number} {seconds[-1]:.3f} s, loss {losses[-1]:.5f}")
         peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
-        if profile is not None:
-            _profile(lambda: step(_batch(config, 0, device), micro, 1e-4, 0.01), profile)
+        kernels = profiled(lambda: take(0), profile, mesh.leads) if profile is not None else None
     timed = seconds[3:]
     middle = statistics.median(timed)
     return Timing(
@@ -141,12 +176,19 @@ def measure(setting: str, config: ConfigContainer, steps: int, profile: Path | N
         round(seconds[0], 3),
         round(middle, 5),
         round(max(timed) - min(timed), 5),
-        round(samples * length / middle, 1),
+        round(samples * length / middle / mesh.world.size, 1),
         round(peak, 2),
         operations,
-        _floor(config, device, operations, samples) if device.type == "cuda" else None,
+        _floor(config, device, operations, samples / mesh.world.size) if device.type == "cuda" else None,
         [round(loss, 5) for loss in losses],
+        mesh.world.size,
+        kernels,
     )
+
+
+def _say(mesh: Mesh, text: str) -> None:
+    if mesh.leads:
+        print(text, file=sys.stderr, flush=True)
 
 
 def _wait(device: torch.device) -> None:
@@ -154,15 +196,17 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _batch(config: ConfigContainer, seed: int, device: torch.device) -> Batch:
+def _batch(config: ConfigContainer, seed: int, device: torch.device, mesh: Mesh) -> Batch:
+    """Return this process's micro-batches of random tokens."""
     samples, length = required(config.train.global_batch_size), required(config.model.seq_length)
     generator = torch.Generator().manual_seed(seed)
     text = torch.randint(0, required(config.model.vocab_size), (samples, length + 1), generator=generator)
-    positions = torch.arange(length).repeat(samples, 1)
+    text = text.unflatten(0, (-1, mesh.dp.size, required(config.train.micro_batch_size)))[:, mesh.dp.rank].flatten(0, 1)
+    positions = torch.arange(length).repeat(len(text), 1)
     return Batch(text[:, :-1], text[:, 1:], torch.ones(positions.shape), positions).to(device)
 
 
-def _floor(config: ConfigContainer, device: torch.device, operations: float, samples: int) -> float | None:
+def _floor(config: ConfigContainer, device: torch.device, operations: float, samples: float) -> float | None:
     """Return the seconds that products and attention need at this GPU's rates; None without a fused kernel."""
     kernel = choose_attention(config, device).kernel
     if kernel == "explicit" or config.model.multi_latent_attention:
@@ -206,21 +250,6 @@ def _seconds(job: Callable[[], object]) -> float:
     return statistics.median(found)
 
 
-def _profile(job: Callable[[], object], path: Path) -> None:
-    """Write which kernels a step spends its time in, and what the host does meanwhile."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
-        job()
-        torch.cuda.synchronize()
-    averages = found.key_averages()
-    path.write_text(
-        averages.table(sort_by="self_cuda_time_total", row_limit=40, max_name_column_width=90)
-        + "\n"
-        + averages.table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=60)
-    )
-
-
 def line(found: Timing) -> str:
     """Return a row of the table."""
     share = "" if found.floor_s is None else f"{found.floor_s / found.step_s:.0%}"
@@ -236,6 +265,10 @@ def main() -> int:
     parser.add_argument("--settings", nargs="+", default=["llama32_1b-mb1", "llama32_1b-mb4", "reference-pair"])
     parser.add_argument("--compile", nargs="+", choices=("auto", "none", "blocks"), default=["auto"])
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="changes to all settings")
+    parser.add_argument("--gpus", type=int, default=1, help="processes for each setting, each with a GPU")
+    parser.add_argument(
+        "--verbose", action="store_true", help="also print every step, losses, and kernels of a profile"
+    )
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--json", type=Path, help="also write what was found")
     parser.add_argument("--profile", type=Path, help="also write a profile of one step, into this folder")
@@ -245,8 +278,9 @@ def main() -> int:
     if options.alone:
         setting, compilation = options.settings[0], options.compile[0]
         profile = options.profile and options.profile / f"{setting}-{compilation}.txt"
-        found = measure(setting, configured(setting, compilation, options.set), options.steps, profile)
-        print(json.dumps(asdict(found)))
+        found = measure(setting, configured(setting, compilation, options.set, options.gpus), options.steps, profile)
+        if int(os.environ.get("RANK") or 0) == 0:
+            print(json.dumps(asdict(found)), flush=True)
         return 0
     print("| setting | attention | compiled | ms a step | tokens/s | peak GiB | floor / step |")
     print("|---|---|---|---|---|---|---|")
@@ -257,6 +291,8 @@ def main() -> int:
             failed |= result is None
             results += [] if result is None else [result]
             print(line(result) if result else f"| {setting} | {compilation} | failed |", flush=True)
+            if result and options.verbose:
+                print(f"first step {result.first_step_s} s, losses {result.losses}, kernels {result.kernels_ms}")
     if options.json:
         options.json.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n")
     if results:
@@ -266,17 +302,32 @@ def main() -> int:
 
 def _alone(options: argparse.Namespace, setting: str, compilation: str) -> Timing | None:
     """Time a setting in a process of its own, so that memory and compiled code are its own."""
-    command = [sys.executable, __file__, "--alone", "--settings", setting, "--compile", compilation]
-    command += ["--steps", str(options.steps), "--set", *options.set]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={options.gpus}"]
+    command = [sys.executable, *(launcher if options.gpus > 1 else []), __file__, "--alone", "--settings", setting]
+    command += ["--compile", compilation, "--gpus", str(options.gpus), "--steps", str(options.steps)]
+    command += ["--set", *options.set]
     if options.profile:
         options.profile.mkdir(parents=True, exist_ok=True)
         command += ["--profile", str(options.profile)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=options.timeout, check=True)
-        return Timing(**json.loads(done.stdout.splitlines()[-1]))
+        return Timing(**json.loads(_output(command, options.timeout, options.verbose).splitlines()[-1]))
     except (subprocess.SubprocessError, ValueError, IndexError) as error:
         print(f"{setting}, {compilation}: {error}\n{getattr(error, 'stderr', '') or ''}"[-3000:], file=sys.stderr)
         return None
+
+
+def _output(command: list[str], timeout: float, verbose: bool) -> str:
+    """Run a command, and whatever it starts, for so many seconds at most; return its output."""
+    errors = None if verbose else subprocess.PIPE
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True) as process:
+        try:
+            output, error = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command[:6], output, error)
+    return output
 
 
 if __name__ == "__main__":

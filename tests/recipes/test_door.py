@@ -57,6 +57,8 @@ def test_model_stem_and_convenience_options_yield_to_overrides() -> None:
         ("dataset.data_path=/data/a", "dataset.data_path", ["/data/a"]),
         ("dataset.data_path='0.5 /a 0.5 /b'", "dataset.data_path", ["0.5", "/a", "0.5", "/b"]),
         ("mixed_precision=fp16-mixed", "mixed_precision.fp16", True),
+        ("mixed_precision=bf16_with_fp8_current_scaling_mixed", "mixed_precision.fp8", "hybrid"),
+        ("mixed_precision=bf16-with-fp8-current-scaling-mixed", "mixed_precision.first_last_layers_bf16", True),
         ("train.eval_iters=3", "validation.eval_iters", 3),
         ("scheduler.lr_warmup_init=0.0", "scheduler.lr_warmup_init", 0.0),
         ("optimizer.lr=null", "optimizer.lr", None),
@@ -79,7 +81,7 @@ def test_overrides_follow_the_grammar(word: str, path: str, value: object) -> No
         (["train.train_iters=1,2"], "a comma makes a sweep"),
         (["~model.num_layers"], "cannot be deleted"),
         (["model.num_layers"], "write key=value"),
-        (["mixed_precision=bf16_with_mxfp8_mixed"], "FP8 and FP4 are not supported yet"),
+        (["mixed_precision=bf16_with_mxfp8_mixed"], "is not supported; use bf16_mixed, fp16_mixed or, of FP8"),
         (["mixed_precision=int8"], "unknown preset"),
         (["run.dir=12"], "quote it"),
         (

@@ -13,6 +13,7 @@ from lockstep.training.compiling import PAYING_OPERATIONS, choose_compilation, c
 from tests.training.test_attention import configured
 
 CPU, GPU = torch.device("cpu"), torch.device("meta")
+LAYERS = 2
 LONG, SHORT = PAYING_OPERATIONS, PAYING_OPERATIONS / 2
 LLAMA = {
     "model__normalization": "RMSNorm",
@@ -27,6 +28,10 @@ WHOLE_LAYERS = {
     "model__recompute_method": "uniform",
     "model__recompute_num_layers": 1,
 }
+PARTS_OF_LAYERS = {
+    "model__recompute_granularity": "selective",
+    "model__recompute_modules": ["core_attn", "layernorm", "mlp"],
+}
 
 
 @pytest.mark.parametrize(
@@ -38,8 +43,9 @@ WHOLE_LAYERS = {
         (GPU, SHORT, {"run__compile": "blocks"}, True, "run.compile=blocks"),
         (GPU, LONG, {"run__compile": "none"}, False, "run.compile=none"),
         (GPU, LONG, {"model__hidden_dropout": 0.1}, False, "auto, with dropout"),
-        (GPU, LONG, {"model__context_parallel_size": 2}, False, "auto, with tensor or context parallelism"),
-        (GPU, LONG, {"model__pipeline_model_parallel_size": 2}, False, "auto, in a pipeline"),
+        (GPU, LONG, {"model__context_parallel_size": 2}, True, "auto, pays"),
+        (GPU, LONG, {"model__pipeline_model_parallel_size": 2}, True, "auto, pays"),
+        (GPU, LONG, {"dist__use_torch_fsdp2": True}, True, "auto, pays"),
         (GPU, LONG, {"model__attention_backend": "unfused"}, False, "auto, with explicit scores"),
         (GPU, LONG, {"dataset__reset_attention_mask": True}, False, "auto, with documents apart"),
         (
@@ -60,7 +66,7 @@ def test_choice(device, operations, changes, blocks, reason) -> None:
 
 @pytest.mark.parametrize(
     ("device", "changes", "obstacle"),
-    [(CPU, {}, "on a CPU"), (GPU, {"model__tensor_model_parallel_size": 2}, "with tensor or context parallelism")],
+    [(CPU, {}, "on a CPU"), (GPU, {"model__hidden_dropout": 0.1}, "with dropout")],
 )
 def test_what_is_asked_for_and_does_not_work_is_an_error(device, changes, obstacle) -> None:
     with pytest.raises(UserError, match=f"run.compile=blocks does not work {obstacle}"):
@@ -80,7 +86,26 @@ def gradients(config: ConfigContainer, backend: Any) -> list[torch.Tensor]:
     return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
 
-@pytest.mark.parametrize("changes", [{}, LLAMA, WHOLE_LAYERS], ids=["gpt", "llama", "recomputed"])
+def saved_numbers(config: ConfigContainer) -> int:
+    """Return how many numbers compiled layers keep for their backward pass, on 2 sequences of 32 tokens."""
+    kept = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_floating_point():  # and no state of random streams
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // tensor.itemsize
+        return tensor
+
+    torch._dynamo.reset()
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        gradients(config, "aot_eager")
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, LLAMA, WHOLE_LAYERS, {**LLAMA, **PARTS_OF_LAYERS}],
+    ids=["gpt", "llama", "recomputed", "partly recomputed"],
+)
 def test_compiled_layers_compute_the_same_with_one_graph(changes) -> None:
     graphs = []
 
@@ -94,3 +119,13 @@ def test_compiled_layers_compute_the_same_with_one_graph(changes) -> None:
     assert len(graphs) == 1  # all layers share it, and nothing breaks it
     for ours, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("modules", "parts_of_hidden"),
+    [(["mlp"], 4), (["core_attn"], 1), (["layernorm"], 2), (["core_attn", "layernorm", "mlp"], 7)],
+)
+def test_compiled_layers_do_not_keep_what_is_recomputed(modules, parts_of_hidden) -> None:
+    changes = {**LLAMA, "model__recompute_granularity": "selective", "model__recompute_modules": modules}
+    spared = saved_numbers(configured(**LLAMA)) - saved_numbers(configured(**changes))
+    assert spared >= parts_of_hidden * LAYERS * 2 * 32 * 32

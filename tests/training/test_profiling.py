@@ -13,6 +13,7 @@ from torch.profiler import record_function
 from lockstep.config import ConfigContainer
 from lockstep.config.output import ProfilingConfig
 from lockstep.training import Command, run
+from lockstep.training.kernel_times import summary
 from lockstep.training.profiling import ProfileHook
 
 
@@ -89,3 +90,27 @@ def test_a_run_with_a_trace_is_the_run_without(configure: Any, tmp_path: Path, c
     with gzip.open(tmp_path / "traced" / "torch_profile" / "rank-0.json.gz", "rt") as stream:
         assert "Input Dims" in stream.read()
     assert "profile written: torch_profile/rank-0.json.gz" in capsys.readouterr().out
+
+
+def test_kernels_by_kind_and_what_of_communication_nothing_hides() -> None:
+    def kernel(name: str, begin: float, end: float, kind: str = "kernel") -> dict[str, Any]:
+        return {"cat": kind, "name": name, "ts": begin, "dur": end - begin}
+
+    found = summary(
+        [
+            kernel("nvjet_tst_128x256", 0, 4000),
+            kernel("ncclDevKernel_ReduceScatter", 3000, 7000),
+            kernel("triton_poi_fused_mul", 5000, 6000),
+            kernel("Memcpy HtoD", 9000, 10000, "gpu_memcpy"),
+            kernel("cudaLaunchKernel", 0, 100, "cuda_runtime"),
+        ]
+    )
+    assert found == {
+        "whole": 10.0,
+        "matrix products": 4.0,
+        "communication": 4.0,
+        "exposed communication": 2.0,
+        "idle": 2.0,
+        "compiled": 1.0,
+        "memory": 1.0,
+    }

@@ -301,6 +301,9 @@ class SchedulerConfig(Section):
     )
 
 
+_DELAYED_SCALING = "is of delayed FP8 scaling, which is not supported; drop it"
+
+
 @dataclass(kw_only=True)
 class MixedPrecisionConfig(Section):
     """Number formats and loss scaling; FP32 when neither bf16 nor fp16 is set."""
@@ -309,23 +312,31 @@ class MixedPrecisionConfig(Section):
 
     fp16: bool = opt(False, "--fp16", help="Train in FP16 with loss scaling.")
     bf16: bool = opt(False, "--bf16", help="Train in BF16.")
-    fp8: Literal["e4m3", "hybrid"] | None = opt(None, "--fp8-format", refused="FP8 and FP4 are not supported yet")
+    fp8: Literal["e4m3", "hybrid"] | None = opt(
+        None,
+        "--fp8-format",
+        help="Multiply in float8 in the linears of the layers: hybrid has gradients in e5m2, all else is e4m3.",
+    )
     fp8_recipe: Literal["tensorwise", "delayed", "mxfp8", "blockwise", "custom"] = opt(
-        "delayed", "--fp8-recipe", refused="FP8 and FP4 are not supported yet"
+        "delayed",
+        "--fp8-recipe",
+        help="How float8 operands are scaled; tensorwise: by the largest element that they have now.",
     )
-    fp8_margin: int = opt(0, "--fp8-margin", refused="FP8 and FP4 are not supported yet")
-    fp8_amax_history_len: int = opt(1, "--fp8-amax-history-len", refused="FP8 and FP4 are not supported yet")
+    fp8_margin: int = opt(0, "--fp8-margin", refused=_DELAYED_SCALING)
+    fp8_amax_history_len: int = opt(1, "--fp8-amax-history-len", refused=_DELAYED_SCALING)
     fp8_amax_compute_algo: Literal["most_recent", "max"] = opt(
-        "most_recent", "--fp8-amax-compute-algo", refused="FP8 and FP4 are not supported yet"
+        "most_recent", "--fp8-amax-compute-algo", refused=_DELAYED_SCALING
     )
-    fp8_wgrad: bool = opt(
-        True, "--no-fp8-wgrad", "--disable-fp8-wgrad", negated=True, refused="FP8 and FP4 are not supported yet"
+    fp8_wgrad: bool = opt(True, "--no-fp8-wgrad", "--disable-fp8-wgrad", negated=True, refused=_DELAYED_SCALING)
+    first_last_layers_bf16: bool = opt(
+        False, "--first-last-layers-bf16", help="Keep the first and last layers out of float8."
     )
-    first_last_layers_bf16: bool = opt(False, "--first-last-layers-bf16", refused="FP8 and FP4 are not supported yet")
     num_layers_at_start_in_bf16: int = opt(
-        1, "--num-layers-at-start-in-bf16", refused="FP8 and FP4 are not supported yet"
+        1, "--num-layers-at-start-in-bf16", help="How many first layers --first-last-layers-bf16 keeps out."
     )
-    num_layers_at_end_in_bf16: int = opt(1, "--num-layers-at-end-in-bf16", refused="FP8 and FP4 are not supported yet")
+    num_layers_at_end_in_bf16: int = opt(
+        1, "--num-layers-at-end-in-bf16", help="How many last layers --first-last-layers-bf16 keeps out."
+    )
     fp4: Literal["e2m1"] | None = opt(None, "--fp4-format", refused="FP8 and FP4 are not supported yet")
     fp4_recipe: Literal["nvfp4", "custom"] = opt("nvfp4", "--fp4-recipe", refused="FP8 and FP4 are not supported yet")
     loss_scale: float | None = opt(None, "--loss-scale", help="Static loss scale; dynamic when unset.")

@@ -10,6 +10,7 @@ from lockstep.config.derive import has_data, model_processes
 from lockstep.config.experts import expert_problems, sharing_problems
 from lockstep.config.fields import FieldInfo
 from lockstep.config.finetuning_checks import finetuning_problems
+from lockstep.config.float8 import float8_problems
 from lockstep.config.latents import latent_problems
 from lockstep.config.peft import peft_problems
 from lockstep.config.section import Origin
@@ -38,6 +39,7 @@ def problems(config: ConfigContainer, world_size: int = 1) -> list[str]:
         _communication,
     ):
         found.extend(check(config))
+    found.extend(float8_problems(config, partial(_name, config)))
     found.extend(finetuning_problems(config, partial(_name, config)))
     found.extend(_profiling(config, world_size))
     found.extend(_layout(config, world_size))

@@ -1,5 +1,7 @@
 """Parameter holders that the blocks of the model share."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -9,10 +11,12 @@ from lockstep.models.ops import embedding, linear
 class Linear(nn.Module):
     """A weight [o, h] and perhaps a bias [o].
 
-    What is put into ``adapter`` takes input, product and weight, and returns what stands in place of the product.
+    What is put into ``adapter`` takes input, product and weight, and returns what stands in place of the product. What
+    is put into ``multiply`` takes input and weight, and returns the product.
     """
 
     adapter: nn.Module | None
+    multiply: Callable[[Tensor, Tensor], Tensor] = staticmethod(linear)
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool, dtype: torch.dtype, device: torch.device):
         super().__init__()
@@ -22,7 +26,7 @@ class Linear(nn.Module):
 
     def product(self, x: Tensor) -> Tensor:
         """Return the product [..., o] without the bias, for callers that add it together with something else."""
-        return self.adapted(x, linear(x, self.weight))
+        return self.adapted(x, self.multiply(x, self.weight))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return product plus bias [..., o]."""

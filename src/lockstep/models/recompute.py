@@ -6,7 +6,7 @@ losses, gradients and all later masks are bit for bit those of a run that keeps 
 Shape legend: b batch, s sequence, h hidden.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from types import TracebackType
@@ -45,12 +45,27 @@ def recomputes(config: ModelConfig, module: str) -> bool:
 def recomputed(function: Callable[..., Any], *args: Any, streams: DropoutStreams | None = None) -> Any:
     """Return `function(*args)`, keeping nothing but the arguments for its backward pass.
 
-    `streams` are the random streams that the function draws from. Not for the fused loss, whose backward pass works
-    once only.
+    `streams` are the random streams that the function draws from; what is compiled draws from none. Not for the fused
+    loss, whose backward pass works once only.
     """
+    if torch.compiler.is_compiling():
+        return _recomputed_by_compiler(function, args)
     return checkpoint(
         function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=partial(_contexts, streams)
     )
+
+
+def _recomputed_by_compiler(function: Callable[..., Any], args: Sequence[Any]) -> Any:
+    """Mark what the function computes of its tensors as to be computed again; the compiler takes only tensors so."""
+    places = [number for number, value in enumerate(args) if isinstance(value, Tensor)]
+
+    def of_tensors(*tensors: Tensor) -> Any:
+        given = list(args)
+        for place, tensor in zip(places, tensors, strict=True):
+            given[place] = tensor
+        return function(*given)
+
+    return checkpoint(of_tensors, *(args[n] for n in places), use_reentrant=False, preserve_rng_state=False)
 
 
 def _contexts(streams: DropoutStreams | None) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

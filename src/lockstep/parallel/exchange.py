@@ -69,7 +69,9 @@ def _same(x: Tensor) -> Tensor:
 
 
 def _sum(axis: Axis, x: Tensor) -> Tensor:
-    return axis.sum_(x.contiguous().clone())
+    total = axis.sum_(x.contiguous().clone())
+    # In torch 2.11 a compiled Function that returns the very tensor which a collective wrote to has no gradient.
+    return total.view_as(total)
 
 
 def _join(axis: Axis, x: Tensor) -> Tensor:

@@ -1,12 +1,13 @@
 """Compilation of the layers of a model by torch.compile: when it pays, and what it works with."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 
 from lockstep.config import ConfigContainer
 from lockstep.config.experts import expert_layers
-from lockstep.config.sharding import shards_weights
 from lockstep.models import GPTModel
 from lockstep.models.mlp import MLP
 from lockstep.models.ops import matmul_mode
@@ -29,11 +30,15 @@ def choose_compilation(config: ConfigContainer, device: torch.device, operations
     return decide("run.compile", config.run.compile, "layer by layer", partial(_obstacle, config, device), worth)
 
 
-def compile_blocks(model: GPTModel, backend: str = "inductor") -> None:
-    """Have every layer without experts compiled when it first runs; hooks on layers stay outside."""
+def compile_blocks(model: GPTModel, backend: str | Callable[..., Any] = "inductor") -> None:
+    """Have every layer without experts compiled when it first runs.
+
+    Hooks on layers stay outside: what brings weights from other processes and takes gradients there. A layer that does
+    not become one graph is an error.
+    """
     for layer in model.decoder.layers.values():
         if isinstance(layer.mlp, MLP):
-            layer.forward = torch.compile(layer.forward, backend=backend, dynamic=False)
+            layer.forward = torch.compile(layer.forward, backend=backend, dynamic=False, fullgraph=True)
 
 
 def _obstacle(config: ConfigContainer, device: torch.device) -> str | None:
@@ -43,14 +48,6 @@ def _obstacle(config: ConfigContainer, device: torch.device) -> str | None:
         return "on a CPU"
     if max(model.hidden_dropout, model.attention_dropout) > 0:
         return "with dropout"
-    if max(model.tensor_model_parallel_size, model.context_parallel_size) > 1:
-        return "with tensor or context parallelism"
-    if model.pipeline_model_parallel_size > 1:
-        return "in a pipeline"
-    if shards_weights(config):
-        return "with sharded weights"
-    if model.recompute_granularity == "selective":
-        return "with selective recomputation"
     if config.peft.scheme is not None:
         return "with adapters"
     if keeps_documents_apart(config):

@@ -36,6 +36,7 @@ from lockstep.training.checkpoint_save import CheckpointHook, Saved
 from lockstep.training.console import ConsoleHook, say, timestamped
 from lockstep.training.device import choose_device, switches
 from lockstep.training.exits import ExitRule, ExitSignal
+from lockstep.training.float8 import describe_float8
 from lockstep.training.hooks import CacheHook, FiniteCheck, GarbageHook, Hook, Progress, RecordHook, RunInfo
 from lockstep.training.loop import run_evaluation, train
 from lockstep.training.precision import params_dtype
@@ -174,6 +175,7 @@ def _complete_record(
     say(f"precision: {features['precision']}, matrix products: {features['matmul']}")
     say(f"attention: {features['attention']}, compilation: {features['compile']}")
     say(f"CUDA graphs: {features['cuda_graphs']}")
+    say(f"float8: {features['float8']}")
 
 
 def _sharding(config: ConfigContainer, mesh: Mesh) -> dict[str, Any]:
@@ -200,6 +202,7 @@ def _features(config: ConfigContainer, device: torch.device) -> dict[str, Any]:
         "precision": str(dtype).removeprefix("torch."),
         "matmul": str(matmul_mode(device, dtype)),
         "attention": str(choose_attention(config, device)),
+        "float8": describe_float8(config),
         "optimizer": {"adam": "torch.optim.AdamW (fused)", "sgd": "torch.optim.SGD (fused)"}[
             config.optimizer.optimizer
         ],

@@ -34,6 +34,7 @@ from lockstep.training.context import ContextPasses
 from lockstep.training.evaluate import Evaluator, Split
 from lockstep.training.exits import ExitRule
 from lockstep.training.feed import Feed, sample_order
+from lockstep.training.float8 import use_float8
 from lockstep.training.graphs import GraphedPasses, choose_graphs
 from lockstep.training.loop import Trainer
 from lockstep.training.optimizer import Optimizer
@@ -150,11 +151,16 @@ def _build_datasets(config: ConfigContainer, tokenizer: Tokenizer, sizes: tuple[
 
 
 def build_parallel_model(
-    config: ConfigContainer, mesh: Mesh, device: torch.device, dtype: torch.dtype, alter: Alter | None = None
+    config: ConfigContainer,
+    mesh: Mesh,
+    device: torch.device,
+    dtype: torch.dtype,
+    alter: Alter | None = None,
+    fingerprint: bool = True,
 ) -> tuple[GPTModel, list[Span], dict[str, dict[str, Any]]]:
     """Return this process's part of the model with its initial weights, its stages, and the whole model's fingerprint.
 
-    The fingerprint is empty on processes that keep no record.
+    The fingerprint is empty on processes that keep no record, and where none is wanted.
     """
     model = GPTModel(config.model, dtype=dtype, device=torch.device("meta"))
     sharding = _weight_sharding(config, mesh, dtype, device)
@@ -163,6 +169,7 @@ def build_parallel_model(
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError("peft.target_modules leaves a pipeline stage without adapters; name linears of every stage")
     use_attention(model, choose_attention(config, device))
+    use_float8(model, config, device)
     prints = Fingerprint()
     weights: Iterator[tuple[str, torch.Tensor]] = itertools.chain(
         initial_weights(config.model, config.rng.seed, dtype, device),
@@ -174,8 +181,9 @@ def build_parallel_model(
     if sharding is not None:
         model.to_empty(device=device)
     keep = {} if sharding is None else {"keep": keeper(mesh.shards)}
-    fill(model, prints.added(weights) if mesh.leads else weights, part, **keep)
-    return model, spans, prints.result() if mesh.leads else {}
+    fingerprint = fingerprint and mesh.leads
+    fill(model, prints.added(weights) if fingerprint else weights, part, **keep)
+    return model, spans, prints.result() if fingerprint else {}
 
 
 def _weight_sharding(

@@ -1,0 +1,131 @@
+"""Float8 products of the linears in the layers, by torchao: each operand is scaled by its own largest element.
+
+Weights, activations between products, norms, attention, embedding, output layer and losses stay in BF16.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lockstep.config import ConfigContainer
+from lockstep.config.training import MixedPrecisionConfig
+from lockstep.errors import UserError
+from lockstep.models import GPTModel
+from lockstep.models.layers import Linear
+
+_CAPABILITY = (8, 9)  # the first NVIDIA GPUs with float8 products
+_MULTIPLE = 16  # of which the products take sizes
+
+Product = Callable[[Tensor, Tensor], Tensor]
+
+
+def float8_layers(precision: MixedPrecisionConfig, layers: int) -> range:
+    """Return which of so many layers have float8 products."""
+    if precision.fp8 is None:
+        return range(0)
+    if not precision.first_last_layers_bf16:
+        return range(layers)
+    return range(precision.num_layers_at_start_in_bf16, layers - precision.num_layers_at_end_in_bf16)
+
+
+def describe_float8(config: ConfigContainer) -> str:
+    """Say which products are in float8, and how they are scaled."""
+    precision, total = config.mixed_precision, config.model.num_layers or 0
+    layers = float8_layers(precision, total)
+    if not layers:
+        return "none"
+    formats = "e4m3" if precision.fp8 == "e4m3" else "e4m3, gradients e5m2"
+    return (
+        f"linears of {len(layers)} of {total} layers, {formats}, scaled by {precision.fp8_recipe} maxima of the same "
+        "step; weights are kept and gathered in BF16 (torchao)"
+    )
+
+
+def _check_device(device: torch.device) -> None:
+    """Check that a device has float8 products; the meta device stands for a GPU that has them.
+
+    Raises:
+        UserError: it has not.
+    """
+    if device.type == "meta":
+        return
+    if device.type != "cuda":
+        raise UserError(f"mixed_precision.fp8 (--fp8-format) needs a GPU, and this run is on {device}; drop it")
+    found = torch.cuda.get_device_capability(device)
+    if found < _CAPABILITY:
+        raise UserError(
+            f"mixed_precision.fp8 (--fp8-format) needs a GPU of compute capability {_CAPABILITY[0]}.{_CAPABILITY[1]} "
+            f"or later, and {torch.cuda.get_device_name(device)} has {found[0]}.{found[1]}; drop it"
+        )
+
+
+def use_float8(model: GPTModel, config: ConfigContainer, device: torch.device, *, emulate: bool = False) -> None:
+    """Have the linears of the layers that the config names multiply in float8; the model is already laid out.
+
+    ``emulate``: multiply the rounded operands in float32, for tests on devices without float8 products.
+
+    Raises:
+        UserError: the device has no float8 products, torchao is not installed, or they do not take a linear's sizes.
+    """
+    layers = float8_layers(config.mixed_precision, config.model.num_layers or 0)
+    if not layers:
+        return
+    if not emulate:
+        _check_device(device)
+    product = float8_product(config.mixed_precision, emulate=emulate)
+    for number, layer in model.decoder.layers.items():
+        if int(number) not in layers:
+            continue
+        for name, module in layer.named_modules():
+            if isinstance(module, Linear):
+                _check_sizes(f"decoder.layers.{number}.{name}", module)
+                module.multiply = product
+
+
+def _check_sizes(name: str, module: Linear) -> None:
+    rows, columns = module.weight.shape
+    if rows % _MULTIPLE or columns % _MULTIPLE:
+        raise UserError(
+            f"{name} has a weight of {rows} x {columns}, and float8 products take multiples of {_MULTIPLE}; "
+            "change the model's sizes or its tensor parallelism, or drop mixed_precision.fp8 (--fp8-format)"
+        )
+
+
+def float8_product(precision: MixedPrecisionConfig, *, emulate: bool = False) -> Product:
+    """Return what multiplies x [..., h] by weight [o, h] transposed, in float8 forward and backward.
+
+    Raises:
+        UserError: torchao is not installed.
+    """
+    torchao, matmul, mm_config, scaled_mm = _imported()
+    # With this, which finds nothing to convert, torchao keeps the compiler from code that stores wrong float8 numbers.
+    torchao.convert_to_float8_training(nn.Identity())
+    gradient = torchao.CastConfig(target_dtype=torch.float8_e4m3fn) if precision.fp8 == "e4m3" else torchao.CastConfig()
+    scaling = torchao.Float8LinearConfig(cast_config_grad_output=gradient, emulate=emulate)
+    accumulation = mm_config(
+        *(
+            scaled_mm(emulate, gemm.use_fast_accum, False, False)
+            for gemm in (scaling.gemm_config_output, scaling.gemm_config_grad_input, scaling.gemm_config_grad_weight)
+        )
+    )
+
+    def product(x: Tensor, weight: Tensor) -> Tensor:
+        result: Tensor = matmul.apply(x, weight.t(), accumulation, scaling)
+        return result
+
+    return product
+
+
+def _imported() -> tuple[Any, Any, Any, Any]:
+    try:
+        from torchao import float8
+        from torchao.float8.float8_linear import matmul_with_hp_or_float8_args
+        from torchao.float8.float8_training_tensor import LinearMMConfig, ScaledMMConfig
+    except ImportError as error:
+        raise UserError(
+            f"mixed_precision.fp8 (--fp8-format) is computed by torchao, which cannot be imported ({error}); "
+            "install it with: pip install 'lockstep-lm[float8]'"
+        ) from error
+    return float8, matmul_with_hp_or_float8_args, LinearMMConfig, ScaledMMConfig
