@@ -1,6 +1,8 @@
 """Compilation of the layers of a model by torch.compile: when it pays, and what it works with."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -8,6 +10,7 @@ from lockstep.config import ConfigContainer
 from lockstep.config.experts import expert_layers
 from lockstep.config.sharding import shards_weights
 from lockstep.models import GPTModel
+from lockstep.models.decoder import Layer
 from lockstep.models.mlp import MLP
 from lockstep.models.ops import matmul_mode
 from lockstep.training.attention import choose_attention, keeps_documents_apart
@@ -26,14 +29,25 @@ def choose_compilation(config: ConfigContainer, device: torch.device, operations
     """
     pays = operations >= PAYING_OPERATIONS
     worth = pays, f"{'pays' if pays else 'does not pay'} for {operations:.1e} operations a process"
+    if any(expert_layers(config.model)):
+        worth = False, "not measured on layers with experts"
     return decide("run.compile", config.run.compile, "layer by layer", partial(_obstacle, config, device), worth)
 
 
-def compile_blocks(model: GPTModel, backend: str = "inductor") -> None:
-    """Have every layer without experts compiled when it first runs; hooks on layers stay outside."""
+def compile_blocks(model: GPTModel, backend: str | Callable[..., Any] = "inductor") -> None:
+    """Have layers compiled when they first run; hooks on layers stay outside.
+
+    A layer without experts is compiled as a whole; of one with experts attention, shared experts, activations and the
+    sums over copies of a token, each as one graph, while routers, exchanges and grouped products stay as they are.
+    """
+    whole_graph = partial(torch.compile, backend=backend, fullgraph=True)
     for layer in model.decoder.layers.values():
+        assert isinstance(layer, Layer), "the decoder has layers"
         if isinstance(layer.mlp, MLP):
-            layer.forward = torch.compile(layer.forward, backend=backend, dynamic=False)
+            layer.forward = torch.compile(layer.forward, backend=backend, dynamic=False)  # type: ignore[method-assign]
+        else:
+            layer.attend = whole_graph(layer.attend, dynamic=False)  # type: ignore[method-assign]
+            layer.mlp.compile(whole_graph)  # The number of rows may change from step to step.
 
 
 def _obstacle(config: ConfigContainer, device: torch.device) -> str | None:
@@ -55,8 +69,6 @@ def _obstacle(config: ConfigContainer, device: torch.device) -> str | None:
         return "with adapters"
     if keeps_documents_apart(config):
         return "with documents apart"
-    if all(expert_layers(model)):
-        return "on layers with experts, which all are"
     if matmul_mode(device, params_dtype(config)) != "native":
         return "where products are not native"
     if choose_attention(config, device).kernel == "explicit":
