@@ -115,7 +115,8 @@ class _Spread(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        return _rounded_once(grads[0], *ctx.saved_tensors, ctx.topk, ctx.dispatcher), None, None, None, None, None
+        place, kept = ctx.saved_tensors
+        return _rounded_once(grads[0], place, kept, ctx.topk, ctx.dispatcher), None, None, None, None, None
 
 
 class _Summed(torch.autograd.Function):
@@ -303,7 +304,8 @@ class MixtureOfExperts(nn.Module):
     def compile(self, compiled: Compiler) -> None:
         """Have compiled what lies between router, exchanges and grouped products."""
         self.dispatcher.compile(compiled)
-        self.experts.nonlinearity = compiled(self.experts.nonlinearity.__call__)
+        nonlinearity: Any = self.experts.nonlinearity
+        self.experts.nonlinearity = compiled(nonlinearity.__call__)
         if self.shared_experts is not None:
             self.shared_experts.forward = compiled(self.shared_experts.forward)  # type: ignore[method-assign]
 
