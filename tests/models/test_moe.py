@@ -205,6 +205,26 @@ def test_grouped_products_are_those_of_one_expert_after_the_other(factor, moe_li
         assert float((one - other).norm() / other.norm()) < 1e-2
 
 
+def test_what_grouped_products_leave_unwritten_counts_nowhere(moe_like, use_mode, monkeypatch):
+    use_mode("native")
+    monkeypatch.setattr(moe, "takes_grouped_products", lambda *_: True)
+    block = block_of(moe_like(moe_expert_capacity_factor=0.5, moe_router_dtype="fp32"), torch.bfloat16)
+    x, results, product = tokens_of(torch.bfloat16), [], torch.nn.functional.grouped_mm
+
+    def unwritten(a: Tensor, b: Tensor, *, offs: Tensor) -> Tensor:
+        past = torch.arange(len(a))[:, None] >= offs[-1]
+        if a.requires_grad:
+            a.register_hook(lambda grad: grad.masked_fill(past, torch.nan))
+        return product(a.masked_fill(past, 0.0), b, offs=offs).masked_fill(past, torch.nan)
+
+    for function in (product, unwritten):
+        monkeypatch.setattr(torch.nn.functional, "grouped_mm", function)
+        output = block(x)[0]
+        results.append([output, *torch.autograd.grad(output.float().square().sum(), [x, *block.parameters()])])
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_experts_with_biases(tiny):
     block = block_of(tiny(num_moe_experts=4, moe_ffn_hidden_size=16, bias_activation_fusion=False))
     x = tokens_of()

@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from lockstep.config.model import ModelConfig
-from lockstep.models.moe import Experts, MixtureOfExperts
-from lockstep.models.router import Router
+from lockstep.models import moe
+from lockstep.models.moe import Dispatcher, Experts, MixtureOfExperts
+from lockstep.models.router import Router, RouterLosses
 from lockstep.models.sequence import WholeSequence
-from lockstep.parallel.experts import keep_experts
+from lockstep.parallel.experts import GatheringDispatcher, TravellingDispatcher, keep_experts
 from lockstep.parallel.mesh import Axis, Mesh
 from tests.parallel import sweep
 from tests.parallel.spawn import on_processes
@@ -173,6 +175,37 @@ def test_bf16_moves_by_rounding_only(results, dispatcher: str) -> None:
         row = found[f"bf16 {dispatcher}"]
         assert row.norm < 2e-2
         assert 0 < row.grads < 5e-2
+
+
+class _Twice(Axis):
+    """Two processes that have the same; none waits for another."""
+
+    def stacked(self, tensor: torch.Tensor) -> torch.Tensor:
+        return torch.stack([tensor] * self.size)
+
+    def split_sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.sum(dim=0)
+
+
+@pytest.mark.parametrize("capacity", [None, 0.75])
+def test_no_number_goes_to_the_host_unless_tokens_travel(capacity: float | None, monkeypatch) -> None:
+    """Tensors without numbers raise where one is asked for, or where a size depends on them."""
+    monkeypatch.setattr(moe, "takes_grouped_products", lambda *_: True)
+    changes = {**sweep.KINDS["experts"], "model.moe_expert_capacity_factor": capacity}
+    config = sweep.configure(changes, 1).model
+
+    def run(kind: type[Dispatcher]) -> None:
+        with FakeTensorMode():
+            block = MixtureOfExperts(config, 1, dtype=torch.bfloat16, device=torch.device("cpu"))
+            axis = _Twice(size=2, rank=1)
+            keep_experts(block.experts, axis)
+            block.dispatcher = kind(axis)  # type: ignore[call-arg]
+            x = torch.randn(2, 8, config.hidden_size or 0, dtype=torch.bfloat16, requires_grad=True)
+            block(x, RouterLosses(1.0))[0].sum().backward()
+
+    run(GatheringDispatcher)
+    with pytest.raises(DataDependentOutputException):
+        run(TravellingDispatcher)
 
 
 def test_every_process_keeps_the_numbers_of_its_experts() -> None:

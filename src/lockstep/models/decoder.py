@@ -236,14 +236,18 @@ class Layer(nn.Module):
 
     def forward(self, hidden: Tensor, context: AttentionContext) -> Tensor:
         """Return the residual stream [b, s, h] after this layer."""
-        output, bias, normalised = self._normalised_and(
-            lambda x: self.self_attention(x, context), self.input_layernorm, hidden
-        )
-        hidden = self._added(output, bias, hidden, normalised, context.streams)
+        hidden = self.attend(hidden, context)
         if self.recompute_mlp and self.training:
             output, bias, normalised = self._recomputed_mlp(self._mlp(context), hidden, context.streams)
         else:
             output, bias, normalised = self._normalised_and(self._mlp(context), self.pre_mlp_layernorm, hidden)
+        return self._added(output, bias, hidden, normalised, context.streams)
+
+    def attend(self, hidden: Tensor, context: AttentionContext) -> Tensor:
+        """Return the residual stream [b, s, h] after attention."""
+        output, bias, normalised = self._normalised_and(
+            lambda x: self.self_attention(x, context), self.input_layernorm, hidden
+        )
         return self._added(output, bias, hidden, normalised, context.streams)
 
     def _mlp(self, context: AttentionContext) -> _Block:

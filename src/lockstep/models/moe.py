@@ -6,6 +6,7 @@ Shape legend: b batch, s sequence, t tokens (b * s), h hidden, e experts, k expe
 token and each of its experts (t * k), in the order of the experts.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,12 +24,18 @@ from lockstep.models.router import Assignment, Router, RouterLosses
 _GROUPED_ALIGNMENT = 8  # bfloat16 numbers in the 16 bytes that the rows of a grouped product must begin at
 
 
+Compiler = Callable[[Any], Any]
+"""Takes a function that exchanges nothing between processes, and returns it compiled."""
+
+
 @dataclass(frozen=True)
 class Rows:
     """What the experts get: tokens [r, h] with their weights [r], sorted by expert.
 
-    Rows up to `ends[i]` (int32 [e]) belong to the experts up to i; rows after the last end are dropped ones. `source`
-    is the token of each row, `place` the row of each token's k experts, `shape` that of the input.
+    Rows up to `ends[i]` (int32 [e]) belong to the experts up to i. Rows after the last end are dropped: what stands
+    there, in outputs and gradients too, may be anything. `source` is the token of each row, `place` [t * k] the row of
+    each token's k experts, `kept` [t * k] tells which of these are not dropped, None where all are kept; `shape` is
+    that of the input.
     """
 
     tokens: Tensor
@@ -36,19 +43,42 @@ class Rows:
     ends: Tensor
     source: Tensor
     place: Tensor
-    dropped: Tensor | None
+    kept: Tensor | None
+    topk: int
     shape: torch.Size
+
+    @property
+    def dropped(self) -> Tensor | None:
+        """Which rows [r] are dropped; None where none are."""
+        if self.kept is None:
+            return None
+        return torch.arange(len(self.source), device=self.source.device) >= self.ends[-1]
 
 
 class Dispatcher:
     """Hands every token to its experts and adds up what they return; all experts are here."""
 
+    def __init__(self) -> None:
+        self.sum_of_copies = sum_of_copies
+
+    def compile(self, compiled: Compiler) -> None:
+        """Have the sums over the copies of a token compiled."""
+        self.sum_of_copies = compiled(sum_of_copies)
+
     def seen(self, x: Tensor) -> Tensor:
         """Return the tokens [b, s, h] that the router must see for x."""
         return x
 
+    def gathered(self, x: Tensor) -> Tensor:
+        """Return the tokens [t, h] of all processes among which this one has experts, for those of this process."""
+        return x
+
+    def split_sum(self, x: Tensor) -> Tensor:
+        """Return the sum over these processes of x, for the tokens of this one."""
+        return x
+
     def dispatch(self, x: Tensor, assignment: Assignment) -> Rows:
-        """Sort the tokens x [b, s, h] by expert, those of one expert in their own order."""
+        """Sort the tokens x [b, s, h], which are gathered, by expert, those of one expert in their own order."""
         experts = assignment.experts
         topk, number = experts.shape[1], assignment.number
         wanted = experts if assignment.kept is None else experts.masked_fill(~assignment.kept, number)
@@ -56,61 +86,74 @@ class Dispatcher:
         place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         # Found without asking the host: the number of rows before the first one of a later expert.
         ends = torch.searchsorted(in_order, torch.arange(number, device=order.device), right=True)
+        kept = None if assignment.kept is None else place < ends[-1]
         source = order // topk
-        tokens = _Spread.apply(x.flatten(0, 1), source, place, topk)
-        weights = _Spread.apply(assignment.weights.flatten(), order, place, 1)
-        dropped = None if assignment.kept is None else in_order == number
-        return Rows(tokens, weights, ends.int(), source, place, dropped, x.shape)
+        tokens = _Spread.apply(x.flatten(0, 1), source, place, kept, topk, self)
+        weights = permuted(assignment.weights.flatten(), order, place, kept)
+        return Rows(tokens, weights, ends.int(), source, place, kept, topk, x.shape)
 
     def combine(self, output: Tensor, rows: Rows) -> Tensor:
         """Return the sum [b, s, h] over the experts of each token of their output [r, h]."""
-        topk = len(rows.source) // (rows.shape[0] * rows.shape[1])
-        return _Summed.apply(output, rows.source, rows.place, topk).view(rows.shape)
+        return _Summed.apply(output, rows.source, rows.place, rows.kept, rows.topk, self).view(rows.shape)
 
 
-def permuted(x: Tensor, order: Tensor, back: Tensor) -> Tensor:
-    """Return the rows of x at `order`; `back` is the inverse."""
-    return _Spread.apply(x, order, back, 1)
+def permuted(x: Tensor, order: Tensor, back: Tensor, kept: Tensor | None = None) -> Tensor:
+    """Return the rows of x at `order`; `back` is the inverse, `kept` tells which rows of x count there."""
+    return _Spread.apply(x, order, back, kept, 1, _ALONE)
 
 
 class _Spread(torch.autograd.Function):
     """Rows of x at `source`; the gradient of a row of x adds up its k copies in float32 and is rounded once."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, source: Tensor, place: Tensor, topk: int) -> Tensor:
-        ctx.save_for_backward(place)
-        ctx.topk = topk
-        return x.index_select(0, source)
+    def forward(
+        ctx: Any, x: Tensor, source: Tensor, place: Tensor, kept: Tensor | None, topk: int, dispatcher: Dispatcher
+    ) -> Tensor:
+        ctx.save_for_backward(place, kept)
+        ctx.topk, ctx.dispatcher = topk, dispatcher
+        return dispatcher.gathered(x).index_select(0, source)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        (place,) = ctx.saved_tensors
-        return _sum_of_copies(grads[0], place, ctx.topk), None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        place, kept = ctx.saved_tensors
+        return _rounded_once(grads[0], place, kept, ctx.topk, ctx.dispatcher), None, None, None, None, None
 
 
 class _Summed(torch.autograd.Function):
     """The reverse: the sum over the k rows of each token, added up in float32 and rounded once."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, source: Tensor, place: Tensor, topk: int) -> Tensor:
+    def forward(
+        ctx: Any, rows: Tensor, source: Tensor, place: Tensor, kept: Tensor | None, topk: int, dispatcher: Dispatcher
+    ) -> Tensor:
         ctx.save_for_backward(source)
-        return _sum_of_copies(rows, place, topk)
+        ctx.dispatcher = dispatcher
+        return _rounded_once(rows, place, kept, topk, dispatcher)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         (source,) = ctx.saved_tensors
-        return grads[0].flatten(0, -2).index_select(0, source), None, None, None
+        grad = ctx.dispatcher.gathered(grads[0].flatten(0, -2))
+        return grad.index_select(0, source), None, None, None, None, None
 
 
-def _sum_of_copies(rows: Tensor, place: Tensor, topk: int) -> Tensor:
-    found = rows.index_select(0, place)
-    if topk == 1:
-        return found
-    return found.unflatten(0, (-1, topk)).sum(dim=1, dtype=_sum_dtype(rows.dtype)).to(rows.dtype)
+def _rounded_once(rows: Tensor, place: Tensor, kept: Tensor | None, topk: int, dispatcher: Dispatcher) -> Tensor:
+    return dispatcher.split_sum(dispatcher.sum_of_copies(rows, place, kept, topk)).to(rows.dtype)
+
+
+def sum_of_copies(rows: Tensor, place: Tensor, kept: Tensor | None, topk: int) -> Tensor:
+    """Return the sum over the k rows at `place` [t * k] of each token, those that are kept, at least in float32."""
+    found = rows.index_select(0, place if kept is None else place.where(kept, 0))
+    if kept is not None:
+        found = found.where(kept.view(-1, *[1] * (found.dim() - 1)), 0.0)
+    return found if topk == 1 else found.unflatten(0, (-1, topk)).sum(dim=1, dtype=_sum_dtype(rows.dtype))
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+_ALONE = Dispatcher()
 
 
 class Expert(nn.Module):
@@ -133,7 +176,7 @@ class Experts(nn.Module):
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device):
         super().__init__()
-        self.nonlinearity = Nonlinearity(config)
+        self.nonlinearity: Callable[[Tensor, Tensor | None, Tensor | None], Tensor] = Nonlinearity(config)
         self.weighs_input = config.moe_apply_probs_on_input
         self.recompute_activation = recomputes(config, "moe_act")
         # What adapters of all experts together add to the product of each linear.
@@ -145,7 +188,7 @@ class Experts(nn.Module):
         )
 
     def forward(self, rows: Rows) -> Tensor:
-        """Return the output [r, h] of each row, zero for dropped ones."""
+        """Return the output [r, h] of each row."""
         tokens, weights = rows.tokens, rows.weights
         if self.weighs_input:
             tokens = (tokens * weights[:, None]).to(tokens.dtype)
@@ -169,22 +212,21 @@ class Experts(nn.Module):
         return output if fc2.bias is None else output + (fc2.bias * weights[:, None]).to(output.dtype)
 
     def _grouped(self, experts: list[Expert], tokens: Tensor, weights: Tensor, rows: Rows) -> Tensor:
-        """Multiply all experts at once; a grouped product leaves rows after the last end unwritten."""
+        """Multiply all experts at once; a grouped product leaves rows after the last end unwritten, and reads none."""
         first, second = (
             torch.stack([getattr(expert, name).weight for expert in experts]).transpose(1, 2)
             for name in ("linear_fc1", "linear_fc2")
         )
 
-        def product(x: Tensor, weight: Tensor) -> Tensor:
-            return _without(F.grouped_mm(_without(x, rows.dropped), weight, offs=rows.ends), rows.dropped)
-
-        def shared(x: Tensor, weight: Tensor, adapter: nn.Module | None) -> Tensor:
+        def product(x: Tensor, weight: Tensor, adapter: nn.Module | None) -> Tensor:
+            found = F.grouped_mm(x, weight, offs=rows.ends)
             if adapter is None:
-                return product(x, weight)
-            return _without(_plus(product(x, weight), adapter, _without(x, rows.dropped)), rows.dropped)
+                return found
+            # The adapter multiplies all rows.
+            return found + _without(adapter(_without(x, rows.dropped)), rows.dropped)
 
-        inner = shared(tokens, first, self.linear_fc1)
-        return self._activated(inner, None, weights, lambda x: shared(x, second, self.linear_fc2))
+        inner = product(tokens, first, self.linear_fc1)
+        return self._activated(inner, None, weights, lambda x: product(x, second, self.linear_fc2))
 
     def _activated(self, inner: Tensor, bias: Tensor | None, weights: Tensor, then: Any) -> Tensor:
         """Return `then` of the activation, which is computed again for the backward pass where asked for."""
@@ -244,7 +286,7 @@ class MixtureOfExperts(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, *, dtype: torch.dtype, device: torch.device):
         super().__init__()
-        self.dispatcher = Dispatcher()
+        self.dispatcher: Dispatcher = Dispatcher()
         self.recompute_shared = recomputes(config, "shared_experts")
         self.router = Router(config, layer, dtype=dtype, device=device)
         self.experts = Experts(config, dtype=dtype, device=device)
@@ -258,6 +300,14 @@ class MixtureOfExperts(nn.Module):
         rows = self.dispatcher.dispatch(x, assignment)
         output = self.dispatcher.combine(self.experts(rows), rows)
         return output if self.shared_experts is None else output + self._shared(self.shared_experts, x), None
+
+    def compile(self, compiled: Compiler) -> None:
+        """Have compiled what lies between router, exchanges and grouped products."""
+        self.dispatcher.compile(compiled)
+        nonlinearity: Any = self.experts.nonlinearity
+        self.experts.nonlinearity = compiled(nonlinearity.__call__)
+        if self.shared_experts is not None:
+            self.shared_experts.forward = compiled(self.shared_experts.forward)  # type: ignore[method-assign]
 
     def _shared(self, shared_experts: SharedExperts, x: Tensor) -> Tensor:
         if self.recompute_shared and self.training:

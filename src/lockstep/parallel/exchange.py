@@ -59,11 +59,6 @@ def stacked(x: Tensor, axis: Axis) -> Tensor:
     return _exchanged(x, axis.stacked, axis.split_sum)
 
 
-def split_sum(x: Tensor, axis: Axis) -> Tensor:
-    """Return this process's row of the sum of x [size, ...] over the processes; backward stacks."""
-    return _exchanged(x, axis.split_sum, axis.stacked)
-
-
 def _same(x: Tensor) -> Tensor:
     return x.view_as(x)
 

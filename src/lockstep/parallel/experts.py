@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lockstep.models.moe import Dispatcher, Experts, Rows, permuted
 from lockstep.models.router import Assignment
-from lockstep.parallel.exchange import sent, split_sum, stacked
+from lockstep.parallel.exchange import sent, stacked
 from lockstep.parallel.mesh import Axis
 
 
@@ -42,6 +42,7 @@ class TravellingDispatcher(Dispatcher):
     """Sends every token to the processes that have its experts, and gets their outputs back: all-to-all."""
 
     def __init__(self, axis: Axis):
+        super().__init__()
         self._axis = axis
 
     def dispatch(self, x: Tensor, assignment: Assignment) -> Rows:
@@ -64,7 +65,8 @@ class TravellingDispatcher(Dispatcher):
             ends=mine.sum(dim=0).cumsum(dim=0).int(),
             source=order,
             place=back,
-            dropped=None,
+            kept=None,
+            topk=1,
             shape=home.shape,
             home=home,
             sent=rows,
@@ -92,10 +94,22 @@ class TravellingDispatcher(Dispatcher):
 
 
 class GatheringDispatcher(Dispatcher):
-    """Every process gets the tokens of all, and adds up what its experts return: all-gather and reduce-scatter."""
+    """Every process gets the tokens of all, and adds up what its experts return: all-gather and reduce-scatter.
+
+    All sizes are those of the input: the host waits for nothing.
+    """
 
     def __init__(self, axis: Axis):
+        super().__init__()
         self._axis = axis
+
+    def gathered(self, x: Tensor) -> Tensor:
+        """Return the tokens [size * t, h] of all processes for those [t, h] of this one."""
+        return self._axis.stacked(x).flatten(0, 1)
+
+    def split_sum(self, x: Tensor) -> Tensor:
+        """Return the sum [t, h] over the processes of x [size * t, h]."""
+        return self._axis.split_sum(x.unflatten(0, (self._axis.size, -1)))
 
     def dispatch(self, x: Tensor, assignment: Assignment) -> Rows:
         """Sort the tokens of all processes by expert; those of experts elsewhere come last, as dropped ones do."""
@@ -106,12 +120,5 @@ class GatheringDispatcher(Dispatcher):
         if assignment.kept is not None:
             kept &= self._axis.stacked(assignment.kept.to(torch.uint8)).flatten(0, 1).bool()
         weights = stacked(assignment.weights, self._axis).flatten(0, 1)
-        return super().dispatch(
-            stacked(x, self._axis).flatten(0, 1),
-            dataclasses.replace(assignment, number=number, experts=experts, weights=weights, kept=kept),
-        )
-
-    def combine(self, output: Tensor, rows: Rows) -> Tensor:
-        """Return the sum [b, s, h] over experts and processes for the tokens of this process."""
-        summed = super().combine(output, rows)
-        return split_sum(summed.unflatten(0, (self._axis.size, -1)), self._axis)
+        here = dataclasses.replace(assignment, number=number, experts=experts, weights=weights, kept=kept)
+        return super().dispatch(x, here)

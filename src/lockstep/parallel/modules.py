@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lockstep.models.cross_entropy import linear_cross_entropy
 from lockstep.models.layers import Linear, Table
-from lockstep.models.moe import Dispatcher, Rows
+from lockstep.models.moe import Compiler, Dispatcher, Rows
 from lockstep.models.ops import embedding, linear
 from lockstep.models.router import Assignment
 from lockstep.parallel.adapters import ColumnPart, RowPart, split_adapter, whole_input
@@ -124,8 +124,13 @@ class SplitExpertsDispatcher(Dispatcher):
     """
 
     def __init__(self, mesh: Mesh, inner: Dispatcher):
+        super().__init__()
         self.mesh = mesh
         self.inner = inner
+
+    def compile(self, compiled: Compiler) -> None:
+        """Have what ``inner`` adds up compiled."""
+        self.inner.compile(compiled)
 
     def seen(self, x: Tensor) -> Tensor:
         """Return all tokens [b, s, h] of the sequence of which x may be this process's part."""
@@ -148,8 +153,13 @@ class SequencePartDispatcher(Dispatcher):
     """
 
     def __init__(self, mesh: Mesh, inner: Dispatcher):
+        super().__init__()
         self.mesh = mesh
         self.inner = inner
+
+    def compile(self, compiled: Compiler) -> None:
+        """Have what ``inner`` adds up compiled."""
+        self.inner.compile(compiled)
 
     def seen(self, x: Tensor) -> Tensor:
         """Return all tokens [b, s, h] of the sequence of which x is this process's part."""

@@ -9,6 +9,7 @@ import torch
 from lockstep.config import ConfigContainer
 from lockstep.config.experts import expert_layers
 from lockstep.models import GPTModel
+from lockstep.models.decoder import Layer
 from lockstep.models.mlp import MLP
 from lockstep.models.ops import matmul_mode
 from lockstep.training.attention import choose_attention, keeps_documents_apart
@@ -27,18 +28,27 @@ def choose_compilation(config: ConfigContainer, device: torch.device, operations
     """
     pays = operations >= PAYING_OPERATIONS
     worth = pays, f"{'pays' if pays else 'does not pay'} for {operations:.1e} operations a process"
+    if any(expert_layers(config.model)):
+        worth = False, "not measured on layers with experts"
     return decide("run.compile", config.run.compile, "layer by layer", partial(_obstacle, config, device), worth)
 
 
 def compile_blocks(model: GPTModel, backend: str | Callable[..., Any] = "inductor") -> None:
-    """Have every layer without experts compiled when it first runs.
+    """Have layers compiled when they first run.
 
-    Hooks on layers stay outside: what brings weights from other processes and takes gradients there. A layer that does
-    not become one graph is an error.
+    A layer without experts is compiled as a whole; of one with experts attention, shared experts, activations and the
+    sums over copies of a token, while routers, exchanges and grouped products stay as they are. Hooks on layers stay
+    outside: what brings weights from other processes and takes gradients there. What does not become one graph is an
+    error.
     """
+    whole_graph = partial(torch.compile, backend=backend, fullgraph=True)
     for layer in model.decoder.layers.values():
+        assert isinstance(layer, Layer), "the decoder has layers"
         if isinstance(layer.mlp, MLP):
-            layer.forward = torch.compile(layer.forward, backend=backend, dynamic=False, fullgraph=True)
+            layer.forward = whole_graph(layer.forward, dynamic=False)  # type: ignore[method-assign]
+        else:
+            layer.attend = whole_graph(layer.attend, dynamic=False)  # type: ignore[method-assign]
+            layer.mlp.compile(whole_graph)  # The number of rows may change from step to step.
 
 
 def _obstacle(config: ConfigContainer, device: torch.device) -> str | None:
@@ -52,8 +62,6 @@ def _obstacle(config: ConfigContainer, device: torch.device) -> str | None:
         return "with adapters"
     if keeps_documents_apart(config):
         return "with documents apart"
-    if all(expert_layers(model)):
-        return "on layers with experts, which all are"
     if matmul_mode(device, params_dtype(config)) != "native":
         return "where products are not native"
     if choose_attention(config, device).kernel == "explicit":
