@@ -31,6 +31,7 @@ from lockstep.models.layers import required
 from lockstep.models.mask import CausalMask
 from lockstep.parallel import Mesh
 from lockstep.parallel.mesh import start_processes
+from lockstep.recipes.deepseek import deepseek_v2_lite_pretrain_config
 from lockstep.recipes.llama import llama3_8b_pretrain_config, llama32_1b_pretrain_config
 from lockstep.training.attention import choose_attention
 from lockstep.training.compiling import choose_compilation, compile_blocks
@@ -76,6 +77,11 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "tp2": {"model.tensor_model_parallel_size": 2, "model.sequence_parallel": True},
     "cp2": {"model.context_parallel_size": 2},
     "8layers": {"model.num_layers": 8},
+    "ep2": {"model.expert_model_parallel_size": 2},
+    "6layers": {"model.num_layers": 6, "model.moe_layer_freq": "[0]+[1]*5"},
+    "alltoall": {"model.moe_token_dispatcher_type": "alltoall"},
+    "allgather": {"model.moe_token_dispatcher_type": "allgather"},
+    "kept-activations": _NO_RECOMPUTATION,
 }
 
 
@@ -116,6 +122,16 @@ def configured(setting: str, compilation: str, changes: list[str], gpus: int = 1
         config = llama3_8b_pretrain_config()
         micro, whole = int(batch or 1), int(batch or 1) * gpus
         values = {"model.context_parallel_size": 1, **_NO_RECOMPUTATION}
+    elif base == "deepseek_v2_lite":
+        config = deepseek_v2_lite_pretrain_config()
+        micro = int(batch or 1)
+        whole = 4 * micro * gpus
+        values = {
+            "model.expert_model_parallel_size": 1,
+            "ddp.use_distributed_optimizer": True,
+            "ddp.grad_reduce_in_fp32": False,
+            "scheduler.lr_warmup_iters": 0,
+        }
     else:
         config = ConfigContainer()
         micro, whole = 4, 32

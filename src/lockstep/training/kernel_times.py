@@ -21,13 +21,17 @@ _KINDS = {
     "memory": r"Memcpy|Memset",
 }
 
+# What the host waits for, where it asks a GPU for numbers.
+_WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "aten::_local_scalar_dense")
+
 Interval = tuple[float, float]
 
 
 def profiled(job: Callable[[], object], path: Path, writes: bool) -> dict[str, float] | None:
     """Run a job once; return milliseconds of its kernels by kind, of the whole, and of what is not hidden.
 
-    The process that ``writes`` has kernels and the host's calls written to a file, and gets the result; others None.
+    The process that ``writes`` has kernels, the host's calls and how often it waits written to a file, and gets the
+    result; others None.
     """
     from torch.profiler import ProfilerActivity, profile
 
@@ -42,7 +46,8 @@ def profiled(job: Callable[[], object], path: Path, writes: bool) -> dict[str, f
     tables = [averages.table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=60)]
     if cuda:
         tables.insert(0, averages.table(sort_by="self_cuda_time_total", row_limit=40, max_name_column_width=90))
-    path.write_text("\n".join(tables))
+    waits = {each.key: each.count for each in averages if each.key in _WAITS or "DtoH" in each.key}
+    path.write_text("\n".join([f"the host waits: {waits}", *tables]))
     with TemporaryDirectory() as folder:
         trace = Path(folder, "trace.json")
         found.export_chrome_trace(str(trace))
