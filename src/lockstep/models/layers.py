@@ -12,11 +12,11 @@ class Linear(nn.Module):
     """A weight [o, h] and perhaps a bias [o].
 
     What is put into ``adapter`` takes input, product and weight, and returns what stands in place of the product. What
-    is put into ``multiply`` takes input and weight, and returns the product.
+    is put into ``multiply`` takes input and weight, and returns the product; without it that is ``linear``.
     """
 
     adapter: nn.Module | None
-    multiply: Callable[[Tensor, Tensor], Tensor] = staticmethod(linear)
+    multiply: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool, dtype: torch.dtype, device: torch.device):
         super().__init__()
@@ -26,7 +26,12 @@ class Linear(nn.Module):
 
     def product(self, x: Tensor) -> Tensor:
         """Return the product [..., o] without the bias, for callers that add it together with something else."""
-        return self.adapted(x, self.multiply(x, self.weight))
+        return self.adapted(x, self.multiplied(x))
+
+    def multiplied(self, x: Tensor) -> Tensor:
+        """Return the product [..., o] of an input with the weight alone."""
+        multiply = self.multiply or linear
+        return multiply(x, self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return product plus bias [..., o]."""

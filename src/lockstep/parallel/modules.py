@@ -30,7 +30,7 @@ class ColumnParallelLinear(Linear):
 
     def product(self, x: Tensor) -> Tensor:
         """Return this process's outputs [b, s, o / size] without the bias."""
-        return self.adapted(x, self.multiply(whole_input(x, self.mesh), self.weight))
+        return self.adapted(x, self.multiplied(whole_input(x, self.mesh)))
 
 
 class RowParallelLinear(Linear):
@@ -44,7 +44,7 @@ class RowParallelLinear(Linear):
 
     def product(self, x: Tensor) -> Tensor:
         """Return the sum [b, s, o], or this process's part of its sequence, without the bias."""
-        return _summed(self.adapted(x, self.multiply(x, self.weight)), self.mesh)
+        return _summed(self.adapted(x, self.multiplied(x)), self.mesh)
 
 
 class SharedByParts(nn.Module):
