@@ -4,10 +4,10 @@
     python benchmarks/beside_torchtitan.py --torchtitan FOLDER --gpus 2 --settings llama3_8b llama3_8b+fp8
 
 FOLDER holds torchtitan 0.2.2 unpacked, and torchao for float8. Ours is benchmarks/gpu_speed.py with compiled layers.
-The peer is driven through its own model, converters, parallelisation, loss and optimizer: compiled layers and loss, fused
-AdamW, no recomputation, autocast on one GPU, fully_shard and float8 all-gather on several. Packages that it imports and
-a step on random tokens does not need are stood in for where they are missing. Both take steps of as many tokens and
-print tokens a second of one GPU. A peer that is not there, or fails, is skipped with the reason.
+The peer is driven through its own model, converters, parallelisation, loss and optimizer: compiled layers and loss,
+fused AdamW, no recomputation, autocast on one GPU, fully_shard and float8 all-gather on several. Packages that it
+imports and a step on random tokens does not need are stood in for where they are missing. Both take steps of as many
+tokens and print tokens a second of one GPU. A peer that is not there, or fails, is skipped with the reason.
 """
 
 import argparse
@@ -79,7 +79,7 @@ class _StandIns:
 
 def measure_peer(setting: str, seq_length: int, steps: int) -> Step:
     """Train some steps with torchtitan's own parts, and return the middle one's time."""
-    sys.meta_path.append(_StandIns())  # type: ignore[arg-type]
+    sys.meta_path.append(_StandIns())
     if importlib.util.find_spec("tensorboard") is None:
         sys.modules["torch.utils.tensorboard"] = _StandIns().create_module(SimpleNamespace(name="tensorboard"))
     from torchtitan.components.loss import build_cross_entropy_loss
@@ -93,7 +93,7 @@ def measure_peer(setting: str, seq_length: int, steps: int) -> Step:
     shape, micro_batch, count = _SETTINGS[name]
     world = int(os.environ.get("WORLD_SIZE", "1"))
     kind = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", "0")) if kind == "cuda" else None)
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if kind == "cuda" else "cpu")
     job = JobConfig()
     job.training.seq_len, job.training.local_batch_size = seq_length, micro_batch
     job.compile.enable = True
