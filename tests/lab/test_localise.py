@@ -358,6 +358,9 @@ def test_the_command_ends_with_a_verdict(tmp_path: Path, capsys) -> None:
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert (report["verdict"], report["exit_code"], report["iterations"]) == ("rounding", 0, [2])
     assert report["begins"]["name"].startswith("decoder.layers.0.")
+    page = tmp_path / "out" / "report.html"
+    assert printed.endswith(f"report: {page}\n")
+    assert "<strong>rounding</strong>" in page.read_text()
     assert not (tmp_path / "out" / "a").exists()
 
 

@@ -1,15 +1,27 @@
 """The report stands alone and stays readable."""
 
+import contextlib
 import io
 import json
 import re
 from pathlib import Path
+from typing import Any, cast
 
+import pytest
 from rich.console import Console
 
+from lockstep.errors import UserError
 from lockstep.lab.cells import THIN_ROWS, number_pair, thin
 from lockstep.lab.compare import compare_paths
+from lockstep.lab.localise import report as localise_report
+from lockstep.lab.localise import stages
+from lockstep.lab.localise.localise import Localised, judge
+from lockstep.lab.localise.measure import Row, Where
+from lockstep.lab.localise.probes import Probes, load_probes
+from lockstep.lab.localise.walk import NOT_LOOKED_AT, Pass, StageResult, Walked
+from lockstep.lab.localise.worker import RUN, TWIN
 from lockstep.lab.report import as_json, show, write_report
+from tests.lab import faults
 from tests.lab.synthetic import config, train_lines, write
 
 
@@ -80,3 +92,94 @@ def test_skip_train_pair_compares_evaluations(tmp_path: Path):
     found = compare_paths(write(tmp_path / "a", train=[]), write(tmp_path / "b", train=[]))
     assert found.decision.cause == "Every loss and gradient norm of 3 evaluations is bitwise equal."
     assert write_report(found, tmp_path / "out")[1].read_bytes()
+
+
+def localised() -> Localised:
+    """Return an outcome whose first difference is in the forward pass, on one of two processes of B."""
+    probes = [cast("Probes", _Facts({"dtype": "float32", "layout": {"processes": n}})) for n in (1, 2)]
+    sides = [Pass(label, f"run <{label}>", probe, probe) for label, probe in zip("AB", probes, strict=True)]
+    where = Where((3, 0), 0.25, -1.5, "B", (1,), (2,))
+    norm, projection = "decoder.layers.0.input_layernorm", "decoder.layers.0.self_attention.linear_qkv"
+    rows = [
+        Row(4, stages.FORWARD, norm, "rounding", "the sides agree in float64", 1e-7, 1e-16, 5e-13, (0.5, 0.6)),
+        Row(4, stages.FORWARD, projection, "differs", "too far apart", 0.6, 0.7, 5e-13, None, where),
+    ]
+    results = [
+        StageResult(None, stages.CONFIG, "rounding", "settings that act: model.rotary_base (1 against 2)"),
+        StageResult(4, stages.DATA, "equal", "4 equal bit for bit"),
+        StageResult(4, stages.FORWARD, "differs", "linear_qkv is too far apart", rows),
+        StageResult(4, stages.LOSS, "unknown", NOT_LOOKED_AT),
+        StageResult(4, stages.UPDATE, "unknown", NOT_LOOKED_AT),
+    ]
+    walked = Walked(sides[0], sides[1], results, [])
+    return Localised("bug", "linear_qkv is the first that differs.", "Look at it.", walked, [4], ["a note"])
+
+
+class _Facts:
+    """Stands for probes of which only the facts are read."""
+
+    def __init__(self, facts: dict[str, Any]) -> None:
+        self.facts = facts
+
+
+def _rows(page: str) -> list[str]:
+    """Return the rows of the tables of a page, cells apart by bars."""
+    rows = re.findall(r"<tr[^>]*>(.*?)</tr>", page)
+    return ["|".join(re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row)) for row in rows]
+
+
+def test_localise_page_has_verdict_walk_and_first_tensor(tmp_path: Path):
+    files = localise_report.write_report(localised(), tmp_path)
+    assert [file.name for file in files] == ["report.json", "report.html"]
+    page = files[-1].read_text()
+    assert "http" not in page
+    assert not re.search(r"<script|<link|@import|url\(|<img", page)
+    order = [page.index(text) for text in ("<strong>bug</strong>", "is the first that differs.", ">Sides<", ">data<")]
+    assert order == sorted(order)
+    rows = _rows(page)
+    for row in (
+        "B|run &lt;B&gt;|float32|2",
+        "run|config|~ differs|settings that act: model.rotary_base (1 against 2)",
+        "4|data|\u2713 equal|4 equal bit for bit",
+        "4|forward|\u2717 differs|linear_qkv is too far apart",
+        "4|loss|\u2013 not looked at|",
+        "4|optimizer update|\u2013 not looked at|",
+        "Stage|forward",
+        "Tensor|decoder.layers.0.self_attention.linear_qkv",
+        "Iteration|4",
+        "Rank|1 of B, micro-batch 2",
+        "Where they are farthest apart|[3, 0]",
+        "A there in float64|0.25",
+        "B there in float64|-1.5",
+        "Max difference|1.75",
+        "decoder.layers.0.input_layernorm|\u2713 rounding|1e-07|1e-16|5e-13|0.5|0.6",
+    ):
+        assert row in rows
+    assert "<li>a note</li>" in page
+
+
+def test_localise_page_of_a_planted_fault_shows_both_numbers(tmp_path: Path):
+    name = next(name for name, fault in faults.FAULTS.items() if fault.stage == stages.SCHEDULE)
+    sides = []
+    for label, planted in (("A", None), ("B", name)):
+        folder = tmp_path / label
+        with contextlib.redirect_stdout(io.StringIO()):
+            assert faults.planted(planted, faults.job_of(planted, folder, tmp_path / "A", "gpt")) == 0
+        sides.append(Pass(label, label, load_probes(folder, RUN), load_probes(folder, TWIN)))
+    found = judge((sides[0], sides[1]), [1])
+    rows = _rows(localise_report.write_report(found, tmp_path)[-1].read_text())
+    first = found.walked.first
+    assert first is not None
+    assert {"Stage|schedule", f"Tensor|{first.name}", "Iteration|1", "Rank|0, the only one on both sides"} <= set(rows)
+    told = dict(row.split("|") for row in rows if row.count("|") == 1)
+    a, b = float(told["A there"]), float(told["B there"])
+    assert a != b
+    assert first.where is not None
+    assert (a, b) == (pytest.approx(first.where.a, rel=1e-6), pytest.approx(first.where.b, rel=1e-6))
+    assert float(told["Max difference"]) == pytest.approx(abs(a - b), rel=1e-4)
+    assert "1|forward|\u2013 not looked at|" in rows
+
+
+def test_localise_report_says_why_it_cannot_be_written(tmp_path: Path):
+    with pytest.raises(UserError, match=r"cannot write the report to .*gone: No such file"):
+        localise_report.write_report(localised(), tmp_path / "gone")

@@ -1,4 +1,4 @@
-"""The report as one HTML file that needs nothing else: no script, no font, no request."""
+"""Reports as one HTML file that needs nothing else: no script, no font, no request; and that of a comparison."""
 
 import base64
 from collections.abc import Iterable, Sequence
@@ -22,20 +22,21 @@ table { border-collapse: collapse; width: 100%; font-size: 14px }
 th, td { padding: 5px 10px; text-align: left; border-bottom: 1px solid #e8ecf0; vertical-align: top }
 th { background: #eef1f4; font-weight: 600 } tr:last-child td { border-bottom: 0 }
 .numbers td, .numbers th { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
-.numbers td.left { text-align: left }
+.walk td:nth-child(-n+3) { white-space: nowrap }
+th[scope="row"] { width: 19em; border-bottom: 1px solid #e8ecf0 } tr:last-child th[scope="row"] { border-bottom: 0 }
 .inside td { background: #fff8e1 } .outside td, .differs td { background: #fdecea } .unknown td { background: #fff8e1 }
-.idle td { color: #66717d } code { font-size: 13px; overflow-wrap: anywhere }
+.idle td, .idle th { color: #66717d } code { font-size: 13px; overflow-wrap: anywhere }
 img { max-width: 100%; height: auto; background: #fff; border-radius: 6px; border: 1px solid #dde2e8 }
 .scroll:focus-visible { outline: 3px solid #1f5fa8 }
 @media screen and (prefers-color-scheme: dark) {
   :root { color-scheme: dark }
   body { color: #dfe5eb; background: #12171d }
   .verdict, .scroll { background: #1b222a } .scroll, img { border-color: #36414c }
-  th { background: #26303a } th, td { border-color: #303a45 }
+  th { background: #26303a } th, td, th[scope="row"] { border-color: #303a45 }
   .pass { border-color: #5cc98f } .pass strong { color: #5cc98f }
   .fail { border-color: #ff8a80 } .fail strong { color: #ff8a80 }
   .inside td, .unknown td { background: #3a3115 } .outside td, .differs td { background: #471f1d }
-  .idle td { color: #9aa6b2 } .scroll:focus-visible { outline-color: #7db4f0 }
+  .idle td, .idle th { color: #9aa6b2 } .scroll:focus-visible { outline-color: #7db4f0 }
 }
 @media print {
   body { color: #000; background: #fff } .scroll { overflow: visible } tr, img { break-inside: avoid }
@@ -51,52 +52,95 @@ def as_html(found: Comparison, picture: bytes) -> str:
     a, b = found.findings.a, found.findings.b
     sections = [
         "<h1>Lockstep comparison</h1>",
-        _verdict(found),
-        "<h2>Sides</h2>",
-        _table(("Side", "Path", "Kind", "Status", "Command"), [_side(a), _side(b)]),
+        verdict(found.decision.verdict, found.decision.cause, found.decision.next_step, right=found.exit_code == 0),
+        section("Sides", table("Sides", ("Side", "Path", "Kind", "Status", "Command"), [_side(a), _side(b)])),
         "<h2>Loss curves and their difference</h2>",
         f'<img alt="Loss of A and B, and B minus A" src="data:image/png;base64,{base64.b64encode(picture).decode()}">',
-        "<h2>What was compared, in this order</h2>",
-        _table(
-            ("Compared", "Result", "Finding"),
-            [
-                (stage.name, f"{_MARKS[stage.state]} {stage.state}", "; ".join([stage.detail, *stage.evidence]))
-                for stage in found.stages
-            ],
-            [stage.state for stage in found.stages],
-        ),
-        "<h2>Settings that differ</h2>",
-        _config(found),
-        "<h2>Iterations</h2>",
-        _iterations(found),
-        "<h2>Evaluations</h2>",
-        _evaluations(found),
+        _compared(found),
+        section("Settings that differ", _config(found)),
+        section("Iterations", _iterations(found)),
+        section("Evaluations", _evaluations(found)),
+        notes(found.notes),
     ]
-    if found.notes:
-        sections += ["<h2>Notes</h2>", "<ul>", *(f"<li>{escape(note)}</li>" for note in found.notes), "</ul>"]
-    title = escape(f"{found.decision.verdict}: {a.path.name} and {b.path.name}")
+    return page(f"{found.decision.verdict}: {a.path.name} and {b.path.name}", sections)
+
+
+def page(title: str, sections: Iterable[str]) -> str:
+    """Return a whole page; ``title`` is plain text, the sections are HTML."""
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{_STYLE}</style></head>\n<body><main>\n"
-        + "\n".join(sections)
+        f"<title>{escape(title)}</title><style>{_STYLE}</style></head>\n<body><main>\n"
+        + "\n".join(part for part in sections if part)
         + "\n</main></body></html>\n"
     )
 
 
-def _verdict(found: Comparison) -> str:
-    kind = "pass" if found.exit_code == 0 else "fail"
-    after = f"<p>Next: {escape(found.decision.next_step)}</p>" if found.decision.next_step else ""
+def section(title: str, content: str) -> str:
+    """Return HTML under a heading."""
+    return f"<h2>{escape(title)}</h2>\n{content}"
+
+
+def verdict(word: str, cause: str, next_step: str, *, right: bool) -> str:
+    """Return the box at the top of a page; ``right`` says whether it is good news."""
+    after = f"<p>Next: {escape(next_step)}</p>" if next_step else ""
     return (
-        f'<div class="verdict {kind}"><strong>{escape(found.decision.verdict)}</strong>'
-        f"<p>{escape(found.decision.cause)}</p>{after}</div>"
+        f'<div class="verdict {"pass" if right else "fail"}"><strong>{escape(word)}</strong>'
+        f"<p>{escape(cause)}</p>{after}</div>"
     )
+
+
+def notes(found: Sequence[str]) -> str:
+    """Return the notes under their heading; nothing where there are none."""
+    items = (f"<li>{escape(note)}</li>" for note in found)
+    return section("Notes", "\n".join(["<ul>", *items, "</ul>"])) if found else ""
+
+
+def table(
+    title: str,
+    headings: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    kinds: Sequence[str] | None = None,
+    kind: str = "text",
+) -> str:
+    """Return a table that scrolls by itself, known to screen readers as ``title``; ``kinds`` colour the rows."""
+    head = "".join(f'<th scope="col">{escape(heading)}</th>' for heading in headings)
+    body = "".join(_tr(kinds[n] if kinds else "", map(_td, row)) for n, row in enumerate(rows))
+    return _scroll(title, f'<table class="{kind}"><tr>{head}</tr>{body}</table>')
+
+
+def facts(title: str, rows: Iterable[tuple[str, str]]) -> str:
+    """Return a table of names and what stands behind them."""
+    body = "".join(_tr("", (f'<th scope="row">{escape(name)}</th>', _td(value))) for name, value in rows)
+    return _scroll(title, f'<table class="text">{body}</table>')
+
+
+def _td(cell: str) -> str:
+    return f"<td>{escape(cell)}</td>"
+
+
+def _tr(kind: str, cells: Iterable[str]) -> str:
+    style = f' class="{kind}"' if kind else ""
+    return f"<tr{style}>{''.join(cells)}</tr>"
+
+
+def _scroll(title: str, content: str) -> str:
+    return f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(title)}">{content}</div>'
 
 
 def _side(side: Side) -> tuple[str, ...]:
     command = side.fact("command") or {}
     spelled = " / ".join(text for text in (command.get("flags"), command.get("overrides")) if text)
     return side.label, str(side.path), side.printer, side.fact("status") or "", spelled
+
+
+def _compared(found: Comparison) -> str:
+    title, headings = "What was compared, in this order", ("Compared", "Result", "Finding")
+    rows = [
+        (stage.name, f"{_MARKS[stage.state]} {stage.state}", "; ".join([stage.detail, *stage.evidence]))
+        for stage in found.stages
+    ]
+    return section(title, table(title, headings, rows, [stage.state for stage in found.stages]))
 
 
 def _config(found: Comparison) -> str:
@@ -110,7 +154,7 @@ def _config(found: Comparison) -> str:
         for d in differences
     ]
     kinds = ["differs" if d.role == "active" else "idle" for d in differences]
-    return _table(("Setting", "A", "B", "A from", "B from", "Acts"), rows, kinds)
+    return table("Settings that differ", ("Setting", "A", "B", "A from", "B from", "Acts"), rows, kinds)
 
 
 def _iterations(found: Comparison) -> str:
@@ -118,8 +162,8 @@ def _iterations(found: Comparison) -> str:
     if not rows:
         return "<p>None in common.</p>"
     shown = thin(rows)
-    note = "" if len(shown) == len(rows) else f"<p>{len(shown)} of {len(rows)} shown; report.json has all.</p>"
-    return note + _table(ROW_HEADINGS, map(row_cells, shown), [row.grade for row in shown], "numbers")
+    text = "" if len(shown) == len(rows) else f"<p>{len(shown)} of {len(rows)} shown; report.json has all.</p>"
+    return text + table("Iterations", ROW_HEADINGS, map(row_cells, shown), [row.grade for row in shown], "numbers")
 
 
 def _evaluations(found: Comparison) -> str:
@@ -130,16 +174,6 @@ def _evaluations(found: Comparison) -> str:
     for row in evaluations:
         apart = None if row.loss_a is None or row.loss_b is None else row.loss_b - row.loss_a
         rows.append((evaluation_name(row.key), *number_pair(row.loss_a, row.loss_b), difference_text(apart)))
-    return _table(("Evaluation", "Loss A", "Loss B", "B - A"), rows, [row.grade for row in evaluations], "numbers")
-
-
-def _table(
-    headings: Sequence[str], rows: Iterable[Sequence[str]], kinds: Sequence[str] | None = None, kind: str = "text"
-) -> str:
-    head = "".join(f'<th scope="col">{escape(heading)}</th>' for heading in headings)
-    body = []
-    for position, row in enumerate(rows):
-        style = f' class="{kinds[position]}"' if kinds else ""
-        body.append(f"<tr{style}>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>")
-    region = f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(headings[0])}">'
-    return f'{region}<table class="{kind}"><tr>{head}</tr>{"".join(body)}</table></div>'
+    return table(
+        "Evaluations", ("Evaluation", "Loss A", "Loss B", "B - A"), rows, [row.grade for row in evaluations], "numbers"
+    )

@@ -44,7 +44,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def _localise(arguments: argparse.Namespace) -> int:
     from lockstep.lab.correlate import new_folder
     from lockstep.lab.localise.localise import localise
-    from lockstep.lab.localise.report import as_json, show
+    from lockstep.lab.localise.report import as_json, show, write_report
     from lockstep.lab.localise.sides import open_sides
 
     sides = open_sides(arguments.a, arguments.b)
@@ -55,14 +55,13 @@ def _localise(arguments: argparse.Namespace) -> int:
         print(line, file=output, flush=True)
 
     found = localise(*sides, folder, arguments.iteration, say, checkpoints=arguments.from_checkpoint)
-    report = json.dumps(as_json(found), indent=1, allow_nan=False)
-    (folder / "report.json").write_text(report + "\n", encoding="utf-8")
+    page = write_report(found, folder)[-1]
     if not arguments.keep_probes:
         for side in ("a", "b"):
             shutil.rmtree(folder / side)
     if arguments.json:
-        print(report)
+        print(json.dumps(as_json(found), indent=1, allow_nan=False))
     else:
         show(found)
-        print(f"report: {folder / 'report.json'}")
+    say(f"report: {page}")
     return found.exit_code

@@ -32,6 +32,10 @@ class Localised:
         """0 for ``identical`` and ``rounding``, 1 for every other verdict."""
         return 0 if self.verdict in ("identical", "rounding") else 1
 
+    def processes(self, label: str) -> int:
+        """Return how many processes a side has."""
+        return _processes(self.walked, label)
+
 
 def localise(
     a: Rerun,

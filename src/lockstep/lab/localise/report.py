@@ -1,6 +1,8 @@
-"""The report of a localisation: the walk with a mark at each stage, the numbers behind the first cause, JSON."""
+"""The report of a localisation: the walk with a mark at each stage, the numbers behind the first cause, files."""
 
+import json
 import sys
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -8,9 +10,11 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from lockstep.errors import UserError
 from lockstep.lab.localise.localise import Localised
 from lockstep.lab.localise.measure import Row
-from lockstep.lab.localise.walk import StageResult
+from lockstep.lab.localise.page import as_html
+from lockstep.lab.localise.walk import NOT_LOOKED_AT, StageResult
 from lockstep.lab.report import PIPE_WIDTH
 from lockstep.record.schema import encode
 
@@ -41,6 +45,24 @@ def as_json(found: Localised) -> dict[str, Any]:
     )
 
 
+def write_report(found: Localised, folder: Path) -> list[Path]:
+    """Write ``report.json`` and ``report.html`` into ``folder`` and return them.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    contents = {
+        "report.json": json.dumps(as_json(found), indent=1, allow_nan=False) + "\n",
+        "report.html": as_html(found),
+    }
+    try:
+        for name, content in contents.items():
+            (folder / name).write_text(content, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write the report to {folder}: {error.strerror}") from None
+    return [folder / name for name in contents]
+
+
 def show(found: Localised, console: Console | None = None) -> None:
     """Print the outcome, the verdict last."""
     console = console or Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
@@ -60,14 +82,14 @@ def show(found: Localised, console: Console | None = None) -> None:
 
 def _walk(results: list[StageResult]) -> Table:
     table = Table("Iteration", "Stage", "", "Finding", title="Walk", title_justify="left")
-    walked = [result for result in results if not result.detail.startswith("not walked")]
+    walked = [result for result in results if result.walked]
     for result in walked:
         mark, style = _MARKS[result.state]
         number = "" if result.iteration is None else str(result.iteration)
         table.add_row(number, result.stage, Text(mark, style=style), Text(result.detail))
     left = len(results) - len(walked)
     if left:
-        table.add_row("", f"{left} more", "", Text("not walked: an earlier stage differs"))
+        table.add_row("", f"{left} more", "", Text(NOT_LOOKED_AT))
     return table
 
 

@@ -15,6 +15,7 @@ from lockstep.lab.localise.measure import (
     Four,
     Row,
     State,
+    Where,
     exact_row,
     four_row,
     relative,
@@ -24,6 +25,7 @@ from lockstep.lab.localise.measure import (
 from lockstep.lab.localise.probes import Logical, Probes
 from lockstep.record.schema import encode
 
+NOT_LOOKED_AT = "not looked at: an earlier stage differs"
 _SURROUNDINGS = ("code", "packages", "device", "environment")
 _HOST = ("LOCAL_WORLD_SIZE", "WORLD_SIZE")
 
@@ -53,6 +55,11 @@ class StageResult:
     state: State
     detail: str
     rows: list[Row] = field(default_factory=list)
+
+    @property
+    def walked(self) -> bool:
+        """Whether it was looked at: what comes after the first difference follows from it."""
+        return self.detail != NOT_LOOKED_AT
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,7 @@ def walk(a: Pass, b: Pass, iterations: Sequence[int]) -> Walked:
     for iteration in iterations:
         for stage in stages.ITERATION:
             if any(row.state == "differs" for result in results for row in result.rows):
-                results.append(StageResult(iteration, stage, "unknown", "not walked: an earlier stage differs"))
+                results.append(StageResult(iteration, stage, "unknown", NOT_LOOKED_AT))
                 continue
             rows = walker.rows(iteration, stage)
             results.append(StageResult(iteration, stage, *_summary(stage, rows), rows))
@@ -301,7 +308,8 @@ class _Walker:
             yield Row(iteration, stage, name, "equal", apart=0.0)
             return
         apart = abs(one - other) / max(abs(one), abs(other))
-        yield Row(iteration, stage, name, "differs", f"it is {one:.9g} in A and {other:.9g} in B", apart)
+        reason, where = f"it is {one:.9g} in A and {other:.9g} in B", Where((), one, other, "B", (), ())
+        yield Row(iteration, stage, name, "differs", reason, apart, where=where)
 
     def _tensors(self, iteration: int, stage: str) -> Iterator[Row]:
         names = self._shared(iteration, stage)
