@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from lockstep.errors import UserError
+from lockstep.lab.calibration.band import write_band
 from lockstep.lab.cells import THIN_ROWS, number_pair, thin
 from lockstep.lab.compare import compare_paths
 from lockstep.lab.localise import report as localise_report
@@ -20,9 +21,12 @@ from lockstep.lab.localise.measure import Row, Where
 from lockstep.lab.localise.probes import Probes, load_probes
 from lockstep.lab.localise.walk import NOT_LOOKED_AT, Pass, StageResult, Walked
 from lockstep.lab.localise.worker import RUN, TWIN
+from lockstep.lab.numbers import evaluation_name
+from lockstep.lab.plot import figure
 from lockstep.lab.report import as_json, show, write_report
 from tests.lab import faults
-from tests.lab.synthetic import config, train_lines, write
+from tests.lab.calibration.test_band import band
+from tests.lab.synthetic import config, evaluation_lines, train_lines, write
 
 
 def test_html_needs_nothing_else(tmp_path: Path):
@@ -126,6 +130,44 @@ def _rows(page: str) -> list[str]:
     """Return the rows of the tables of a page, cells apart by bars."""
     rows = re.findall(r"<tr[^>]*>(.*?)</tr>", page)
     return ["|".join(re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row)) for row in rows]
+
+
+def test_html_tells_grades_and_regions_without_colour(tmp_path: Path):
+    a, lines = write(tmp_path / "a"), train_lines()
+    lines[4]["lm_loss"] += 1e-3
+    lines[7]["lm_loss"] += 3
+    evaluations = evaluation_lines()
+    evaluations[2]["lm_loss"] += 3
+    found = compare_paths(a, write(tmp_path / "b", train=lines, evaluations=evaluations))
+    page = write_report(found, tmp_path / "out")[-1].read_text()
+    grades = {row.partition("|")[0]: row.rpartition("|")[2] for row in _rows(page)}
+    assert (grades["4"], grades["5"], grades["8"]) == (
+        "\u2713 equal",
+        "~ inside the band",
+        "\u2717 outside the band",
+    )
+    names = [evaluation_name(row.key) for row in found.findings.numbers.evaluations]
+    assert [grades[name] for name in names] == ["\u2713 equal", "\u2713 equal", "\u2717 outside the band"]
+    headings = re.findall(r"<h2>(.*?)</h2>", page)
+    regions = re.findall(r'role="region" aria-label="(.*?)"', page)
+    assert len(regions) == len(set(regions)) == 4
+    assert set(regions) <= set(headings)
+
+
+def test_legend_of_the_difference_lies_beside_the_plots(tmp_path: Path):
+    a = write(tmp_path / "a")
+    for measured in (False, True):
+        if measured:
+            write_band(band(), a)
+        drawn = figure(compare_paths(a, write(tmp_path / f"b{measured}", train=train_lines(warmup=1))))
+        drawn.canvas.draw()
+        top, bottom = drawn.axes
+        legend = bottom.get_legend()
+        assert legend is not None
+        box = legend.get_window_extent()
+        assert box.y0 >= bottom.get_window_extent().y1 - 0.5
+        assert box.y1 <= top.get_window_extent().y0
+        assert 0 <= box.x0 < box.x1 <= drawn.bbox.x1
 
 
 def test_localise_page_has_verdict_walk_and_first_tensor(tmp_path: Path):

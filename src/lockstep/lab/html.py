@@ -22,6 +22,7 @@ table { border-collapse: collapse; width: 100%; font-size: 14px }
 th, td { padding: 5px 10px; text-align: left; border-bottom: 1px solid #e8ecf0; vertical-align: top }
 th { background: #eef1f4; font-weight: 600 } tr:last-child td { border-bottom: 0 }
 .numbers td, .numbers th { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
+.numbers td:last-child, .numbers th:last-child { text-align: left }
 .walk td:nth-child(-n+3) { white-space: nowrap }
 th[scope="row"] { width: 19em; border-bottom: 1px solid #e8ecf0 } tr:last-child th[scope="row"] { border-bottom: 0 }
 .inside td { background: #fff8e1 } .outside td, .differs td { background: #fdecea } .unknown td { background: #fff8e1 }
@@ -45,6 +46,7 @@ img { max-width: 100%; height: auto; background: #fff; border-radius: 6px; borde
 
 
 _MARKS = {"equal": "\u2713", "differs": "\u2717", "unknown": "?"}
+_GRADES = {"equal": "\u2713 equal", "inside": "~ inside the band", "outside": "\u2717 outside the band"}
 
 
 def as_html(found: Comparison, picture: bytes) -> str:
@@ -163,7 +165,8 @@ def _iterations(found: Comparison) -> str:
         return "<p>None in common.</p>"
     shown = thin(rows)
     text = "" if len(shown) == len(rows) else f"<p>{len(shown)} of {len(rows)} shown; report.json has all.</p>"
-    return text + table("Iterations", ROW_HEADINGS, map(row_cells, shown), [row.grade for row in shown], "numbers")
+    cells = [(*row_cells(row), _GRADES[row.grade]) for row in shown]
+    return text + table("Iterations", (*ROW_HEADINGS, "Loss and norm"), cells, [row.grade for row in shown], "numbers")
 
 
 def _evaluations(found: Comparison) -> str:
@@ -173,7 +176,7 @@ def _evaluations(found: Comparison) -> str:
     rows = []
     for row in evaluations:
         apart = None if row.loss_a is None or row.loss_b is None else row.loss_b - row.loss_a
-        rows.append((evaluation_name(row.key), *number_pair(row.loss_a, row.loss_b), difference_text(apart)))
-    return table(
-        "Evaluations", ("Evaluation", "Loss A", "Loss B", "B - A"), rows, [row.grade for row in evaluations], "numbers"
-    )
+        losses = number_pair(row.loss_a, row.loss_b)
+        rows.append((evaluation_name(row.key), *losses, difference_text(apart), _GRADES[row.grade]))
+    headings = ("Evaluation", "Loss A", "Loss B", "B - A", "Loss")
+    return table("Evaluations", headings, rows, [row.grade for row in evaluations], "numbers")

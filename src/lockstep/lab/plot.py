@@ -2,21 +2,32 @@
 
 import io
 import math
+from typing import TYPE_CHECKING
 
 from lockstep.lab.compare import Comparison
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _BLUE, _ORANGE, _RED = "#1f5fa8", "#e07b00", "#b3261e"
 
 
 def draw(found: Comparison) -> bytes:
     """Return the picture as PNG."""
+    buffer = io.BytesIO()
+    figure(found).savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def figure(found: Comparison) -> "Figure":
+    """Return the picture: both curves in the upper plot, their difference in the lower one."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rows = found.findings.numbers.rows
-    figure = Figure(figsize=(9, 6), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    drawn = Figure(figsize=(9, 6), dpi=120, layout="constrained")
+    FigureCanvasAgg(drawn)
+    top, bottom = drawn.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     at = [row.iteration for row in rows]
     marker = "o" if len(rows) <= 60 else ""
     # A is wide and pale under B, so that two equal curves are both seen.
@@ -41,15 +52,14 @@ def draw(found: Comparison) -> bytes:
     bottom.axhline(0, color="#444444", linewidth=0.6)
     bottom.set_ylabel("loss B - loss A")
     bottom.set_xlabel("iteration")
-    bottom.legend(frameon=False)
+    # Above the plot: inside, it would lie across the curve.
+    bottom.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
     if len(rows) <= 20:
         bottom.set_xticks(at)
     for axes in (top, bottom):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+    return drawn
 
 
 def _finite(value: float | None) -> float:
