@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +14,8 @@ from rich.console import Console
 from lockstep.errors import UserError
 from lockstep.lab.calibration.band import write_band
 from lockstep.lab.cells import THIN_ROWS, number_pair, thin
-from lockstep.lab.compare import compare_paths
+from lockstep.lab.compare import compare, compare_paths
+from lockstep.lab.foreign.trace import Settings
 from lockstep.lab.localise import report as localise_report
 from lockstep.lab.localise import stages
 from lockstep.lab.localise.localise import Localised, judge
@@ -24,6 +26,7 @@ from lockstep.lab.localise.worker import RUN, TWIN
 from lockstep.lab.numbers import evaluation_name
 from lockstep.lab.plot import figure
 from lockstep.lab.report import as_json, show, write_report
+from lockstep.lab.side import load_side
 from tests.lab import faults
 from tests.lab.calibration.test_band import band
 from tests.lab.synthetic import config, evaluation_lines, train_lines, write
@@ -168,6 +171,37 @@ def test_legend_of_the_difference_lies_beside_the_plots(tmp_path: Path):
         assert box.y0 >= bottom.get_window_extent().y1 - 0.5
         assert box.y1 <= top.get_window_extent().y0
         assert 0 <= box.x0 < box.x1 <= drawn.bbox.x1
+
+
+def _fields(value: Any, name: str = "") -> set[str]:
+    """Return the dotted names of a report's fields, as the docs spell them."""
+    if isinstance(value, dict) and name not in _KEYED:
+        parts = [_fields(each, f"{name}.{key}" if name else key) for key, each in value.items()]
+        return set().union(*parts)
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return set().union(*(_fields(each, f"{name}[]") for each in value))
+    return {re.sub(r"(sides|missing\.\w+)\.[AB]\b", r"\1.*", name)}
+
+
+_KEYED = ("band.spread", "sides.A.settings.values", "sides.A.settings.unmapped")
+
+
+def _documented(page: str, heading: str) -> list[str]:
+    """Return the fields in the first column of the table under a heading of a page."""
+    text = (Path(__file__).parents[2] / "docs" / page).read_text().split(f"## {heading}\n")[1].split("\n#")[0]
+    cells = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    return [name for cell in cells for name in re.findall("`([^`]+)`", cell)]
+
+
+def test_docs_list_the_fields_of_the_json(tmp_path: Path):
+    a = write(tmp_path / "a")
+    write_band(band(), a)
+    lines, evaluations = train_lines(warmup=1)[:-1], evaluation_lines()[:-1]
+    b = write(tmp_path / "b", tree=config(scheduler__lr_warmup_iters=1), train=lines, evaluations=evaluations)
+    prints = replace(load_side(a, "A"), settings=Settings("its log", {"optimizer.lr": 1.0}, {"--x": "1"}))
+    documented = _documented("verdicts.md", "Fields of report.json")
+    assert len(documented) == len(set(documented))
+    assert set(documented) == _fields(as_json(compare(prints, load_side(b, "B"))))
 
 
 def test_localise_page_has_verdict_walk_and_first_tensor(tmp_path: Path):

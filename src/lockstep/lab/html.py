@@ -178,5 +178,5 @@ def _evaluations(found: Comparison) -> str:
         apart = None if row.loss_a is None or row.loss_b is None else row.loss_b - row.loss_a
         losses = number_pair(row.loss_a, row.loss_b)
         rows.append((evaluation_name(row.key), *losses, difference_text(apart), _GRADES[row.grade]))
-    headings = ("Evaluation", "Loss A", "Loss B", "B - A", "Loss")
+    headings = ("Evaluation", "Loss A", "Loss B", "B - A", "Grade")
     return table("Evaluations", headings, rows, [row.grade for row in evaluations], "numbers")
