@@ -15,6 +15,7 @@ from lockstep.errors import UserError
 from lockstep.lab.calibration.band import write_band
 from lockstep.lab.cells import THIN_ROWS, number_pair, thin
 from lockstep.lab.compare import compare, compare_paths
+from lockstep.lab.config_diff import ConfigDifference
 from lockstep.lab.foreign.trace import Settings
 from lockstep.lab.localise import report as localise_report
 from lockstep.lab.localise import stages
@@ -202,6 +203,21 @@ def test_docs_list_the_fields_of_the_json(tmp_path: Path):
     documented = _documented("verdicts.md", "Fields of report.json")
     assert len(documented) == len(set(documented))
     assert set(documented) == _fields(as_json(compare(prints, load_side(b, "B"))))
+
+
+def test_docs_list_the_fields_of_the_json_of_localise():
+    found = localised()
+    found.walked.differences.append(ConfigDifference("model.rotary_base", 1, 2, "", "", "active", ""))
+    report = localise_report.as_json(found)
+    row = _fields(report["first"])
+    assert _fields(report["stages"][2]["rows"][1]) == row
+    assert set(report["begins"]) == set(report["first"])
+    documented = _documented("localise.md", "The report")
+    assert len(documented) == len(set(documented))
+    for result in report["stages"]:
+        del result["rows"]
+    report["begins"] = None
+    assert set(documented) - {"stages[].rows[]"} == _fields(report)
 
 
 def test_localise_page_has_verdict_walk_and_first_tensor(tmp_path: Path):

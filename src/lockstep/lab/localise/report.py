@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lockstep.errors import UserError
+from lockstep.lab.config_diff import ConfigDifference
 from lockstep.lab.localise.localise import Localised
 from lockstep.lab.localise.measure import Row
 from lockstep.lab.localise.page import as_html
@@ -39,10 +40,15 @@ def as_json(found: Localised) -> dict[str, Any]:
             "first": None if walked.first is None else vars(walked.first),
             "begins": None if walked.begins is None else vars(walked.begins),
             "stages": [vars(result) | {"rows": [vars(row) for row in result.rows]} for result in walked.results],
-            "config_differences": walked.differences,
+            "config_differences": [_setting(d) for d in walked.differences],
             "notes": found.notes,
         }
     )
+
+
+def _setting(difference: ConfigDifference) -> dict[str, Any]:
+    """Return a setting that differs; probes do not tell where its values came from."""
+    return {name: value for name, value in vars(difference).items() if not name.startswith("origin_")}
 
 
 def write_report(found: Localised, folder: Path) -> list[Path]:
