@@ -1,7 +1,7 @@
 """Kill a training run with SIGKILL while it saves, again and again, and check what is left each time.
 
 Run as ``python -m tests.training.kill_saves FOLDER KILLS SEED PROCESSES``. Each run continues from the checkpoints
-that the killed one left, so that its first lines say which one it took. Of several processes a random one is killed,
+that the killed one left, so that its first line says which one it took. Of several processes a random one is killed,
 and the others have to end by themselves. Prints one line of JSON.
 """
 
@@ -64,8 +64,8 @@ def main(folder: Path, kills: int, seed: int, processes: int) -> None:
         iteration = files.tracked_iteration(root)
         assert iteration >= least, "the tracker went back"
         if trial:
-            first = log.read_text().splitlines()[1]
-            assert first == f"resuming from {root} at iteration {taken[-1]}", first
+            first = log.read_text().splitlines()[0]
+            assert first.endswith(f"; resuming from {root} at iteration {taken[-1]}"), first
         taken.append(iteration)
     print(json.dumps({"kills": kills, "while_writing": cut_off, "taken": taken}))
 

@@ -140,14 +140,14 @@ def test_a_checkpoint_holds_everything_under_canonical_names_and_no_pickle(confi
     assert config == json.loads((tmp_path / "run" / "run.json").read_text())["config"]
 
 
-def test_says_what_it_resumes_from_in_its_first_lines_and_in_the_record(configure, saved, tmp_path, capsys) -> None:
+def test_says_what_it_resumes_from_in_its_first_line_and_in_the_record(configure, saved, tmp_path, capsys) -> None:
     (saved / ".saving-iter_0000004.77").mkdir()
     capsys.readouterr()
     _run(configure({"checkpoint.load": str(saved)}), tmp_path / "run")
     out = capsys.readouterr().out.splitlines()
-    assert out[0].startswith("core: main")
-    assert out[1] == f"resuming from {saved} at iteration 2"
-    assert out[2] == f"the unfinished save iter_0000004 in {saved} is not used"
+    assert out[0].startswith("core: main, commit ")
+    assert out[0].endswith(f"; resuming from {saved} at iteration 2")
+    assert out[1] == f"the unfinished save iter_0000004 in {saved} is not used"
     assert not any("fresh run" in line for line in out)
     facts = json.loads((tmp_path / "run" / "run.json").read_text())
     assert facts["resumed_from"] == {
@@ -183,8 +183,8 @@ def test_finetune_takes_the_weights_alone(configure, saved, tmp_path, capsys) ->
     config = configure({**changes, "model.max_position_embeddings": 256})
     capsys.readouterr()
     _run(config, tmp_path / "run")
-    first = capsys.readouterr().out.splitlines()[1]
-    assert first == f"fine-tuning from iteration 0 with the weights of {saved}, iteration 2"
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.endswith(f"; fine-tuning from iteration 0 with the weights of {saved}, iteration 2")
     lines = recorded(tmp_path / "run")
     assert lines[0]["consumed_samples"] == 4
     assert lines[0]["iteration"] == 1

@@ -84,8 +84,9 @@ def test_run_writes_iterations_evaluations_and_facts(configure, tmp_path, capsys
     out = capsys.readouterr().out
     first, rest = out.split("\n", 1)
     assert first.startswith(f"core: main, commit {facts['code']['commit'][:12]}")
+    assert first.endswith("; fresh run from initial weights, seed 1234")
     assert facts["code"]["core"] == "main"
-    assert rest.startswith(f"run directory: {tmp_path / 'run'}\nfresh run from initial weights, seed 1234\ndevice: cpu")
+    assert rest.startswith(f"run directory: {tmp_path / 'run'}\ndevice: cpu")
     assert "    train:      16\n    validation: 24\n    test:       8\n" in out
     assert out.count(" iteration        ") == 4
 

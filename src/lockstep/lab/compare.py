@@ -45,12 +45,15 @@ def compare_paths(
     return compare(load_side(a, "A", reader_a), load_side(b, "B", reader_b))
 
 
-def compare(a: Side, b: Side) -> Comparison:
-    """Walk over both sides in the order of the verdicts and decide."""
+def compare(a: Side, b: Side, measured: tuple[Band, str] | None = None) -> Comparison:
+    """Walk over both sides in the order of the verdicts and decide.
+
+    ``measured`` is a band with the name of the run that it is of; without it that of A or B is used.
+    """
     aligned = by_size(a, b)
     a, b = aligned.a, aligned.b
     pairs = align(a, b)
-    band, band_of = _measured(a, b)
+    band, band_of = measured or _measured(a, b)
     printed = a.printed or b.printed
     differences = None
     if a.config is not None and b.config is not None:

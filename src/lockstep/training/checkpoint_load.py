@@ -189,12 +189,18 @@ def check_model(config: ConfigContainer, source: Source) -> None:
         )
 
 
-def announce(source: Source, config: ConfigContainer) -> None:
-    """Say what is continued from."""
+def beginning(source: Source | None, config: ConfigContainer) -> str:
+    """Return how a run begins: fresh, or from what."""
+    if source is None:
+        what = "weights" if config.peft.scheme is None else "adapters"
+        return f"fresh run from initial {what}, seed {config.rng.seed}"
     if source.weights_only:
-        say(f"fine-tuning from iteration 0 with the weights of {source.root}, iteration {source.iteration}")
-    else:
-        say(f"resuming from {source.root} at iteration {source.iteration}")
+        return f"fine-tuning from iteration 0 with the weights of {source.root}, iteration {source.iteration}"
+    return f"resuming from {source.root} at iteration {source.iteration}"
+
+
+def announce(source: Source, config: ConfigContainer) -> None:
+    """Say what a checkpoint brought into the configuration, and what beside it is not used."""
     for line in taken_lines(config):
         say(line)
     for name in files.unfinished(source.root):

@@ -25,6 +25,7 @@ from lockstep.training.attention import choose_attention
 from lockstep.training.checkpoint_load import (
     Source,
     announce,
+    beginning,
     check_save_folder,
     open_base,
     open_source,
@@ -79,7 +80,8 @@ def run(config: ConfigContainer, *, door: str, command: Command, name: str) -> R
         )
         code = code_version() if mesh.leads else {}
         if mesh.leads:
-            say(describe(code["core"], code["commit"], code["dirty"]))
+            core = describe(code["core"], code["commit"], code["dirty"])
+            say(f"{core}; {beginning(source, config)}")
         if base is not None:
             say(f"training {config.peft.scheme} adapters for the weights of {base.root}")
         if source is not None:
@@ -131,10 +133,7 @@ def _start_record(
 ) -> None:
     machine = device_facts(str(device))
     say(f"run directory: {writer.run_dir}")
-    if source is None:
-        what = "weights" if base is None else "adapters"
-        say(f"fresh run from initial {what}, seed {config.rng.seed}")
-    else:
+    if source is not None:
         facts["resumed_from"] = source.as_fact() | {"finetune": source.weights_only}
     if base is not None:
         facts["base"] = base.as_fact()

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from lockstep.lab.compare import Comparison
 
 REPORT_SCHEMA = 1
-_EXIT_CODES = {"found": 0, "range": 1, "no difference": 1, "cannot tell": 1}
+_EXIT_CODES = {"found": 0, "range": 1, "no difference": 1, "rounding": 1, "cannot tell": 1}
 _SHOWN_COMMITS = 20
 
 
@@ -39,6 +39,9 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     parser.add_argument("--repeats", type=int, metavar="N", help="runs of good that measure noise; 2, or 4 with noise")
     parser.add_argument("--any-change", action="store_true", help="bad is what differs from good at all")
+    band = parser.add_mutually_exclusive_group()
+    band.add_argument("--calibrate", action="store_true", help="measure good's band; bad is what lies outside it")
+    band.add_argument("--band", metavar="RUN", help="the same with the band of a calibrated run of good")
     parser.add_argument("--first-parent", action="store_true", help="keep to the first parents: name merges whole")
     parser.add_argument("--timeout", type=float, metavar="SECONDS", help="skip a commit that runs longer")
     parser.add_argument("--out", metavar="DIR", help="new or empty folder of the report")
@@ -66,10 +69,13 @@ def _bisect(arguments: argparse.Namespace) -> int:
         arguments.repeats,
         arguments.first_parent,
         arguments.any_change,
+        Path(arguments.band).absolute() if arguments.band else None,
+        arguments.calibrate,
     )
     folder = new_folder(Path(arguments.out)) if arguments.out else None
     result = search(request, lambda text: print(text, flush=True))
-    found = _by_measured_noise(result, compare(_labelled(result.before, "A"), _labelled(result.after, "B")))
+    band = (result.band, "good") if result.band else None
+    found = _by_what_was_measured(result, compare(_labelled(result.before, "A"), _labelled(result.after, "B"), band))
     _show(result, found)
     folder = folder or new_folder(None, "bisect")
     print(f"report: {_write(result, found, folder)}")
@@ -87,13 +93,22 @@ def _labelled(outcome: Any, label: str) -> Any:
     return dataclasses.replace(outcome.side, label=label)
 
 
-def _by_measured_noise(result: "Result", found: "Comparison") -> "Comparison":
-    """Return the comparison with its verdict by what was measured, where it had only the band that nobody measured."""
+def _by_what_was_measured(result: "Result", found: "Comparison") -> "Comparison":
+    """Return the comparison of one step with what the search knows beside it.
+
+    Without a measured band, what moved a run that repeats in every digit is no rounding. With one, a step that is
+    rounding by itself can be the one that took the curve out of the band.
+    """
     import dataclasses
 
     from lockstep.lab.verdict import Decision
 
-    if not result.silent or found.decision.verdict != "rounding" or result.commit is None:
+    if found.decision.verdict not in ("rounding", "cannot tell") or result.commit is None:
+        return found
+    if result.band is not None:
+        cause = f"{found.decision.cause} With what came before it the curve left the band of good."
+        return dataclasses.replace(found, decision=dataclasses.replace(found.decision, cause=cause))
+    if not result.silent or found.decision.verdict != "rounding":
         return found
     step = str(found.decision.cause).split("; no band was measured")[0]
     cause = f"{step}; but runs of good are equal in every digit, so {result.commit.short} changed what is computed."
@@ -140,6 +155,7 @@ def _write(result: "Result", found: "Comparison", folder: Path) -> Path:
         "stage": first_stage(found),
         "steps": result.steps,
         "runs": result.runs,
+        "band": result.band.describe() if result.band else None,
         "compared": {"A": result.before.commit, "B": result.after.commit},
         "comparison": as_json(found),
     }

@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Literal
 
+from lockstep.lab.calibration.band import Band
 from lockstep.lab.side import EvaluationKey, Side
 
 Key = EvaluationKey
@@ -15,6 +16,9 @@ Judgement = Literal["good", "bad", "neither"]
 
 QUANTITIES = ("lm loss", "grad norm", "evaluation loss")
 """What makes a curve, in the order in which it is asked for a difference."""
+
+_MEASURED = {"lm loss": "lm_loss", "grad norm": "grad_norm", "evaluation loss": "lm_loss"}
+"""Which quantity of a measured band is the one of a quantity here: evaluations have that of the training loss."""
 
 BEYOND = 2.0
 """A number is beyond the noise where it lies more than so many times the spread of the repeats from good's."""
@@ -82,11 +86,15 @@ def _size(x: float | None, y: float | None) -> float:
 
 @dataclass(frozen=True)
 class Noise:
-    """What repeats of one run differ by. ``spread`` grows along a run: the widest so far, by iteration."""
+    """What repeats of one run differ by. ``spread`` grows along a run: the widest so far, by iteration.
+
+    With a ``band``, what rounding was measured to do to that run, nothing inside it counts either.
+    """
 
     repeats: int
     spread: dict[str, dict[Key, float]]
     worst: dict[str, Distance]
+    band: Band | None = None
 
     @property
     def none(self) -> bool:
@@ -96,11 +104,23 @@ class Noise:
     def beyond(self, good: Curve, other: Curve, quantity: str) -> Largest | None:
         """Return the largest difference where any is beyond the noise, else None."""
         sizes = _sizes(good, other, quantity)
-        outside = [key for key, size in sizes.items() if size > BEYOND * self.spread[quantity].get(key, 0.0)]
+        outside = [key for key, size in sizes.items() if size > self._allowed(good, quantity, key)]
         if not outside:
             return None
         at = max(outside, key=lambda key: sizes[key])
         return Largest(quantity, at[0], outside[0][0], sizes[at])
+
+    def with_band(self, band: Band) -> "Noise":
+        """Return the noise with a measured band."""
+        return replace(self, band=band)
+
+    def _allowed(self, good: Curve, quantity: str, key: Key) -> float:
+        """Return how far from good's a number may lie and still tell nothing."""
+        noise = BEYOND * self.spread[quantity].get(key, 0.0)
+        value = good.numbers[quantity].get(key)
+        if self.band is None or value is None or not math.isfinite(value):
+            return noise
+        return max(noise, self.band.width(_MEASURED[quantity], key[0], value) or 0.0)
 
 
 def measure(repeats: Sequence[Curve]) -> Noise:
@@ -143,13 +163,21 @@ class Yardstick:
         return distance(self.good, self.bad, self.quantity)
 
     def judge(self, curve: Curve) -> Judgement:
-        """Put a curve on one side; ``neither`` where it lies between both within the noise, or far from both."""
-        if self.any_change:
-            return "bad" if self.noise.beyond(self.good, curve, self.quantity) else "good"
+        """Put a curve on one side; ``neither`` where it lies between both within the noise, or far from both.
+
+        Where a band was measured, good is what lies inside it, and not what is nearer to good.
+        """
+        banded = self.noise.band is not None
+        if self.any_change or banded:
+            outside = self.noise.beyond(self.good, curve, self.quantity) is not None
+            if self.any_change or not outside:
+                return "bad" if outside else "good"
         to_good = distance(curve, self.good, self.quantity)
         to_bad = distance(curve, self.bad, self.quantity)
         if min(to_good, to_bad) > self.span:
             return "neither"
+        if banded:
+            return "bad"
         if to_good.unlike == to_bad.unlike and (
             abs(to_good.apart - to_bad.apart) <= self.noise.worst[self.quantity].apart
         ):

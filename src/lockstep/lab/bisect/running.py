@@ -19,12 +19,13 @@ from typing import Any
 from lockstep.core.state import VARIABLE
 from lockstep.errors import UserError
 from lockstep.git import REDIRECTING, Commit, Repository
+from lockstep.lab.calibration.band import BAND_FILE, Band, load_band
 from lockstep.lab.side import Side, load_side
 from lockstep.record.environment import VARIABLES, package_versions
 from lockstep.record.schema import METRICS_FILE, RUN_FILE
 
 PLACES = ("{tree}", "{repo}", "{out}", "{python}")
-OUTCOME, OUTPUT, RECORD, LOG = "outcome.json", "output.log", "record", "run.log"
+OUTCOME, OUTPUT, RECORD, LOG, CALIBRATED = "outcome.json", "output.log", "record", "run.log", "calibrated"
 STANDARD_OUTPUT = "-"
 PATIENCE_SECONDS = 10
 
@@ -104,6 +105,31 @@ class Runner:
         shutil.rmtree(folder, ignore_errors=True)
         shutil.move(kept, folder)
         return self._read(commit, folder, cached=False)
+
+    def calibrate(self, outcome: Outcome, iterations: int) -> Band:
+        """Measure the band of a run by the code of its commit, or take it from the cache.
+
+        The band lies beside a copy of the record: a search without it must not find it there.
+
+        Raises:
+            UserError: the commit cannot calibrate its run.
+        """
+        folder = outcome.folder / CALIBRATED
+        band = load_band(folder)
+        if band is not None and band.last >= iterations:
+            return band
+        shutil.rmtree(folder, ignore_errors=True)
+        made = self.scratch / f"{outcome.commit.short}-{CALIBRATED}"
+        shutil.copytree(outcome.folder / RECORD, made / RECORD)
+        (made / RECORD / BAND_FILE).unlink(missing_ok=True)
+        words = [sys.executable, "-m", "lockstep.cli", "calibrate", str(made / RECORD), "--iterations", str(iterations)]
+        with self.repository.worktree(made / "tree", outcome.commit.hash) as tree:
+            problem = _execute(words, tree.root, made / OUTPUT, self._environment(tree.root), None)
+        band = None if problem else load_band(made / RECORD)
+        if band is None:
+            raise UserError(f"{outcome.commit.short} cannot calibrate its run: {problem or 'it wrote no band'}")
+        shutil.move(made / RECORD, folder)
+        return band
 
     def _key(self, commit: Commit) -> str:
         """Return the name of a curve: whatever has the same name gives the same curve, but for noise."""

@@ -18,8 +18,10 @@ from typing import Literal
 
 from lockstep.errors import UserError
 from lockstep.git import Commit, Repository
-from lockstep.lab.bisect.curves import QUANTITIES, Curve, Judgement, Yardstick, distance, measure, yardstick
+from lockstep.lab.bisect.curves import QUANTITIES, Curve, Judgement, Noise, Yardstick, distance, measure, yardstick
 from lockstep.lab.bisect.running import READ_OUTPUT, Job, Outcome, Runner, check_command
+from lockstep.lab.calibration.band import Band, load_band
+from lockstep.lab.side import load_side
 
 SCRATCH = "lockstep-bisect-"
 REPEATS, NOISY_REPEATS = 2, 4
@@ -29,12 +31,16 @@ _FIRST_BAD = re.compile(r"^# first bad commit: \[([0-9a-f]{40})\]", re.MULTILINE
 _POSSIBLE = re.compile(r"^# possible first bad commit: \[([0-9a-f]{40})\]", re.MULTILINE)
 
 Say = Callable[[str], None]
-Ended = Literal["found", "range", "no difference", "cannot tell"]
+Ended = Literal["found", "range", "no difference", "rounding", "cannot tell"]
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asks for; ``repeats`` None leaves the number to the noise that is seen."""
+    """What the user asks for.
+
+    ``repeats`` None leaves the number to the noise that is seen. ``band`` is the run directory of a calibrated run of
+    good; with ``calibrate`` the band is measured.
+    """
 
     repository: Repository
     good: str
@@ -44,6 +50,8 @@ class Request:
     repeats: int | None = None
     first_parent: bool = False
     any_change: bool = False
+    band: Path | None = None
+    calibrate: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,7 @@ class Result:
         possible: where commits that cannot run hide it, those it may be.
         share: part of the way from good to bad that the found commit went, where that has a size.
         silent: runs of good are equal in every digit, so that whatever differs is no noise.
+        band: what rounding does to good, where that was measured.
     """
 
     ended: Ended
@@ -77,6 +86,7 @@ class Result:
     possible: list[Commit] = field(default_factory=list)
     share: float | None = None
     silent: bool = False
+    band: Band | None = None
 
 
 def search(request: Request, say: Say) -> Result:
@@ -104,6 +114,7 @@ def search(request: Request, say: Say) -> Result:
             return found
         result = _bisect(request, runner, found, say)
         result.silent = found.rule.noise.repeats > 1 and found.rule.noise.none
+        result.band = found.rule.noise.band
         result.runs = runner.runs
         return result
 
@@ -162,8 +173,39 @@ def _between_ends(request: Request, runner: Runner, good: Commit, bad: Commit, s
     rule = yardstick(_curve(first), _curve(last), noise, request.any_change)
     if rule is None:
         return _no_ends(first, last, noise.none)
+    if request.band is not None or request.calibrate:
+        band = _band(request, runner, first, noise, say)
+        rule = yardstick(_curve(first), _curve(last), noise.with_band(band), request.any_change)
+        if rule is None:
+            return Result("rounding", "bad's curve lies inside the band of good", first, last, band=band)
+        noise = rule.noise
     say(f"difference: {noise.beyond(rule.good, rule.bad, rule.quantity)}")
     return _Ends(first, last, rule)
+
+
+def _band(request: Request, runner: Runner, good: Outcome, noise: Noise, say: Say) -> Band:
+    """Return the band of good: from the run directory that the user names, or measured by good's own code."""
+    if good.side is None or good.side.run is None:
+        raise UserError("a band needs the run record of good, and what it tells is a log; leave --band and --calibrate")
+    last = max(good.side.points)
+    if request.band is None:
+        say("calibrating good: 6 runs or more")
+        band = runner.calibrate(good, last)
+    else:
+        found = load_band(request.band)
+        if found is None:
+            raise UserError(f"--band {request.band} has no band; `lockstep calibrate {request.band}` measures it")
+        band, theirs = found, Curve.of(load_side(request.band, "A"))
+        for quantity in QUANTITIES:
+            if other := noise.with_band(band).beyond(theirs, _curve(good), quantity):
+                raise UserError(f"--band {request.band} is of another run than good: {other}")
+    if band.last < last:
+        raise UserError(
+            f"the band of good ends at iteration {band.last}, its run at {last}; "
+            f"`lockstep calibrate` with --iterations {last} measures all"
+        )
+    say(f"band: only what lies outside {band.describe()} counts")
+    return band
 
 
 def _no_ends(good: Outcome, bad: Outcome, silent: bool) -> Result:
@@ -249,7 +291,11 @@ def _answer(runner: Runner, ends: _Ends, commit: Commit) -> tuple[Step, str]:
     if judgement == "neither":
         reason = "its curve is neither good's nor bad's"
         return Step(commit, "skip", reason), reason
-    return Step(commit, judgement), _took(outcome)
+    if ends.rule.noise.band is None:
+        return Step(commit, judgement), _took(outcome)
+    outside = ends.rule.noise.beyond(ends.rule.good, _curve(outcome), ends.rule.quantity)
+    reason = f"outside the band: {outside}" if outside else "inside the band"
+    return Step(commit, judgement, reason), f"{_took(outcome)}, {reason}"
 
 
 def _found(request: Request, runner: Runner, ends: _Ends, commit: Commit, steps: list[Step], say: Say) -> Result:
