@@ -148,7 +148,7 @@ def measure_peer(setting: str, seq_length: int, steps: int) -> Step:
         losses.append(step().item())
         if number >= 2:
             seconds.append(time.perf_counter() - begun)
-    peak = torch.cuda.max_memory_reserved() / 2**30 if kind == "cuda" else 0.0
+    peak = torch.cuda.max_memory_allocated() / 2**30 if kind == "cuda" else 0.0
     torch.distributed.destroy_process_group()
     middle = statistics.median(seconds)
     return Step(middle, tokens / middle, peak, losses)
