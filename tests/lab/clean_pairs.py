@@ -78,6 +78,14 @@ def rows(folder: Path, starts: Mapping[str, Path]) -> list[Row]:
     return found
 
 
+def names() -> list[tuple[str, str]]:
+    """Return name and kind of model of all pairs, in the order of the table."""
+    others = [*ALONE, "reference", "transformers"]
+    return [(name, kind) for kind in faults.KINDS for name, _, _ in _layouts()] + [
+        (name, kind) for kind in faults.KINDS for name in others
+    ]
+
+
 def table(found: Sequence[Row]) -> tuple[str, bool]:
     """Return the table with its totals, and whether the bar is reached."""
     # A clean pair may not be given a cause of any kind, which is more than no `bug`.

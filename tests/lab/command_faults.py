@@ -24,8 +24,8 @@ from tests.lab import command_pairs, faults
 from tests.lab.faults import FAULTS, JOBS
 from tests.parallel.spawn import Turn, in_turn
 
-SAVED = 2
-"""The iteration that a resumed side goes on after."""
+SAVED, LONGER = 2, {"train.train_iters": 5}
+"""The iteration that a resumed side goes on after, and how long all train: moments show two iterations later."""
 
 
 def trained(name: str | None, settings: dict[str, Any], run_dir: str) -> str:
@@ -40,7 +40,7 @@ def train_all(names: Sequence[str], folder: Path) -> dict[str, tuple[Path, Path]
     turns, found = [], {}
     for number, name in enumerate(names):
         fault, run_dir = FAULTS[name], folder / f"fault-{number}"
-        job, changes = JOBS[fault.kind], dict(fault.layout)
+        job, changes = {**JOBS[fault.kind], **LONGER}, dict(fault.layout)
         if fault.kind not in clean:
             clean[fault.kind] = folder / f"clean-{len(clean)}"
             saving = {"checkpoint.save": f"{clean[fault.kind]}-saved", "checkpoint.save_interval": SAVED}

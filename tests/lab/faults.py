@@ -86,7 +86,7 @@ MOE: dict[str, Any] = {
 }
 DOCUMENTS: dict[str, Any] = {
     **LLAMA,
-    "rng.seed": 145,  # two samples of the first batch end a document
+    "rng.seed": 11,  # the first micro-batch has a document more than the others, so a valid token less
     "dataset.reset_attention_mask": True,
     "dataset.reset_position_ids": True,
     "dataset.eod_mask_loss": True,

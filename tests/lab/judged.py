@@ -16,13 +16,18 @@ from tests.parallel.spawn import Turn, in_turn
 
 @dataclass(frozen=True)
 class Row:
-    """What one pair gave: of a planted fault where ``stage`` is expected, else of a clean pair."""
+    """What one pair gave: of a planted fault where ``stage`` is expected, else of a clean pair.
+
+    ``way`` says how a fault was judged, ``compared`` what `lockstep compare` said of it.
+    """
 
     name: str
     where: str
     found: Localised
     stage: str = ""
     tensor: str = ""
+    way: str = ""
+    compared: str = ""
 
     @property
     def named(self) -> tuple[str, str]:
