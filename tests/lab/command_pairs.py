@@ -30,15 +30,7 @@ from tests.parallel.spawn import Turn, in_turn
 
 Settings = dict[str, Any]
 
-MOE: Settings = {
-    **faults.LLAMA,
-    "model.num_moe_experts": 4,
-    "model.moe_ffn_hidden_size": 16,
-    "model.moe_layer_freq": "[0]+[1]",
-    "model.moe_router_load_balancing_type": ["aux_loss"],
-    "model.moe_aux_loss_coeff": [0.01],
-    "model.moe_token_dispatcher_type": "alltoall",
-}
+MOE: Settings = faults.MOE
 LATENTS: Settings = {
     **faults.LLAMA,
     "model.num_query_groups": 4,

@@ -2,40 +2,43 @@
 
 A `Fault` names the layout of the side it is planted in, a context manager that plants it (a patch of the code under
 test, never of the lab), and the stage and the tensor or field at which the walk has to stop. The other side is the
-clean run of one process. To add one, write its context manager and its line in `FAULTS`; `tests/lab/test_localise.py`
-runs all of them. Three ways to run a planted side, the cheapest first:
+clean run of one process, or of the same layout where a single process has nothing like it. To add one, write what is
+planted in `plants.py` and its line in `FAULTS`, with the stage and tensor that are right before you run it. Three ways
+to run a planted side, the cheapest first:
 
 - in this process: ``with fault.plant(): probe(job)``, for one process;
 - several at a time in one start of processes: ``in_turn([Turn(2, planted, (name, job)), ...])``;
 - as users do, by way of the localiser: a `Rerun` whose ``worker`` is ``("-m", "tests.lab.faults", name)``, which makes
   this module plant the fault in every process of that side. Users have no option for it.
+
+Those with ``commands`` are trained and given to ``lockstep compare`` and ``lockstep localise`` as two run directories
+(`command_faults.py`); the walk judges the probes of the others.
 """
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest import mock
-
-import torch
 
 from lockstep.config import ConfigContainer, Origin, resolve
+from lockstep.data.cache import IndexCache
+from lockstep.data.gpt_dataset import GPTDataset
 from lockstep.guard import run as guarded
 from lockstep.lab.localise import stages
 from lockstep.lab.localise.worker import Job, probe
-from lockstep.models import attention, mlp, norms, ops, positions
+from lockstep.models import attention, mlp, moe, norms, positions, router
 from lockstep.parallel import gradients, modules
 from lockstep.parallel.buckets import Bucket, GradientBuckets
 from lockstep.parallel.gradients import Gradients
-from lockstep.parallel.mesh import Axis
 from lockstep.record.schema import encode
-from lockstep.training import feed, optimizer, passes, setup
+from lockstep.training import checkpoint_load, feed, optimizer, passes, setup, step
 from lockstep.training.precision import MainWeights
 from lockstep.training.schedule import LearningRateSchedule
 from lockstep.training.sharded import ShardedMainWeights
 from lockstep.training.step import TrainStep
+from tests.lab import plants
+from tests.lab.plants import Plant, changed
 
 GPT: dict[str, Any] = {
     "model.num_layers": 2,
@@ -72,7 +75,33 @@ TENSOR = {"model.tensor_model_parallel_size": 2}
 SEQUENCE = {**TENSOR, "model.sequence_parallel": True}
 PIPELINE = {"model.pipeline_model_parallel_size": 2}
 SHARDED = {"ddp.use_distributed_optimizer": True}
+MOE: dict[str, Any] = {
+    **LLAMA,
+    "model.num_moe_experts": 4,
+    "model.moe_ffn_hidden_size": 16,
+    "model.moe_layer_freq": "[0]+[1]",
+    "model.moe_router_load_balancing_type": ["aux_loss"],
+    "model.moe_aux_loss_coeff": [0.01],
+    "model.moe_token_dispatcher_type": "alltoall",
+}
+DOCUMENTS: dict[str, Any] = {
+    **LLAMA,
+    "rng.seed": 11,  # the first micro-batch has a document more than the others, so a valid token less
+    "dataset.reset_attention_mask": True,
+    "dataset.reset_position_ids": True,
+    "dataset.eod_mask_loss": True,
+}
 KINDS = {"gpt": GPT, "llama": LLAMA}
+JOBS: dict[str, dict[str, Any]] = {
+    **KINDS,
+    "gpt, BF16": {**GPT, "mixed_precision.bf16": True},
+    "gpt, dropout": {**GPT, "model.hidden_dropout": 0.1, "model.attention_dropout": 0.1},
+    "llama, scaled positions": {**LLAMA, "model.rope_scaling": True},
+    "experts": MOE,
+    "documents": DOCUMENTS,
+    "documents, loss by token": {**DOCUMENTS, "model.calculate_per_token_loss": True},
+}
+"""What is trained, by name; clean pairs are of ``KINDS``."""
 
 
 def config(changes: dict[str, Any], processes: int = 1) -> dict[str, dict[str, Any]]:
@@ -93,8 +122,6 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "FSDP2": {"dist.use_torch_fsdp2": True},
 }
 
-Plant = Callable[[], AbstractContextManager[Any]]
-
 
 @dataclass(frozen=True)
 class Fault:
@@ -104,9 +131,13 @@ class Fault:
         plant: plants it while the context lasts.
         stage: the stage of the walk at which it shows first.
         tensor: the tensor, number or setting.
-        kind: of model.
+        kind: of job.
         layout: of the side that has it.
         processes: of that side.
+        beside: the clean side has this layout too.
+        commands: it goes through the commands.
+        resumed: the side that has it goes on from the checkpoint that the clean one saved after iteration 2.
+        before: what a run with the fault had otherwise that left its index cache to this one.
     """
 
     plant: Plant
@@ -115,331 +146,306 @@ class Fault:
     kind: str = "gpt"
     layout: dict[str, Any] = field(default_factory=dict)
     processes: int = 1
-
-
-def _patched(owner: Any, name: str, value: Any) -> AbstractContextManager[Any]:
-    return mock.patch.object(owner, name, value)
-
-
-def _changed(owner: Any, name: str, change: Callable[..., Any]) -> Plant:
-    """Replace a function by ``change(original, *arguments)``."""
-
-    def plant() -> AbstractContextManager[Any]:
-        original = getattr(owner, name)
-        return _patched(owner, name, lambda *args, **kwargs: change(original, *args, **kwargs))
-
-    return plant
-
-
-# Data.
-
-
-def _labels_shifted(collate: Any, samples: Any) -> Any:
-    batch = collate(samples)
-    return batch | {"labels": batch["labels"].roll(-1, dims=1)}
-
-
-def _first_token_masked(collate: Any, samples: Any) -> Any:
-    batch = collate(samples)
-    mask = batch["loss_mask"].clone()
-    mask[:, 0] = 0
-    return batch | {"loss_mask": mask}
-
-
-def _samples_of_the_first(sample_order: Any, kind: Any, total: int, micro: int, dp: Axis, consumed: int = 0) -> Any:
-    return sample_order(kind, total, micro, replace(dp, rank=0), consumed)
-
-
-# Weights and schedule.
-
-
-def _another_seed(initial_weights: Any, config: Any, seed: int, dtype: Any, device: Any) -> Any:
-    wrong = dict(initial_weights(config, seed + 1, dtype, device))
-    name = "decoder.layers.1.mlp.linear_fc1.weight"
-    for each, value in initial_weights(config, seed, dtype, device):
-        yield each, wrong[name] if each == name else value
-
-
-def _one_step_late(rate: Any, self: Any, samples: int) -> float:
-    return float(rate(self, samples)) * 0.9
-
-
-def _a_replica_drifts(build: Any, config: Any, mesh: Any, *args: Any) -> Any:
-    model, *rest = build(config, mesh, *args)
-    if mesh.dp.rank == 1:
-        with torch.no_grad():
-            model.decoder.final_layernorm.weight[0] += 1e-6
-    return (model, *rest)
-
-
-# Forward.
-
-
-def _another_base(inverse_frequencies: Any, config: Any, device: Any) -> torch.Tensor:
-    return inverse_frequencies(replace(config, rotary_base=500000.0), device)
-
-
-def _epsilon_in_the_kernel(forward: Any, self: Any, x: torch.Tensor) -> torch.Tensor:
-    before, self.epsilon = self.epsilon, 1e-3
-    try:
-        return forward(self, x)
-    finally:
-        self.epsilon = before
-
-
-def _epsilon_of_the_module(init: Any, self: Any, *args: Any, **kwargs: Any) -> None:
-    init(self, *args, **kwargs)
-    self.epsilon = 1e-3
-
-
-def _low_softmax(core: Any, query: Any, key: Any, value: Any, hidden: Any, **settings: Any) -> torch.Tensor:
-    scores = torch.bmm(query, key.transpose(1, 2)) / query.shape[-1] ** 0.5
-    shares = torch.softmax(scores.masked_fill(hidden, -10000.0).bfloat16(), dim=-1).to(query.dtype)
-    return torch.bmm(shares, value)
-
-
-def _low_products(linear: Any, x: torch.Tensor, weight: torch.Tensor, bias: Any = None) -> torch.Tensor:
-    """Multiply in fewer digits where the model is float32, as GPUs do when they may."""
-    if x.dtype == torch.float32:
-        x, weight = x + (x.bfloat16().float() - x).detach(), weight + (weight.bfloat16().float() - weight).detach()
-    return linear(x, weight, bias)
-
-
-def _no_mask(hidden_positions: Any, where: torch.Tensor, length: int, documents: Any) -> torch.Tensor:
-    hidden = hidden_positions(where, length, documents)
-    return hidden & (torch.arange(length) != length - 1)
-
-
-def _all_seen(hidden_positions: Any, where: torch.Tensor, length: int, documents: Any) -> torch.Tensor:
-    return torch.zeros_like(hidden_positions(where, length, documents))
-
-
-def _query_and_key_swapped(core: Any, query: Any, key: Any, *rest: Any, **settings: Any) -> Any:
-    return core(key, query, *rest, **settings)
-
-
-def _product_not_added(product: Any, self: Any, x: torch.Tensor) -> torch.Tensor:
-    return ops.linear(x, self.weight)
-
-
-def _one_process_is_off(product: Any, self: Any, x: torch.Tensor) -> torch.Tensor:
-    found = product(self, x)
-    return found * 1.001 if self.mesh.tp.rank == 1 else found
-
-
-# Loss and backward.
-
-
-def _every_token_counts_double(masked_sum: Any, *args: Any) -> Any:
-    total, tokens = masked_sum(*args)
-    return total, tokens * 2
-
-
-def _two_replicas_assumed(init: Any, self: Any, *args: Any, **kwargs: Any) -> None:
-    init(self, *args, **kwargs)
-    self._dp = replace(self._dp, size=self._dp.size * 2)
-
-
-def _scaled_in_backward(backward: Any, ctx: Any, *grads: Any) -> Any:
-    first, *rest = backward(ctx, *grads)
-    return (first * 1.01, *rest)
-
-
-# Reduction, norm, clipping, update.
-
-
-def _overwritten(accumulate: Any, self: Any, param: Any) -> None:
-    self._arrived[param] = 0
-    accumulate(self, param)
-
-
-def _never(original: Any, *args: Any) -> bool:
-    return False
-
-
-def _not_added(reduce: Any, self: Any, sharded: bool) -> None:
-    self.started = True
-
-
-def _clipped_first(hand_over: Any, self: Any) -> Any:
-    own = self.collect_grads()
-    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad) for grad in own]))
-    for grad in own:
-        grad.mul_(0.1 / max(float(norm), 0.1))
-    return hand_over(self)
-
-
-def _all_split(norm: Any, self: Any, tensors: Any) -> torch.Tensor:
-    self._split = [True] * len(self._split)
-    return norm(self, tensors)
-
-
-def _clipped_twice(multiply: Any, self: Any, factor: torch.Tensor) -> None:
-    multiply(self, factor)
-    multiply(self, factor)
-
-
-def _always(original: Any, *args: Any) -> bool:
-    return True
-
-
-def _another_epsilon(build: Any, groups: Any, settings: Any) -> Any:
-    return build(groups, replace(settings, adam_eps=1e-3))
-
-
-@contextmanager
-def _epsilon_in_the_update() -> Iterator[None]:
-    good = torch.optim.AdamW
-
-    def step(self: Any, closure: Any = None) -> Any:
-        before = [group["eps"] for group in self.param_groups]
-        for group in self.param_groups:
-            group["eps"] = 1e-3
-        try:
-            return good.step(self, closure)
-        finally:
-            for group, eps in zip(self.param_groups, before, strict=True):
-                group["eps"] = eps
-
-    kind = type("AdamW", (good,), {"step": step})
-    with mock.patch.object(optimizer.torch.optim, "AdamW", kind):
-        yield
-
-
-def _no_copy(copy_to_model: Any, self: Any) -> None:
-    return None
+    beside: bool = False
+    commands: bool = False
+    resumed: bool = False
+    before: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def trains_first(self) -> bool:
+        """Whether a run comes before the one that shows it, so that probes alone are not enough."""
+        return self.resumed or bool(self.before)
+
+    @property
+    def clean(self) -> tuple[str, int]:
+        """Which clean side it is compared with: job and processes."""
+        return self.kind, self.processes if self.beside else 1
 
 
 FAULTS: dict[str, Fault] = {
-    "labels shifted": Fault(_changed(feed, "collate", _labels_shifted), stages.DATA, "labels"),
-    "first token masked": Fault(_changed(feed, "collate", _first_token_masked), stages.DATA, "loss_mask"),
+    "labels shifted": Fault(changed(feed, "collate", plants.labels_shifted), stages.DATA, "labels", commands=True),
+    "first token masked": Fault(changed(feed, "collate", plants.first_token_masked), stages.DATA, "loss_mask"),
     "micro-batches of the first process": Fault(
-        _changed(setup, "sample_order", _samples_of_the_first), stages.DATA, "tokens", processes=2
+        changed(setup, "sample_order", plants.samples_of_the_first), stages.DATA, "tokens", processes=2
+    ),
+    "all-ones loss mask": Fault(
+        changed(feed, "collate", plants.loss_everywhere), stages.DATA, "loss_mask", "documents", commands=True
+    ),
+    "positions run on over documents": Fault(
+        changed(GPTDataset, "_position_ids", plants.positions_run_on), stages.DATA, "position_ids", "documents"
+    ),
+    "documents numbered as one": Fault(
+        changed(feed, "collate", plants.documents_joined), stages.DATA, "document_ids", "documents"
+    ),
+    "stale index cache": Fault(
+        changed(IndexCache, "load_or_build", plants.seed_not_in_the_key),
+        stages.DATA,
+        "tokens",
+        commands=True,
+        before={"dataset.random_seed": 4321},
     ),
     "another seed": Fault(
-        _changed(setup, "initial_weights", _another_seed), stages.WEIGHTS, "decoder.layers.1.mlp.linear_fc1.weight"
+        changed(setup, "initial_weights", plants.another_seed),
+        stages.WEIGHTS,
+        "decoder.layers.1.mlp.linear_fc1.weight",
+        commands=True,
     ),
     "replica that drifts": Fault(
-        _changed(setup, "build_parallel_model", _a_replica_drifts),
+        changed(setup, "build_parallel_model", plants.a_replica_drifts),
         stages.WEIGHTS,
         "decoder.final_layernorm.weight",
         processes=2,
     ),
-    "schedule off": Fault(_changed(LearningRateSchedule, "__call__", _one_step_late), stages.SCHEDULE, "lr"),
+    "schedule off": Fault(changed(LearningRateSchedule, "__call__", plants.one_step_late), stages.SCHEDULE, "lr"),
+    "schedule off by one batch": Fault(
+        changed(LearningRateSchedule, "__call__", plants.one_batch_ahead), stages.SCHEDULE, "lr", commands=True
+    ),
     "bias given weight decay": Fault(
-        _changed(optimizer, "is_decayed", _always),
+        changed(optimizer, "is_decayed", plants.always),
         stages.SCHEDULE,
         "weight decay of decoder.layers.0.input_layernorm.bias",
     ),
+    "dropout streams shared by processes": Fault(
+        plants.streams_shared,
+        stages.STATE,
+        "random stream embedding 1",
+        "gpt, dropout",
+        processes=2,
+        beside=True,
+    ),
     "rope base": Fault(
-        _changed(positions, "inverse_frequencies", _another_base), stages.FORWARD, "rotary cosine", "llama"
+        changed(positions, "inverse_frequencies", plants.another_base),
+        stages.FORWARD,
+        "rotary cosine",
+        "llama",
+        commands=True,
+    ),
+    "rope scaling factor lost": Fault(
+        changed(positions, "scaled_frequencies", plants.not_scaled),
+        stages.FORWARD,
+        "rotary cosine",
+        "llama, scaled positions",
     ),
     "norm epsilon in the kernel": Fault(
-        _changed(norms.Norm, "forward", _epsilon_in_the_kernel), stages.FORWARD, "decoder.layers.0.input_layernorm"
+        changed(norms.Norm, "forward", plants.epsilon_in_the_kernel), stages.FORWARD, "decoder.layers.0.input_layernorm"
     ),
     "norm epsilon of the module": Fault(
-        _changed(norms.Norm, "__init__", _epsilon_of_the_module), stages.FEATURES, "model.layernorm_epsilon"
+        changed(norms.Norm, "__init__", plants.epsilon_of_the_module),
+        stages.FEATURES,
+        "model.layernorm_epsilon",
+        commands=True,
     ),
     "softmax in low precision": Fault(
-        _changed(attention, "core_attention", _low_softmax), stages.FORWARD, "decoder.layers.0.self_attention"
+        changed(attention, "core_attention", plants.low_softmax), stages.FORWARD, "decoder.layers.0.self_attention"
     ),
     "products in low precision": Fault(
-        _changed(sys.modules["lockstep.models.layers"], "linear", _low_products),
+        changed(sys.modules["lockstep.models.layers"], "linear", plants.low_products),
         stages.FORWARD,
         "decoder.layers.0.self_attention.linear_qkv",
     ),
     "last key always seen": Fault(
-        _changed(sys.modules["lockstep.models.mask"], "hidden_positions", _no_mask), stages.FORWARD, "attention mask"
+        changed(sys.modules["lockstep.models.mask"], "hidden_positions", plants.no_mask),
+        stages.FORWARD,
+        "attention mask",
     ),
     "all-ones attention mask": Fault(
-        _changed(sys.modules["lockstep.models.mask"], "hidden_positions", _all_seen), stages.FORWARD, "attention mask"
+        changed(sys.modules["lockstep.models.mask"], "hidden_positions", plants.all_seen),
+        stages.FORWARD,
+        "attention mask",
+    ),
+    "document boundaries not seen by attention": Fault(
+        changed(sys.modules["lockstep.models.mask"], "hidden_positions", plants.boundaries_not_seen),
+        stages.FORWARD,
+        "attention mask",
+        "documents",
+        commands=True,
     ),
     "query and key swapped": Fault(
-        _changed(attention, "core_attention", _query_and_key_swapped),
+        changed(attention, "core_attention", plants.query_and_key_swapped),
         stages.FORWARD,
         "decoder.layers.0.self_attention",
     ),
+    "router in low precision": Fault(
+        changed(router._RouterProduct, "forward", plants.low_router),
+        stages.FORWARD,
+        "decoder.layers.1.mlp.router.weights",
+        "experts",
+    ),
+    "expert left out": Fault(
+        changed(moe.Experts, "forward", plants.without_the_last_expert),
+        stages.FORWARD,
+        "decoder.layers.1.mlp",
+        "experts",
+        commands=True,
+    ),
     "missing sum in the forward pass": Fault(
-        _changed(modules.RowParallelLinear, "product", _product_not_added),
+        changed(modules.RowParallelLinear, "product", plants.product_not_added),
         stages.FORWARD,
         "decoder.layers.0.self_attention",
         layout=TENSOR,
         processes=2,
     ),
     "one process is off": Fault(
-        _changed(modules.RowParallelLinear, "product", _one_process_is_off),
+        changed(modules.RowParallelLinear, "product", plants.one_process_is_off),
         stages.FORWARD,
         "decoder.layers.0.self_attention",
         layout=TENSOR,
         processes=2,
     ),
     "tokens counted twice": Fault(
-        _changed(passes, "masked_sum", _every_token_counts_double), stages.LOSS, "valid tokens"
+        changed(passes, "masked_sum", plants.every_token_counts_double), stages.LOSS, "valid tokens", commands=True
     ),
-    "wrong divisor": Fault(_changed(TrainStep, "__init__", _two_replicas_assumed), stages.LOSS, "divisor"),
+    "wrong divisor": Fault(changed(TrainStep, "__init__", plants.two_replicas_assumed), stages.LOSS, "divisor"),
+    "masked tokens divide too": Fault(
+        changed(step, "_divisors", plants.all_tokens_divide), stages.LOSS, "divisor", "documents", commands=True
+    ),
+    "weight of the routers' loss": Fault(
+        changed(router.RouterLosses, "__init__", plants.double_weight),
+        stages.GRADIENTS,
+        "decoder.layers.1.mlp.router.weight",
+        "experts",
+        commands=True,
+    ),
     "activation's backward": Fault(
-        _changed(mlp._FusedActivation, "backward", _scaled_in_backward),
+        changed(mlp._FusedActivation, "backward", plants.scaled_in_backward),
         stages.GRADIENTS,
         "decoder.layers.1.mlp.linear_fc1.weight",
+        commands=True,
+    ),
+    "each process divides by its own tokens": Fault(
+        changed(step, "in_global_order", plants.own_tokens_for_all),
+        stages.REDUCED,
+        "embedding.word_embeddings.weight",
+        "documents, loss by token",
+        processes=2,
+    ),
+    "first micro-batch counted twice": Fault(
+        changed(GradientBuckets, "_accumulate", plants.first_counted_twice),
+        stages.REDUCED,
+        "embedding.position_embeddings.weight",
+        commands=True,
     ),
     "last micro-batch alone": Fault(
-        _changed(GradientBuckets, "_accumulate", _overwritten),
+        changed(GradientBuckets, "_accumulate", plants.overwritten),
         stages.REDUCED,
         "embedding.position_embeddings.weight",
     ),
     "missing all-reduce over tensor parallel": Fault(
-        _changed(gradients, "_is_partial", _never),
+        changed(gradients, "_is_partial", plants.never),
         stages.REDUCED,
         "embedding.position_embeddings.weight",
         layout=SEQUENCE,
         processes=2,
     ),
     "missing all-reduce over data parallel": Fault(
-        _changed(Bucket, "reduce", _not_added), stages.REDUCED, "embedding.position_embeddings.weight", processes=2
+        changed(Bucket, "reduce", plants.not_added),
+        stages.REDUCED,
+        "embedding.position_embeddings.weight",
+        processes=2,
+        commands=True,
     ),
     "missing sum of tied embeddings": Fault(
-        _changed(gradients, "is_tied", _never),
+        changed(gradients, "is_tied", plants.never),
         stages.REDUCED,
         "embedding.word_embeddings.weight",
         layout=PIPELINE,
         processes=2,
     ),
     "clip before reduce": Fault(
-        _changed(MainWeights, "hand_over", _clipped_first),
+        changed(MainWeights, "hand_over", plants.clipped_first),
         stages.REDUCED,
         "embedding.position_embeddings.weight",
         processes=2,
     ),
     "norm counts whole parameters twice": Fault(
-        _changed(Gradients, "norms", _all_split), stages.NORM, "gradient norm", layout=TENSOR, processes=2
+        changed(Gradients, "norms", plants.all_split), stages.NORM, "gradient norm", layout=TENSOR, processes=2
+    ),
+    "norm leaves a parameter out": Fault(
+        changed(Gradients, "norms", plants.one_left_out), stages.NORM, "gradient norm", commands=True
+    ),
+    "norm leaves experts out": Fault(
+        changed(Gradients, "_total", plants.experts_left_out),
+        stages.NORM,
+        "gradient norm",
+        "experts",
+        {"model.expert_model_parallel_size": 2},
+        processes=2,
     ),
     "clipped twice": Fault(
-        _changed(optimizer.WideGradients, "multiply", _clipped_twice),
+        changed(optimizer.WideGradients, "multiply", plants.clipped_twice),
         stages.CLIPPED,
         "embedding.position_embeddings.weight",
+        commands=True,
     ),
     "Adam's epsilon of the group": Fault(
-        _changed(optimizer, "_build", _another_epsilon), stages.FEATURES, "optimizer.adam_eps"
+        changed(optimizer, "_build", plants.another_epsilon), stages.FEATURES, "optimizer.adam_eps"
     ),
     "Adam's epsilon in the update": Fault(
-        _epsilon_in_the_update, stages.UPDATE, "embedding.position_embeddings.weight"
+        plants.epsilon_in_the_update, stages.UPDATE, "embedding.position_embeddings.weight", commands=True
+    ),
+    "model keeps its weights": Fault(
+        changed(MainWeights, "copy_to_model", plants.no_copy),
+        stages.AFTER,
+        "embedding.position_embeddings.weight",
+        "gpt, BF16",
+        commands=True,
     ),
     "weights not sent on": Fault(
-        _changed(ShardedMainWeights, "copy_to_model", _no_copy),
+        changed(ShardedMainWeights, "copy_to_model", plants.no_copy),
         stages.AFTER,
         "embedding.position_embeddings.weight",
         layout=SHARDED,
         processes=2,
     ),
+    "random streams not restored": Fault(
+        changed(checkpoint_load, "_restore_streams", plants.nothing),
+        stages.STATE,
+        "random stream embedding 0",
+        "gpt, dropout",
+        commands=True,
+        resumed=True,
+    ),
+    "samples repeated": Fault(
+        changed(feed.Feed, "seek", plants.nothing), stages.DATA, "tokens", commands=True, resumed=True
+    ),
+    "moments not restored": Fault(
+        changed(checkpoint_load.Source, "read", plants.moments_zero),
+        stages.STATE,
+        "exp_avg.embedding.position_embeddings.weight",
+        commands=True,
+        resumed=True,
+    ),
+    "updates not counted on": Fault(
+        changed(checkpoint_load, "make_optimizer_state", plants.updates_forgotten),
+        stages.STATE,
+        "updates",
+        commands=True,
+        resumed=True,
+    ),
+    "consumed samples off": Fault(
+        changed(checkpoint_load, "_restore_progress", plants.one_batch_less),
+        stages.STATE,
+        "consumed samples",
+        commands=True,
+        resumed=True,
+    ),
 }
+
+
+def tree_of(fault: Fault) -> dict[str, dict[str, Any]]:
+    """Return the tree of the side with a fault."""
+    return config({**JOBS[fault.kind], **fault.layout}, fault.processes)
 
 
 def job_of(name: str | None, folder: Path, start: Path, kind: str = "gpt") -> Job:
     """Return the job of the side with a fault, or with None of the clean side of one process."""
-    fault = None if name is None else FAULTS[name]
-    kind = kind if fault is None else fault.kind
-    tree = config({**KINDS[kind], **(fault.layout if fault else {})}, fault.processes if fault else 1)
-    return Job(tree, [1], str(folder), str(start))
+    return Job(config(JOBS[kind]) if name is None else tree_of(FAULTS[name]), [1], str(folder), str(start))
+
+
+def clean_job_of(name: str, folder: Path) -> Job:
+    """Return the job of the clean side that a fault is compared with."""
+    fault = FAULTS[name]
+    return Job(tree_of(fault) if fault.beside else config(JOBS[fault.kind]), [1], str(folder), str(folder))
 
 
 def planted(name: str | None, job: Job) -> int:

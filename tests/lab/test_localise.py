@@ -34,7 +34,7 @@ from tests.lab import faults
 from tests.lab.synthetic import write
 from tests.parallel.spawn import Turn, in_turn
 
-_ALONE = [name for name, fault in faults.FAULTS.items() if fault.processes == 1]
+_ALONE = [name for name, fault in faults.FAULTS.items() if fault.processes == 1 and not fault.trains_first]
 _TOGETHER = [name for name, fault in faults.FAULTS.items() if fault.processes > 1]
 
 
@@ -61,6 +61,15 @@ def clean(tmp_path_factory) -> dict[str, Path]:
     return found
 
 
+def _clean(name: str, clean: dict[str, Path]) -> Path:
+    """Return the clean side of one process of a fault, which is run when the first one asks for it."""
+    kind = faults.FAULTS[name].kind
+    if kind not in clean:
+        clean[kind] = clean["gpt"].parent / f"clean-{len(clean)}"
+        _probe(faults.job_of(None, clean[kind], clean[kind], kind))
+    return clean[kind]
+
+
 def _assert_named(found: Localised, name: str) -> None:
     fault, first = faults.FAULTS[name], found.walked.first
     assert first is not None, found.sentence
@@ -70,7 +79,7 @@ def _assert_named(found: Localised, name: str) -> None:
 
 @pytest.mark.parametrize("name", _ALONE)
 def test_a_fault_in_one_process_is_named(name: str, clean: dict[str, Path], tmp_path: Path) -> None:
-    start = clean[faults.FAULTS[name].kind]
+    start = _clean(name, clean)
     _probe(faults.job_of(name, tmp_path, start), name)
     _assert_named(_outcome(start, tmp_path), name)
 
@@ -389,7 +398,12 @@ def together(clean: dict[str, Path], tmp_path_factory) -> dict[str, Path]:
         turns.append(Turn(2, faults.planted, (None, job)))
     for number, name in enumerate(_TOGETHER):
         found[name] = folder / f"fault-{number}"
-        turns.append(Turn(2, faults.planted, (name, faults.job_of(name, found[name], clean["gpt"]))))
+        if faults.FAULTS[name].beside:
+            start = found[f"{name}, clean"] = folder / f"clean-{number}"
+            turns.append(Turn(2, faults.planted, (None, faults.clean_job_of(name, start))))
+        else:
+            start = _clean(name, clean)
+        turns.append(Turn(2, faults.planted, (name, faults.job_of(name, found[name], start))))
     dropped = {**faults.GPT, "model.hidden_dropout": 0.1}
     found["dropout"], found["DP2, dropout"] = folder / "dropout", folder / "dropout-2"
     _probe(Job(faults.config(dropped), [1], str(found["dropout"])))
@@ -424,7 +438,8 @@ def test_masks_that_layouts_draw_apart_are_no_bug(together: dict[str, Path]) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", _TOGETHER)
 def test_a_fault_in_two_processes_is_named(name: str, clean: dict[str, Path], together: dict[str, Path]) -> None:
-    found = _outcome(clean["gpt"], together[name])
+    start = together.get(f"{name}, clean") or _clean(name, clean)
+    found = _outcome(start, together[name])
     _assert_named(found, name)
     if name in ("one process is off", "replica that drifts", "micro-batches of the first process"):
         assert ", on process 1 of B" in found.sentence

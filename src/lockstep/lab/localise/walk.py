@@ -203,6 +203,7 @@ class _Walker:
         self._dtypes = (a.dtype, b.dtype)
         self._same_start: dict[int, bool] = {}
         self._flipped = False
+        self._chosen_alike: torch.Tensor | None = None
 
     def rows(self, iteration: int, stage: str) -> list[Row]:
         """Return the rows of a stage in the order of execution."""
@@ -281,9 +282,16 @@ class _Walker:
         )
 
     def _state(self, iteration: int) -> Iterator[Row]:
-        for name in self._a.run.number_names(iteration, stages.STATE):
+        names = [side.run.number_names(iteration, stages.STATE) for side in (self._a, self._b)]
+        for name in names[0]:
             if not name.startswith(stages.STREAM) or same_streams(self._a, self._b):
                 yield from self._number(iteration, stages.STATE, name)
+        if not self._b.foreign and same_streams(self._a, self._b) and drops(self._a) and drops(self._b):
+            for name in dict.fromkeys([*names[0], *names[1]]):
+                if not name.startswith(stages.STREAM) or (name in names[0] and name in names[1]):
+                    continue
+                reason = f"only {'A' if name in names[0] else 'B'} has it"
+                yield Row(iteration, stages.STATE, name, "differs", reason)
         for name in self._shared(iteration, stages.STATE):
             yield self._start_row(iteration, stages.STATE, name)
 
@@ -334,6 +342,8 @@ class _Walker:
             row = self._experts(iteration, name, four)
         else:
             judge = self._same_start.get(iteration, False) and not self._flipped and stage != stages.UPDATE
+            if name.endswith("router.weights") and self._chosen_alike is not None:
+                four, judge = _only(four, self._chosen_alike), self._same_start.get(iteration, False)
             row = four_row(iteration, stage, name, four, self._bounds, self._dtypes, judge_units=judge, **settings)
         return row
 
@@ -344,8 +354,12 @@ class _Walker:
         exact = exact_row(iteration, stages.FORWARD, name, four.a64, four.b64)
         if exact.state == "differs":
             return exact
-        pairs = ((four.a, four.a64), (four.b, four.b64))
-        self._flipped = self._flipped or any(not torch.equal(one.whole, other.whole) for one, other in pairs)
+        exact_choice = four.a64.whole
+        # The weights of the first router with other choices can still be judged, where they are of the same experts.
+        alike = torch.stack([each.whole == exact_choice for each in (four.a, four.b)]).all(dim=0).all(dim=-1)
+        flips = not bool(alike.all())
+        self._chosen_alike = alike if flips and not self._flipped else None
+        self._flipped = self._flipped or flips
         row = exact_row(iteration, stages.FORWARD, name, four.a, four.b)
         if row.state == "equal":
             return row
@@ -412,6 +426,13 @@ def _scaled(four: Four, factors: Sequence[float]) -> Four:
         return Logical(found.whole / factor, found.dtype, found.boxes, found.covered, found.copies)
 
     return Four(*(one(found, factors[n % 2]) for n, found in enumerate((four.a, four.b, four.a64, four.b64))))
+
+
+def _only(four: Four, tokens: torch.Tensor) -> Four:
+    """Return weights of experts [b, s, k] without those of other tokens [b, s] and of assignments that are dropped."""
+    sides = [found for found in (four.a, four.b, four.a64, four.b64) if found is not None]
+    kept = tokens[..., None] & torch.stack([found.whole != 0 for found in sides]).all(dim=0)
+    return Four(*(replace(found, whole=found.whole.where(kept, 0.0), boxes=()) for found in sides))
 
 
 def _totals(four: Four) -> Four:
