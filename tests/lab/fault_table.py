@@ -98,9 +98,9 @@ What `lockstep localise` names for faults planted on purpose (`tests/lab/faults.
 
 The two error rates stand below the tables: faults that were missed, and clean pairs that were called a `bug`. The lab
 was developed against these faults and pairs: what is known at development time is no estimate of the error in the
-field. The table guards what the lab can do. A first run tells more: of the last 22 faults, written down with what had to
-be named before they ran, the router in low precision was missed (`rounding`) and the shared dropout streams were named
-a stage late, until the walk was mended.
+field. The table guards what the lab can do. A first run tells more: of the last 22 faults, written down with what had
+to be named before they ran, the router in low precision was missed (`rounding`) and the shared dropout streams were
+named a stage late, until the walk was mended.
 
 """
 
