@@ -20,8 +20,8 @@ from lockstep.lab.foreign.trace import Settings
 from lockstep.lab.localise import report as localise_report
 from lockstep.lab.localise import stages
 from lockstep.lab.localise.localise import Localised, judge
-from lockstep.lab.localise.measure import Row, Where
-from lockstep.lab.localise.probes import Probes, load_probes
+from lockstep.lab.localise.measure import Row, Where, torn
+from lockstep.lab.localise.probes import Copies, Probes, load_probes
 from lockstep.lab.localise.walk import NOT_LOOKED_AT, Pass, StageResult, Walked
 from lockstep.lab.localise.worker import RUN, TWIN
 from lockstep.lab.numbers import evaluation_name
@@ -270,6 +270,17 @@ def test_localise_page_of_a_planted_fault_shows_both_numbers(tmp_path: Path):
     assert (a, b) == (pytest.approx(first.where.a, rel=1e-6), pytest.approx(first.where.b, rel=1e-6))
     assert float(told["Max difference"]) == pytest.approx(abs(a - b), rel=1e-4)
     assert "1|forward|\u2013 not looked at|" in rows
+
+
+def test_localise_page_names_processes_that_should_have_the_same(tmp_path: Path):
+    reason, where = torn("B", Copies((0, 1), 0.019))
+    found = localised()
+    row = Row(4, stages.REDUCED, "output_layer.weight", "differs", reason, where=where)
+    results = [StageResult(4, stages.REDUCED, "differs", reason, [row])]
+    found = replace(found, walked=replace(found.walked, results=results))
+    rows = _rows(localise_report.write_report(found, tmp_path)[-1].read_text())
+    assert "Rank|0, 1 of B" in rows
+    assert "Reason|processes 0 and 1 of B should have the same and are 0.019 apart" in rows
 
 
 def test_localise_report_says_why_it_cannot_be_written(tmp_path: Path):

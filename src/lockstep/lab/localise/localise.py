@@ -203,7 +203,8 @@ def _cause(walked: Walked, row: Row) -> tuple[Verdict, str, str]:
         index = list(row.where.index)
         sentence += f"; {_PLACE.format(index=index, a=row.where.a, b=row.where.b)}"
     if row.where is not None and row.where.ranks and _processes(walked, row.where.side) > 1:
-        sentence += f", on {_ranks(row.where.ranks)} of {row.where.side}"
+        named = f"{_ranks(row.where.ranks)} of {row.where.side}"
+        sentence += f", on {named}" if named not in row.reason else ""
         if row.where.micro_batches:
             sentence += f" in micro-batch {row.where.micro_batches[0]}"
     masked = row.stage not in (*stages.FACTS, stages.DATA, stages.WEIGHTS, stages.STATE, stages.SCHEDULE)

@@ -234,7 +234,7 @@ def four_row(
     return Row(iteration, stage, name, "rounding", "the sides agree in float64", **shown)
 
 
-def torn(side: str, copies: Copies, beyond: Sequence[Box] = ()) -> tuple[str, Where | None]:
+def torn(side: str, copies: Copies, beyond: Sequence[Box] = ()) -> tuple[str, Where]:
     """Return the reason and the place where processes of one side have not what they should have alike.
 
     ``beyond`` are those of its boxes that are not what the other side has.
@@ -243,7 +243,7 @@ def torn(side: str, copies: Copies, beyond: Sequence[Box] = ()) -> tuple[str, Wh
     reason = f"processes {first} and {second} of {side} should have the same and are {copies.apart:.3g} apart"
     ranks = tuple(sorted({box.rank for box in beyond}))
     if not ranks or set(ranks) >= {first, second}:
-        return reason, None
+        ranks = (first, second)
     return reason, Where((), 0.0, 0.0, side, ranks, ())
 
 
