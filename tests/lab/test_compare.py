@@ -411,3 +411,11 @@ def test_what_is_no_run_is_one_message(tmp_path: Path):
     (tmp_path / "notes.txt").write_text("nothing of interest\n")
     with pytest.raises(UserError, match="holds no training or validation line"):
         compare_paths(a, tmp_path / "notes.txt")
+
+
+def test_a_fact_that_holds_others_tells_only_what_differs(tmp_path: Path):
+    one = {"compilation": "none", "layout": {"processes": 1, "tensor_parallel": 1, "pipeline_parallel": 1}}
+    two = {"compilation": "none", "layout": {"processes": 2, "tensor_parallel": 2, "pipeline_parallel": 1}}
+    found = compare_paths(write(tmp_path / "a", features=one), write(tmp_path / "b", features=two))
+    said = "features differs: layout.processes 1 against 2, layout.tensor_parallel 1 against 2"
+    assert said in found.notes

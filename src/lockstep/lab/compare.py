@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lockstep.lab.calibration.band import Band, load_band
 from lockstep.lab.config_diff import ConfigDifference, Stated, stated_differences
@@ -190,13 +191,16 @@ def _surroundings(found: Findings) -> list[str]:
         a, b = found.a.fact(entry), found.b.fact(entry)
         if a == b:
             continue
-        if isinstance(a, dict) and isinstance(b, dict):
-            keys = [key for key in dict.fromkeys([*a, *b]) if a.get(key) != b.get(key)]
-            text = ", ".join(f"{key} {a.get(key)} against {b.get(key)}" for key in keys)
-        else:
-            text = f"{a} against {b}"
-        notes.append(f"{entry.replace('_', ' ')} differs: {text}")
+        notes.append(f"{entry.replace('_', ' ')} differs: {', '.join(_apart('', a, b))}")
     return notes
+
+
+def _apart(path: str, a: Any, b: Any) -> list[str]:
+    """Name what differs of two facts, inside of those that hold others too."""
+    if not (isinstance(a, dict) and isinstance(b, dict)):
+        return [f"{path} {a} against {b}".strip()]
+    keys = [key for key in dict.fromkeys([*a, *b]) if a.get(key) != b.get(key)]
+    return [text for key in keys for text in _apart(f"{path}.{key}" if path else key, a.get(key), b.get(key))]
 
 
 def _list(differences: list[ConfigDifference]) -> str:
