@@ -443,3 +443,22 @@ def test_a_fault_in_two_processes_is_named(name: str, clean: dict[str, Path], to
     _assert_named(found, name)
     if name in ("one process is off", "replica that drifts", "micro-batches of the first process"):
         assert ", on process 1 of B" in found.sentence
+
+
+def test_records_of_other_code_are_not_called_equal(tmp_path: Path) -> None:
+    """What another commit computed differs by more than rounding, and does not come back when it is run again."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        tree = config_of(faults.config({**faults.LLAMA, "run.dir": str(tmp_path / "run")}))
+        train(tree, door="python", command=Command(["prog"]), name="tiny")
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    metrics = tmp_path / "other" / "metrics.jsonl"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    for line in lines:
+        if line["kind"] == "train" and line["iteration"] >= 2:
+            line["lm_loss"] += 0.5
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = localise(*open_sides(str(tmp_path / "run"), str(tmp_path / "other")), tmp_path / "probes")
+    assert found.verdict == "cannot tell"
+    assert found.exit_code == 1
+    assert "B does not repeat itself" in found.sentence
+    assert "lockstep bisect" in found.next_step

@@ -13,6 +13,10 @@ from lockstep.lab.localise.sides import REFERENCE, TRANSFORMERS, Foreign, Rerun,
 from lockstep.lab.localise.walk import Pass, Walked, drops, same_streams, walk
 from lockstep.lab.verdict import Verdict
 
+_OTHER_CODE = (
+    "Both were run again by the code that is here: `lockstep bisect --good REV --bad REV -- <run>`, with the commits "
+    "of the two records, names the one that moved the curve"
+)
 _PLACE = "at {index} it is {a:.9g} in A and {b:.9g} in B"
 
 
@@ -64,16 +68,24 @@ def localise(
         run_again(b, "B", chosen, second, first, say)
     else:
         say(f"[B] {b.kind}: the same steps with A's tokens, weights and optimizer state")
-    return judge(_passes(a, b, first, second, chosen), chosen, _notes(a, b, first, second, chosen), found)
+    return judge(_passes(a, b, first, second, chosen), chosen, _unrepeated(a, b, first, second, chosen), found)
 
 
 def judge(
-    sides: tuple[Pass, Pass], iterations: list[int], notes: Sequence[str] = (), found: Comparison | None = None
+    sides: tuple[Pass, Pass], iterations: list[int], unrepeated: Sequence[str] = (), found: Comparison | None = None
 ) -> Localised:
-    """Walk over the probes of two sides and decide; ``found`` is what their records say."""
+    """Walk over the probes of two sides and decide; ``found`` is what their records say.
+
+    ``unrepeated`` says which sides did not give again what they recorded: where the records differ by more than
+    rounding and the new runs do not, the cause lies outside of what was run again.
+    """
     walked = walk(*sides, iterations)
     verdict, sentence, next_step = _decide(walked, iterations, found)
-    return Localised(verdict, sentence, next_step, walked, iterations, list(notes))
+    outside = found.findings.numbers.first_outside if found else None
+    if unrepeated and outside is not None and verdict in ("identical", "rounding"):
+        verdict, next_step = "cannot tell", _OTHER_CODE
+        sentence += f" But the records differ by more than that at iteration {outside.iteration}, and {unrepeated[0]}."
+    return Localised(verdict, sentence, next_step, walked, iterations, list(unrepeated))
 
 
 def _compared(a: Rerun, b: Rerun | Foreign) -> Comparison | None:
@@ -123,8 +135,8 @@ def _passes(a: Rerun, b: Rerun | Foreign, first: Path, second: Path, iterations:
     return one, other
 
 
-def _notes(a: Rerun, b: Rerun | Foreign, first: Path, second: Path, iterations: list[int]) -> list[str]:
-    """Say whether the sides gave again what their records hold."""
+def _unrepeated(a: Rerun, b: Rerun | Foreign, first: Path, second: Path, iterations: list[int]) -> list[str]:
+    """Say which sides did not give again what their records hold: both were run again by the code that is here."""
     from lockstep.lab.localise.probes import load_probes
     from lockstep.lab.localise.worker import RUN
 
