@@ -27,6 +27,7 @@ from tests.data.sft.conftest import write_lines, write_tokenizer
 from tests.hf.tiny import saved
 from tests.lab import faults
 from tests.parallel.spawn import Turn, in_turn
+from tests.parallel.sweep import GATED_ROUTER
 
 Settings = dict[str, Any]
 
@@ -52,13 +53,7 @@ DEEPSEEK: Settings = {
 }
 GATED: Settings = {
     **MOE,
-    "model.moe_shared_expert_intermediate_size": 16,
-    "model.moe_shared_expert_gate": True,
-    "model.moe_router_load_balancing_type": ["aux_loss", "seq_aux_loss"],
-    "model.moe_aux_loss_coeff": [0.1, 0.2],
-    "model.moe_z_loss_coeff": 0.1,
-    "model.moe_router_score_function": "sigmoid",
-    "model.moe_router_enable_expert_bias": True,
+    **GATED_ROUTER,
 }
 DOCUMENTS: Settings = {
     **faults.LLAMA,

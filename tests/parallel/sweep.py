@@ -56,12 +56,7 @@ _LLAMA: dict[str, Any] = {
     "model.qk_layernorm": True,
     "model.calculate_per_token_loss": True,
 }
-_EXPERTS: dict[str, Any] = {
-    **_LLAMA,
-    "model.calculate_per_token_loss": False,
-    "model.num_moe_experts": 4,
-    "model.moe_ffn_hidden_size": 16,
-    "model.moe_layer_freq": "[0]+[1]*3",
+GATED_ROUTER: dict[str, Any] = {
     "model.moe_shared_expert_intermediate_size": 16,
     "model.moe_shared_expert_gate": True,
     "model.moe_router_load_balancing_type": ["aux_loss", "seq_aux_loss"],
@@ -69,6 +64,15 @@ _EXPERTS: dict[str, Any] = {
     "model.moe_z_loss_coeff": 0.1,
     "model.moe_router_score_function": "sigmoid",
     "model.moe_router_enable_expert_bias": True,
+}
+"""A gated shared expert, sigmoid scores with a bias of each expert, and every loss of a router."""
+_EXPERTS: dict[str, Any] = {
+    **_LLAMA,
+    "model.calculate_per_token_loss": False,
+    "model.num_moe_experts": 4,
+    "model.moe_ffn_hidden_size": 16,
+    "model.moe_layer_freq": "[0]+[1]*3",
+    **GATED_ROUTER,
 }
 _LATENTS: dict[str, Any] = {
     **_LLAMA,

@@ -8,7 +8,7 @@ from torch._dynamo.backends.debugging import aot_eager
 
 from lockstep.config import ConfigContainer, Origin
 from lockstep.errors import UserError
-from lockstep.models import build_model
+from lockstep.models import GPTModel, build_model
 from lockstep.training.attention import Choice, use_attention
 from lockstep.training.compiling import PAYING_OPERATIONS, choose_compilation, compile_blocks
 from tests.training.test_attention import configured
@@ -74,6 +74,14 @@ def test_what_is_asked_for_and_does_not_work_is_an_error(device, changes, obstac
         choose_compilation(configured(run__compile="blocks", **changes), device, LONG)
 
 
+def loss_and_gradients(model: GPTModel) -> list[torch.Tensor]:
+    """Return the loss of two sequences of 32 tokens below 64, and its gradients."""
+    tokens = torch.randint(0, 64, (2, 33), generator=torch.Generator().manual_seed(1))
+    loss = model(tokens[:, :-1], torch.arange(32).expand(2, -1), tokens[:, 1:].contiguous()).mean()
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
 def gradients(config: ConfigContainer, backend: Any) -> list[torch.Tensor]:
     """Return the loss and gradients of a model, its layers compiled where a backend is given."""
     config.set("model.vocab_size", 64, Origin("python"))
@@ -81,10 +89,7 @@ def gradients(config: ConfigContainer, backend: Any) -> list[torch.Tensor]:
     use_attention(model, Choice("sdpa", "test"))
     if backend is not None:
         compile_blocks(model, backend)
-    tokens = torch.randint(0, 64, (2, 33), generator=torch.Generator().manual_seed(1))
-    loss = model(tokens[:, :-1], torch.arange(32).expand(2, -1), tokens[:, 1:].contiguous()).mean()
-    loss.backward()
-    return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    return loss_and_gradients(model)
 
 
 def saved_numbers(config: ConfigContainer) -> int:

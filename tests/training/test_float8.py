@@ -19,7 +19,7 @@ from lockstep.training.float8 import describe_float8, float8_layers, float8_prod
 from tests.parallel import sweep
 from tests.parallel.spawn import on_processes
 from tests.training.test_attention import configured
-from tests.training.test_compiling import LLAMA
+from tests.training.test_compiling import LLAMA, loss_and_gradients
 
 CPU, GPU = torch.device("cpu"), torch.device("meta")
 HYBRID = {"mixed_precision__fp8": "hybrid", "mixed_precision__fp8_recipe": "tensorwise"}
@@ -135,10 +135,7 @@ def gradients(changes: dict[str, Any], backend: Any = None) -> list[torch.Tensor
     use_float8(model, config, CPU, emulate=True)
     if backend is not None:
         compile_blocks(model, backend)
-    tokens = torch.randint(0, 64, (2, 33), generator=torch.Generator().manual_seed(1))
-    loss = model(tokens[:, :-1], torch.arange(32).expand(2, -1), tokens[:, 1:].contiguous()).mean()
-    loss.backward()
-    return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    return loss_and_gradients(model)
 
 
 @SAME_DEVICE_ONLY
