@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -218,6 +219,34 @@ def _with_strangers(rank: int, size: int, folder: Path) -> None:
 def test_strangers_are_turned_away(tmp_path: Path) -> None:
     context = mp.get_context("forkserver")
     processes = [context.Process(target=_with_strangers, args=(rank, 2, tmp_path)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(LIMIT)
+    assert [process.exitcode for process in processes] == [0, 0]
+
+
+def _slow_beside_a_silent_caller(rank: int, size: int, folder: Path) -> None:
+    watch.COURTESY = 0.01
+    store = FolderStore(folder)
+    if rank == 1:
+        port = json.loads(store.get("lockstep/watch"))["port"]
+        silent = socket.create_connection(("127.0.0.1", port))
+        said = watch._Peer.send
+
+        def late(self: watch._Peer, **message: Any) -> None:
+            time.sleep(0.3)
+            said(self, **message)
+
+        watch._Peer.send = late  # type: ignore[method-assign]
+    with watch.join(store, rank, size, "127.0.0.1", LIMIT):
+        if rank == 1:
+            silent.close()
+
+
+def test_a_slow_process_is_waited_for(tmp_path: Path) -> None:
+    context = mp.get_context("forkserver")
+    processes = [context.Process(target=_slow_beside_a_silent_caller, args=(rank, 2, tmp_path)) for rank in range(2)]
     for process in processes:
         process.start()
     for process in processes:

@@ -119,7 +119,7 @@ def take(turns: Sequence[Turn]) -> None:
     for turn, results in zip(turns, in_turn(turns), strict=True):
         for result in results:
             if isinstance(result, Exception):
-                raise AssertionError(f"{turn}") from result
+                raise AssertionError(f"{turn}: {result!r}") from result
 
 
 def recorded(run_dir: Path) -> list[dict[str, Any]]:

@@ -43,6 +43,7 @@ TERMINATED_EXIT = 128 + signal.SIGTERM
 
 _KEY = "lockstep/watch"
 _ENDED = "its process ended without a word (killed, out of memory, or crashed)"
+_LONGEST = 1 << 20  # bytes of a message
 _SILENT = f"no answer for {SILENCE} seconds (its host or the network is down)"
 
 
@@ -90,6 +91,8 @@ class _Peer:
         if not data:
             raise ConnectionResetError
         *lines, self._rest = (self._rest + data).split(b"\n")
+        if len(self._rest) > _LONGEST:
+            raise ConnectionResetError
         return [json.loads(line) for line in lines]
 
     def receive_one(self) -> dict[str, Any]:
@@ -101,7 +104,7 @@ class _Peer:
         line = b""
         while not line.endswith(b"\n"):
             byte = self.sock.recv(1)
-            if not byte or len(line) > 1 << 20:
+            if not byte or len(line) > _LONGEST:
                 raise ConnectionResetError
             line += byte
         return dict(json.loads(line))
@@ -300,29 +303,51 @@ def _wait_for_all(store: Store, size: int, deadline: float) -> list[_Peer]:
     both = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both else socket.AF_INET
     peers: dict[int, _Peer] = {}
-    with socket.create_server(("", 0), family=family, backlog=size, dualstack_ipv6=both) as server:
+    with (
+        socket.create_server(("", 0), family=family, backlog=size, dualstack_ipv6=both) as server,
+        selectors.DefaultSelector() as callers,
+    ):
         store.set(_KEY, json.dumps({"port": server.getsockname()[1], "token": token}))
+        callers.register(server, selectors.EVENT_READ)
         while len(peers) < size - 1:
-            server.settimeout(max(0.001, deadline - time.monotonic()))
-            try:
-                peer = _Peer(server.accept()[0])
-            except TimeoutError as error:
+            heard = callers.select(max(0.001, deadline - time.monotonic()))
+            if time.monotonic() >= deadline:
                 missing = [rank for rank in range(1, size) if rank not in peers]
                 raise UserError(
                     f"{_ranks(missing)} did not reach rank 0 on {socket.gethostname()}; see the output there, and "
                     "whether a firewall is between the hosts"
-                ) from error
-            # Whoever else knocks at the port does not know the token.
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                peer.sock.settimeout(COURTESY)
-                hello = peer.receive_one()
-                if hello["token"] == token:
-                    peer.rank, peer.host = hello["rank"], hello["host"]
-                    peer.sock.settimeout(None)
-                    peers[peer.rank] = peer
-                    continue
-            peer.sock.close()
+                )
+            for key, _ in heard:
+                if key.fileobj is server:
+                    caller = _Peer(server.accept()[0])
+                    callers.register(caller.sock, selectors.EVENT_READ, caller)
+                elif (known := _introduced(key.data, token)) is not None:
+                    callers.unregister(key.data.sock)
+                    if known:
+                        peers[key.data.rank] = key.data
+                    else:
+                        key.data.sock.close()
+        for key in list(callers.get_map().values()):
+            if key.data is not None:
+                key.data.sock.close()
     return [peers[rank] for rank in range(1, size)]
+
+
+def _introduced(caller: _Peer, token: str) -> bool | None:
+    """Read what came from a caller: True for a process of the run, None where the end of its words is not there yet.
+
+    A process may be slow to say who it is; whoever else calls does not know the token.
+    """
+    try:
+        hello = caller.receive()
+        if not hello:
+            return None
+        known = bool(hello[0]["token"] == token)
+        if known:
+            caller.rank, caller.host = hello[0]["rank"], hello[0]["host"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return known
 
 
 def _reach_leader(store: Store, rank: int, address: str, seconds: float) -> _Peer:
