@@ -278,6 +278,20 @@ def test_tensorboard_tags(configure, tmp_path) -> None:
     assert [point.step for point in events.Scalars("lm loss vs samples")] == [4, 8, 12, 16]
 
 
+def test_times_for_tensorboard_are_means_of_a_log_interval(configure, tmp_path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    changes = {"logger.log_timers_to_tensorboard": True, "logger.log_throughput": True, "logger.log_interval": 2}
+    _, lines = _run(configure({**changes, "logger.tensorboard_dir": str(tmp_path / "tb")}), tmp_path / "run")
+    events = EventAccumulator(str(tmp_path / "tb")).Reload()
+    times, throughput = events.Scalars("iteration-time"), events.Scalars("throughput")
+    seconds = [line["seconds"] for line in _train(lines)]
+    assert [point.step for point in times] == [2, 4]
+    assert [point.value for point in times] == pytest.approx([sum(seconds[:2]) / 2, sum(seconds[2:]) / 2], rel=1e-3)
+    work = [time.value * rate.value for time, rate in zip(times, throughput, strict=True)]
+    assert work[0] == pytest.approx(work[1], rel=1e-5) != 0
+
+
 def test_data_that_runs_out_is_one_message(configure, tmp_path, monkeypatch) -> None:
     from lockstep.training import setup
 

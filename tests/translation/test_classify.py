@@ -76,12 +76,12 @@ def test_waiving_by_name_turns_blocking_into_waived() -> None:
 
 
 def test_what_the_trainer_refuses_is_left_out_on_request() -> None:
-    words = ("--log-timers-to-tensorboard", "--mtp-num-layers", "1")
+    words = ("--log-energy", "--mtp-num-layers", "1")
     kept = lockstep(*words)
-    assert kept.assignments["logger.log_timers_to_tensorboard"] is True
+    assert kept.assignments["logger.log_energy"] is True
     dropped = lockstep(*words, waive_refused=True)
-    assert "logger.log_timers_to_tensorboard" not in dropped.assignments
-    assert verdict(dropped, "--log-timers-to-tensorboard")[0] == "waived"
+    assert "logger.log_energy" not in dropped.assignments
+    assert verdict(dropped, "--log-energy")[0] == "waived"
     assert dropped.assignments["model.mtp_num_layers"] == 1
     named = lockstep(*words, waived=["--mtp-num-layers"])
     assert "model.mtp_num_layers" not in named.assignments

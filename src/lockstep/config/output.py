@@ -7,6 +7,10 @@ from lockstep.config.fields import opt
 from lockstep.config.section import Section
 from lockstep.config.variants import RoutingTraces, TensorDumps
 
+_BACKGROUND = (
+    "saves in the background are written by a thread that the process keeps; what is saved is the same either way"
+)
+
 
 @dataclass(kw_only=True)
 class RunConfig(Section):
@@ -135,7 +139,10 @@ class CheckpointConfig(TensorDumps, Section):
         effect="path",
     )
     auto_detect_ckpt_format: bool = opt(
-        False, "--auto-detect-ckpt-format", refused="only checkpoints of Lockstep itself are read", effect="path"
+        False,
+        "--auto-detect-ckpt-format",
+        holds="a checkpoint says itself what it is, and one that Lockstep did not write is refused",
+        effect="path",
     )
     ckpt_convert_format: Literal["torch", "torch_dist"] | None = opt(
         None, "--ckpt-convert-format", refused="only checkpoints of Lockstep itself are read", effect="path"
@@ -159,12 +166,8 @@ class CheckpointConfig(TensorDumps, Section):
     async_save: bool = opt(
         False, "--async-save", help="Write checkpoints in the background while training goes on.", effect="path"
     )
-    async_strategy: Literal["nvrx", "mcore"] = opt(
-        "nvrx", "--async-strategy", refused="a thread of the process writes in the background", effect="path"
-    )
-    use_persistent_ckpt_worker: bool = opt(
-        False, "--use-persistent-ckpt-worker", refused="a thread of the process writes in the background", effect="path"
-    )
+    async_strategy: Literal["nvrx", "mcore"] = opt("nvrx", "--async-strategy", holds=_BACKGROUND, effect="path")
+    use_persistent_ckpt_worker: bool = opt(False, "--use-persistent-ckpt-worker", holds=_BACKGROUND, effect="path")
     async_ckpt_cpu_priority: int = opt(
         10, "--async-ckpt-cpu-priority", refused="a thread of the process writes in the background", effect="path"
     )
@@ -207,7 +210,7 @@ class CheckpointConfig(TensorDumps, Section):
     ckpt_assume_constant_structure: bool = opt(
         False,
         "--ckpt-assume-constant-structure",
-        refused="this tunes Megatron-LM's checkpoint format, which is not used here",
+        holds="each save is planned anew, which takes milliseconds; what is saved is the same either way",
         effect="path",
     )
     ckpt_pg_tensors_cache_path: str | None = opt(
@@ -250,7 +253,8 @@ class CheckpointConfig(TensorDumps, Section):
     ] = opt(
         "assume_ok_unexpected",
         "--dist-ckpt-strictness",
-        refused="this tunes Megatron-LM's checkpoint format, which is not used here",
+        holds="where the names of a checkpoint and of the model are the same, all values do the same; where they are not, "
+        "loading is refused and names them",
         effect="path",
     )
     dist_ckpt_save_pre_mcore_014: bool = opt(
@@ -338,7 +342,10 @@ class LoggerConfig(RoutingTraces, Section):
         1000, "--tensorboard-queue-size", help="TensorBoard points kept before a write.", effect="log"
     )
     log_timers_to_tensorboard: bool = opt(
-        False, "--log-timers-to-tensorboard", refused="this log output is not supported yet", effect="log"
+        False,
+        "--log-timers-to-tensorboard",
+        help="Write iteration-time (seconds, mean of a log interval) and throughput to the trackers.",
+        effect="log",
     )
     log_loss_scale_to_tensorboard: bool = opt(
         True,

@@ -36,6 +36,30 @@ def evaluation_scalars(evaluation: Evaluation, config: ConfigContainer) -> dict[
     return scalars
 
 
+class Times:
+    """The time that iterations took since it was last asked for."""
+
+    def __init__(self, info: RunInfo) -> None:
+        self._flops_per_sample = info.flops_per_sample / info.processes
+        self._throughput = info.config.logger.log_throughput
+        self._seconds: list[float] = []
+        self._samples = 0
+
+    def add(self, report: IterationReport) -> None:
+        """Count an iteration."""
+        self._seconds.append(report.seconds)
+        self._samples += report.global_batch_size
+
+    def take(self) -> dict[str, float]:
+        """Return the mean seconds of an iteration and, where it is logged, TFLOP/s per process; start anew."""
+        seconds = sum(self._seconds)
+        scalars = {"iteration-time": seconds / len(self._seconds)}
+        if self._throughput:
+            scalars["throughput"] = self._flops_per_sample * self._samples / seconds / 1e12
+        self._seconds, self._samples = [], 0
+        return scalars
+
+
 class Tracker(Protocol):
     """Where scalars go."""
 
@@ -56,15 +80,20 @@ class TrackerHook(Hook):
     def on_start(self, info: RunInfo) -> None:
         """Keep the configuration, which says what is logged."""
         self._config, self._processes = info.config, info.processes
+        self._times = Times(info)
 
     def after_step(self, report: IterationReport) -> None:
         """Write the scalars of an iteration when it is time."""
+        logger = self._config.logger
+        self._times.add(report)
+        if logger.log_timers_to_tensorboard and report.iteration % logger.log_interval == 0:
+            self._tracker.write(self._times.take(), report.iteration, report.consumed_samples)
         if report.iteration % self._interval:
             return
         self._tracker.write(
             train_scalars(report, self._config, self._processes), report.iteration, report.consumed_samples
         )
-        if self._config.logger.log_memory_to_tensorboard:
+        if logger.log_memory_to_tensorboard:
             memory = {"mem-max-allocated-bytes": float(report.memory_bytes)}
             self._tracker.write(memory, report.iteration, report.consumed_samples)
 
