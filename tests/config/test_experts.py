@@ -41,6 +41,9 @@ def test_patterns_that_are_none(given: str) -> None:
         expert_layers(ModelConfig(num_layers=4, num_moe_experts=2, moe_layer_freq=given))
 
 
+_SINKHORN = "--num-experts 4 --moe-router-load-balancing-type sinkhorn"
+
+
 def problem(*flags: str, processes: int = 1) -> str:
     with pytest.raises(ConfigError) as caught:
         resolve(parse_flags([*JOB, *flags]), processes)
@@ -65,7 +68,17 @@ def problem(*flags: str, processes: int = 1) -> str:
         ),
         ("--num-experts 4 --moe-router-enable-expert-bias", "needs --moe-router-score-function sigmoid"),
         ("--num-experts 4 --moe-router-load-balancing-type global_aux_loss", "gradients would depend on the layout"),
-        ("--num-experts 4 --moe-router-load-balancing-type sinkhorn", "sinkhorn is not supported"),
+        (f"{_SINKHORN} aux_loss --moe-aux-loss-coeff 0 0.1", "= sinkhorn stands alone; drop the other kinds"),
+        (f"{_SINKHORN} --moe-aux-loss-coeff 0.1", "= sinkhorn adds no loss; set --moe-aux-loss-coeff to 0"),
+        (
+            f"{_SINKHORN} --moe-router-score-function sigmoid",
+            "= sinkhorn has scores of its own; drop --moe-router-score",
+        ),
+        (f"{_SINKHORN} --moe-router-pre-softmax", "--moe-router-pre-softmax has no effect with --moe-router-load"),
+        (
+            "--num-experts 4 --moe-router-load-balancing-type quantile_balancing",
+            "use aux_loss, seq_aux_loss, sinkhorn or",
+        ),
         ("--num-experts 4 --moe-aux-loss-coeff 0.1 0.2", "give one each"),
         ("--num-experts 4 --moe-expert-capacity-factor 0", "drops every token"),
         ("--num-experts 4 --moe-pad-expert-input-to-capacity", "needs model.moe_expert_capacity_factor"),

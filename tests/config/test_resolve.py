@@ -228,6 +228,12 @@ def test_the_batch_follows_the_data_parallel_size() -> None:
     assert resolve(config, world_size=4).train.global_batch_size == 2 * config.train.micro_batch_size  # type: ignore[operator]
 
 
+def test_divided_scores_have_their_softmax_in_fp32() -> None:
+    config = tiny("--apply-query-key-layer-scaling")
+    config.set("model.attention_softmax_in_fp32", False, Origin("recipe"))
+    assert resolve(config).model.attention_softmax_in_fp32
+
+
 def test_sequence_parallel_needs_tensor_parallel_where_it_is_asked_for() -> None:
     with pytest.raises(ConfigError, match="--sequence-parallel splits the sequence between tensor-parallel"):
         resolve(tiny("--sequence-parallel"), world_size=2)

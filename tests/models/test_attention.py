@@ -8,14 +8,16 @@ import torch
 from torch import Tensor
 
 from lockstep.models import build_model
-from lockstep.models.attention import AttentionContext, core_attention
+from lockstep.models.attention import Attention, AttentionContext, core_attention
 from lockstep.models.mask import CausalMask, hidden_positions
 from lockstep.models.positions import inverse_frequencies, rotary_cos_sin, rotate, scaled_frequencies
 
 CPU = torch.device("cpu")
 
 
-def attend(dtype: torch.dtype, *, softmax_in_fp32: bool, with_dropout: bool) -> tuple[Tensor, ...]:
+def attend(
+    dtype: torch.dtype, *, softmax_in_fp32: bool, with_dropout: bool, divisor: float = 1.0
+) -> tuple[Tensor, ...]:
     """Return the result and the gradients of query, key and value."""
     torch.manual_seed(5)
     query, key, value = (torch.randn(6, 20, 12).to(dtype).requires_grad_() for _ in range(3))
@@ -23,23 +25,30 @@ def attend(dtype: torch.dtype, *, softmax_in_fp32: bool, with_dropout: bool) -> 
     documents = torch.tensor([[0] * 9 + [1] * 11, [0] * 20, [0] * 5 + [3] * 15])
     hidden = hidden_positions(torch.arange(20), 20, documents)
     result = core_attention(
-        query, key, value, hidden, dropped=dropped, dropout_probability=0.3, softmax_in_fp32=softmax_in_fp32
+        query,
+        key,
+        value,
+        hidden,
+        divisor=divisor,
+        dropped=dropped,
+        dropout_probability=0.3,
+        softmax_in_fp32=softmax_in_fp32,
     )
     grads = torch.autograd.grad(result, (query, key, value), torch.randn(6, 20, 12).to(dtype))
     return (result.detach(), *grads)
 
 
 @pytest.mark.parametrize("with_dropout", [False, True])
-@pytest.mark.parametrize("softmax_in_fp32", [False, True])
+@pytest.mark.parametrize(("softmax_in_fp32", "divisor"), [(False, 1.0), (True, 1.0), (True, 3.0)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounded_attention_equals_native_low_precision_operations(
-    dtype, softmax_in_fp32, with_dropout, use_mode, monkeypatch
+    dtype, softmax_in_fp32, divisor, with_dropout, use_mode, monkeypatch
 ):
     results = {}
     monkeypatch.setattr("lockstep.models.attention._CPU_CHUNK_SCORES", 800)
     for mode in ("native", "fp32-rounded"):
         use_mode(mode)
-        results[mode] = attend(dtype, softmax_in_fp32=softmax_in_fp32, with_dropout=with_dropout)
+        results[mode] = attend(dtype, softmax_in_fp32=softmax_in_fp32, with_dropout=with_dropout, divisor=divisor)
     for native, rounded in zip(results["native"], results["fp32-rounded"], strict=True):
         assert (native == rounded).float().mean() > 0.9
         torch.testing.assert_close(native, rounded, rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
@@ -64,10 +73,31 @@ def test_some_queries_find_what_they_find_among_all(mode, chunk, use_mode, monke
         torch.testing.assert_close(of_some, of_all, rtol=2**-7, atol=2**-7)
 
 
-@pytest.mark.parametrize("softmax_in_fp32", [False, True])
-def test_rounded_attention_stays_near_float64(softmax_in_fp32, use_mode):
+@pytest.mark.parametrize("mode", ["native", "fp32-rounded"])
+def test_divided_scores_stay_in_the_range_of_float16(mode, use_mode):
+    use_mode(mode)
+    query, key = (torch.full((1, 4, 64), size, dtype=torch.float16) for size in (300.0, 45.0))
+    key[0, 1] *= 0.999
+    value = torch.randn(1, 4, 8).half()
+    options: dict[str, Any] = {"dropped": None, "dropout_probability": 0.0, "softmax_in_fp32": True}
+    hidden = torch.zeros(1, 4, 4, dtype=torch.bool)
+    assert core_attention(query, key, value, hidden, **options).isnan().all()  # 108,000 is beyond float16
+    found = core_attention(query, key, value, hidden, divisor=8.0, **options)
+    exact = core_attention(query.double(), key.double(), value.double(), hidden, **options)
+    torch.testing.assert_close(found.double(), exact, rtol=2e-2, atol=2e-2)
+
+
+def test_scores_of_every_layer_are_divided_by_its_number(tiny):
+    config = tiny(num_layers=3, apply_query_key_layer_scaling=True)
+    model = build_model(config, seed=1, params_dtype=torch.float32, device=CPU)
+    divisors = [module.score_divisor for module in model.modules() if isinstance(module, Attention)]
+    assert divisors == [1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize(("softmax_in_fp32", "divisor"), [(False, 1.0), (True, 1.0), (True, 3.0)])
+def test_rounded_attention_stays_near_float64(softmax_in_fp32, divisor, use_mode):
     use_mode("fp32-rounded")
-    ours = attend(torch.bfloat16, softmax_in_fp32=softmax_in_fp32, with_dropout=True)
+    ours = attend(torch.bfloat16, softmax_in_fp32=softmax_in_fp32, with_dropout=True, divisor=divisor)
     exact = attend(torch.float64, softmax_in_fp32=softmax_in_fp32, with_dropout=True)
     for low, wanted in zip(ours, exact, strict=True):
         assert ((low.double() - wanted).norm() / wanted.norm()).item() < 0.02

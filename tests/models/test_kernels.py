@@ -43,7 +43,7 @@ def results(model: Attention, tensors: Any, mask: CausalMask) -> tuple[Tensor, .
 @pytest.mark.parametrize(("groups", "value_width", "scale"), [(4, 8, None), (2, 8, None), (1, 8, 0.2), (4, 6, 0.3)])
 def test_fused_attention_equals_explicit_scores(tiny, groups, value_width, scale, sequence, documents) -> None:
     mask = CausalMask(LENGTH, CPU, documents, sequence)
-    model = Attention(tiny())
+    model = Attention(tiny(), 0)
     model.scale = scale
     found = {}
     kernels: tuple[Kernel, ...] = ("explicit", "sdpa")
@@ -63,7 +63,7 @@ def test_masks_are_not_made_where_a_kernel_needs_none(tiny, monkeypatch) -> None
         return original(positions, length, documents)
 
     monkeypatch.setattr("lockstep.models.mask.hidden_positions", noted)
-    model, mask = Attention(tiny()), CausalMask(LENGTH, CPU)
+    model, mask = Attention(tiny(), 0), CausalMask(LENGTH, CPU)
     model.kernel = "sdpa"
     model.attended(*heads(mask.positions, 4, 8), AttentionContext(mask, None, None))
     assert made == []

@@ -177,6 +177,31 @@ def test_losses_by_hand_and_what_they_count_in_the_gradient(moe_like):
     torch.testing.assert_close(ours, hand)
 
 
+_SCALED = {"moe_router_load_balancing_type": ["sinkhorn"], "moe_aux_loss_coeff": [0.0]}
+
+
+@pytest.mark.parametrize("topk", [1, 2])
+def test_scaled_scores_choose_and_plain_ones_weigh(topk, moe_like):
+    router, x = router_of(moe_like, moe_router_topk=topk, **_SCALED), tokens_of()
+    with torch.no_grad():
+        router.weight[0] += x.flatten(0, 1).mean(0) * 3  # a favourite of most tokens
+    logits = (x @ router.weight.t()).flatten(0, 1)
+    scaled = logits.detach().exp()
+    for _ in range(200):
+        scaled = scaled / scaled.sum(1, keepdim=True) / 18
+        scaled = scaled / scaled.sum(0) / 8
+    plain = torch.sigmoid(logits) if topk == 1 else logits.softmax(-1)
+    training = router(x, RouterLosses(1.0))
+    assert training.experts.sort().values.equal(scaled.topk(topk, dim=-1).indices.sort().values)
+    torch.testing.assert_close(training.weights, plain.gather(1, training.experts))
+    (ours,) = torch.autograd.grad(training.weights.square().sum(), router.weight, retain_graph=True)
+    (hand,) = torch.autograd.grad(plain.gather(1, training.experts).square().sum(), router.weight)
+    torch.testing.assert_close(ours, hand)
+    without = router.eval()(x, None)
+    assert without.experts.equal(plain.topk(topk, dim=-1).indices)
+    assert not without.experts.sort().values.equal(training.experts.sort().values)
+
+
 def test_router_dtype_is_that_of_the_weights(moe_like):
     x = tokens_of(torch.bfloat16)
     for name, dtype in ((None, torch.bfloat16), ("fp32", torch.float32), ("fp64", torch.float64)):

@@ -23,6 +23,12 @@ _ALL = next(case for case in sweep.CASES if case.name == "EP4")
 _CONTEXT = next(case for case in sweep.CASES if case.name == "CP2 x EP4 by all-gather")
 _WHOLE = next(case for case in sweep.CASES if case.name == "EP2 x ETP1 x TP2+SP x sharded DP2")
 _DROPS = {"model.moe_expert_capacity_factor": 0.75}
+_SCALED = {
+    "model.moe_router_load_balancing_type": ["sinkhorn"],
+    "model.moe_aux_loss_coeff": [0.0],
+    "model.moe_router_score_function": "softmax",
+    "model.moe_router_enable_expert_bias": False,
+}
 _POLICIES = ("probs", "position")
 _DISPATCHERS = ("alltoall", "allgather")
 
@@ -102,6 +108,7 @@ _CONTEXT_FAULTS = {
     "loads of a part of the sequence": _loads_of_a_part_of_the_sequence,
     "tokens of a part of the sequence": _tokens_of_a_part_of_the_sequence,
 }
+_SCALED_FAULT = "scores scaled by a part of the sequence"
 _FAULTS = {
     "experts left out of the norm": _left_out_of_the_norm,
     "gradients of experts over all replicas": _gradients_over_all_replicas,
@@ -130,6 +137,14 @@ def _everything() -> dict[str, Any]:
         one = sweep.play(sweep.configure(job, 1), Mesh())
         outcome = sweep.play(sweep.configure({**job, **_CONTEXT.changes}, 4), sweep.mesh_of(_CONTEXT))
         found[f"drops by {policy}, context parallel"] = sweep.compare("experts", policy, outcome, one)
+    job = {**kind, **_SCALED}
+    one = sweep.play(sweep.configure(job, 1), Mesh())
+    for name, case in {"context parallel": _CONTEXT, "whole experts": _WHOLE}.items():
+        outcome = sweep.play(sweep.configure({**job, **case.changes}, 4), sweep.mesh_of(case))
+        found[f"scaled scores, {name}"] = sweep.compare("experts", name, outcome, one)
+    config, mesh = sweep.configure({**job, **_CONTEXT.changes}, 4), sweep.mesh_of(_CONTEXT)
+    outcome = sweep.play(config, mesh, sabotage=_loads_of_a_part_of_the_sequence)
+    found[_SCALED_FAULT] = sweep.compare("experts", "loads", outcome, one)
     mesh = sweep.mesh_of(_ALL)
     low = {**kind, "mixed_precision.bf16": True}
     for name, job, dtype in (("drops", {**kind, **_DROPS}, torch.float64), ("bf16", low, torch.bfloat16)):
@@ -158,13 +173,15 @@ def results() -> list[dict[str, Any]]:
         "none",
         *(f"drops {dispatcher}" for dispatcher in _DISPATCHERS),
         *(f"drops by {policy}, context parallel" for policy in _POLICIES),
+        "scaled scores, context parallel",
+        "scaled scores, whole experts",
     ],
 )
 def test_several_processes_find_what_one_finds(results, job: str) -> None:
     assert [found[job] for found in results if not found[job].passes] == []
 
 
-@pytest.mark.parametrize("fault", [*_FAULTS, *_CONTEXT_FAULTS, *_WHOLE_FAULTS])
+@pytest.mark.parametrize("fault", [*_FAULTS, *_CONTEXT_FAULTS, *_WHOLE_FAULTS, _SCALED_FAULT])
 def test_a_planted_fault_is_seen(results, fault: str) -> None:
     assert any(not found[fault].passes for found in results)
 

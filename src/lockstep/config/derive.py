@@ -46,6 +46,9 @@ def derive(config: ConfigContainer, world_size: int = 1) -> None:
         config.set("model.sequence_parallel", False, Origin("derived", "one tensor-parallel process"))
     if config.dist.use_megatron_fsdp and not config.ddp.use_distributed_optimizer:
         config.set("ddp.use_distributed_optimizer", True, Origin("derived", "dist.use_megatron_fsdp"))
+    if config.model.apply_query_key_layer_scaling and not config.model.attention_softmax_in_fp32:
+        why = Origin("derived", "model.apply_query_key_layer_scaling")
+        config.set("model.attention_softmax_in_fp32", True, why)
     if config.mixed_precision.fp16 and config.mixed_precision.loss_scale is None:
         config.set("rerun_state_machine.check_for_nan_in_loss", False, Origin("derived", "dynamic loss scale"))
 

@@ -9,6 +9,7 @@ from lockstep.config.sharding import shards_weights
 
 _LOSS_NAMES = {"aux_loss": "load_balancing_loss", "seq_aux_loss": "seq_load_balancing_loss"}
 _Z_LOSS = "z_loss"
+SCALING = "sinkhorn"
 
 
 def expert_layers(config: ModelConfig) -> list[bool]:
@@ -75,6 +76,11 @@ def balancing_losses(config: ModelConfig) -> dict[str, float]:
         return {}
     pairs = zip(config.moe_router_load_balancing_type, config.moe_aux_loss_coeff, strict=True)
     return {kind: coefficient for kind, coefficient in pairs if kind in _LOSS_NAMES and coefficient > 0}
+
+
+def evens_by_scaling(config: ModelConfig) -> bool:
+    """Tell whether routers choose experts with even loads by scaling the scores instead of adding a loss."""
+    return config.moe_router_load_balancing_type == [SCALING]
 
 
 def auxiliary_names(config: ModelConfig) -> tuple[str, ...]:
@@ -145,9 +151,8 @@ def _routing(c: ConfigContainer, name: Callable[[str], str]) -> Iterator[str]:
             )
     if m.moe_router_enable_expert_bias and m.moe_router_score_function == "softmax":
         yield f"{name('model.moe_router_enable_expert_bias')} needs --moe-router-score-function sigmoid or sqrtsoftplus"
-    if m.moe_router_pre_softmax and m.moe_router_score_function != "softmax":
-        yield f"{name('model.moe_router_pre_softmax')} is for --moe-router-score-function softmax; drop it"
-    if m.moe_router_topk == 1 and m.moe_router_score_function == "softmax" and not m.moe_router_pre_softmax:
+    plain = m.moe_router_score_function == "softmax" and not m.moe_router_pre_softmax
+    if m.moe_router_topk == 1 and plain and not evens_by_scaling(m):
         yield f"{topk} = 1 gives every token the weight 1 and the router no gradient; add --moe-router-pre-softmax"
     if m.moe_apply_probs_on_input and m.moe_router_topk != 1:
         yield f"{name('model.moe_apply_probs_on_input')} needs {topk} = 1"
@@ -156,6 +161,9 @@ def _routing(c: ConfigContainer, name: Callable[[str], str]) -> Iterator[str]:
 def _losses(c: ConfigContainer, name: Callable[[str], str]) -> Iterator[str]:
     m = c.model
     kinds, coefficients = name("model.moe_router_load_balancing_type"), name("model.moe_aux_loss_coeff")
+    if evens_by_scaling(m):
+        yield from _scaling(c, name)
+        return
     if len(m.moe_router_load_balancing_type) != len(m.moe_aux_loss_coeff):
         yield (
             f"{coefficients} has {len(m.moe_aux_loss_coeff)} values for {len(m.moe_router_load_balancing_type)} of "
@@ -169,12 +177,33 @@ def _losses(c: ConfigContainer, name: Callable[[str], str]) -> Iterator[str]:
                 f"{kinds} = global_aux_loss is not supported: it weighs each micro-batch by those before it, so that "
                 "gradients would depend on the layout; use aux_loss or seq_aux_loss"
             )
+        elif kind == SCALING:
+            yield f"{kinds} = {SCALING} stands alone; drop the other kinds"
         elif kind not in (*_LOSS_NAMES, "none"):
-            yield f"{kinds} = {kind} is not supported; use aux_loss, seq_aux_loss or none"
+            yield f"{kinds} = {kind} is not supported; use aux_loss, seq_aux_loss, {SCALING} or none"
         if coefficient < 0 or (kind == "none" and coefficient):
             yield f"{coefficients} = {coefficient} for {kind}: give {'0' if kind == 'none' else '0 or more'}"
     if m.moe_z_loss_coeff is not None and m.moe_z_loss_coeff < 0:
         yield f"{name('model.moe_z_loss_coeff')} = {m.moe_z_loss_coeff}: give 0 or more"
+
+
+_UNUSED_BY_SCALING = (
+    "moe_router_pre_softmax",
+    "moe_router_num_groups",
+    "moe_router_enable_expert_bias",
+    "moe_router_topk_scaling_factor",
+)
+
+
+def _scaling(c: ConfigContainer, name: Callable[[str], str]) -> Iterator[str]:
+    m, kind = c.model, f"{name('model.moe_router_load_balancing_type')} = {SCALING}"
+    if m.moe_aux_loss_coeff != [0.0]:
+        yield f"{kind} adds no loss; set {name('model.moe_aux_loss_coeff')} to 0"
+    if m.moe_router_score_function != "softmax":
+        yield f"{kind} has scores of its own; drop {name('model.moe_router_score_function')}"
+    for field in _UNUSED_BY_SCALING:
+        if getattr(m, field):
+            yield f"{name(f'model.{field}')} has no effect with {kind}; drop it"
 
 
 def _capacity(c: ConfigContainer, name: Callable[[str], str]) -> Iterator[str]:

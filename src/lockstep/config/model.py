@@ -124,7 +124,9 @@ class Architecture(Section):
         False, "--init-model-with-meta-device", refused="this way of initialising is not supported"
     )
     apply_query_key_layer_scaling: bool = opt(
-        False, "--apply-query-key-layer-scaling", refused="this precision option is not supported yet"
+        False,
+        "--apply-query-key-layer-scaling",
+        help="Round scores when divided by the layer's number (from 1), for the range of FP16; FP32 softmax.",
     )
     disable_bf16_reduced_precision_matmul: bool = opt(
         False, "--disable-bf16-reduced-precision-matmul", help="Reduce BF16 matrix products in FP32 on GPUs."

@@ -43,7 +43,10 @@ class MixtureOfExperts(Section):
         None, "--moe-router-group-topk", help="Groups that the experts of a token come from."
     )
     moe_router_pre_softmax: bool = opt(
-        False, "--moe-router-pre-softmax", help="Softmax over all experts before the choice, not over the chosen ones."
+        False,
+        "--moe-router-pre-softmax",
+        help="Softmax over all experts before the choice, not over the chosen ones; "
+        "other score functions score all experts anyhow.",
     )
     moe_router_topk_scaling_factor: float | None = opt(
         None, "--moe-router-topk-scaling-factor", help="Factor on the weights of the chosen experts."
@@ -130,7 +133,8 @@ class MixtureOfExperts(Section):
     moe_router_load_balancing_type: list[str] = opt(
         ["aux_loss"],
         "--moe-router-load-balancing-type",
-        help="Losses for an even load: aux_loss of each micro-batch, seq_aux_loss of each sample, or none.",
+        help="Losses for an even load: aux_loss of each micro-batch, seq_aux_loss of each sample, or none; or "
+        "sinkhorn, without a loss: scores are scaled until all experts have about as many tokens.",
     )
     moe_aux_loss_coeff: list[float] = opt(
         [0.0], "--moe-aux-loss-coeff", help="Coefficient of each of these losses; 0 leaves it out."

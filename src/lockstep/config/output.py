@@ -253,8 +253,7 @@ class CheckpointConfig(TensorDumps, Section):
     ] = opt(
         "assume_ok_unexpected",
         "--dist-ckpt-strictness",
-        holds="where the names of a checkpoint and of the model are the same, all values do the same; where they are not, "
-        "loading is refused and names them",
+        holds="all values do the same with a checkpoint of this model, and one of another model is refused by name",
         effect="path",
     )
     dist_ckpt_save_pre_mcore_014: bool = opt(

@@ -14,6 +14,7 @@ from lockstep.training.checkpoint_args import names_weights
 _TRAINING = {
     "activation_func",
     "add_position_embedding",
+    "apply_query_key_layer_scaling",
     "attention_backend",
     "attention_softmax_in_fp32",
     "bias_activation_fusion",

@@ -179,6 +179,12 @@ DORMANT: tuple[Dormant, ...] = (
         _PRECISION,
     ),
     Dormant(
+        ("model.moe_router_pre_softmax",),
+        _is_not("model.moe_router_score_function", "softmax"),
+        "other score functions than softmax score all experts before the choice",
+        ("model.moe_router_score_function",),
+    ),
+    Dormant(
         ("model.disable_bf16_reduced_precision_matmul",),
         lambda c: not c.get("mixed_precision.bf16"),
         "the run is not BF16",

@@ -50,9 +50,10 @@ class Attention(nn.Module):
     scale: float | None = None  # on the scores, in place of that of the width of a head
     kernel: Kernel = "explicit"  # what attends; whoever builds the model for a device chooses
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, number: int):
         super().__init__()
         self.heads = required(config.num_attention_heads)
+        self.score_divisor = float(number + 1) if config.apply_query_key_layer_scaling else 1.0
         self.dropout_probability = config.attention_dropout
         self.softmax_in_fp32 = config.attention_softmax_in_fp32
         self.recompute_core = recomputes(config, "core_attn")
@@ -86,6 +87,7 @@ class Attention(nn.Module):
             value,
             context.mask.hidden,
             scale=self.scale,
+            divisor=self.score_divisor,
             dropped=dropped,
             dropout_probability=self.dropout_probability,
             softmax_in_fp32=self.softmax_in_fp32,
@@ -100,8 +102,8 @@ class Attention(nn.Module):
 class SelfAttention(Attention):
     """Projections, rotary positions, scores, and the output projection without its bias."""
 
-    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device):
-        super().__init__(config)
+    def __init__(self, config: ModelConfig, number: int, *, dtype: torch.dtype, device: torch.device):
+        super().__init__(config, number)
         hidden = required(config.hidden_size)
         self.groups, self.head_dim = required(config.num_query_groups), required(config.kv_channels)
         self.interleaved = config.rotary_interleaved
@@ -145,6 +147,7 @@ def core_attention(
     hidden_positions: Tensor,
     *,
     scale: float | None = None,
+    divisor: float = 1.0,
     dropped: Tensor | None,
     dropout_probability: float,
     softmax_in_fp32: bool,
@@ -152,7 +155,8 @@ def core_attention(
     """Return softmax(scale query key^T) value, [m, q, v], for query [m, q, d], key [m, s, d] and value [m, s, v].
 
     The scale is 1 / sqrt(d) unless it is given.
-    Scores, probabilities, probabilities after dropout and the result are each rounded to the dtype of the query.
+    Scores, probabilities, probabilities after dropout and the result are each rounded to the dtype of the query; scores
+    where they are `divisor` times smaller, which keeps them in the range of float16.
     hidden_positions [1 or b, q, s] and dropped [m, q, s] are boolean.
     """
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
@@ -160,11 +164,21 @@ def core_attention(
     low_precision = query.dtype in (torch.bfloat16, torch.float16)
     if low_precision and matmul_mode(query.device, query.dtype) != "native":
         return _RoundedAttention.apply(
-            query, key, value, hidden_positions, dropped, scale, kept_scale(dropout_probability), softmax_in_fp32
+            query,
+            key,
+            value,
+            hidden_positions,
+            dropped,
+            scale,
+            divisor,
+            kept_scale(dropout_probability),
+            softmax_in_fp32,
         )
-    scores = torch.baddbmm(query.new_empty(1, 1, 1), query, key.transpose(1, 2), beta=0.0, alpha=scale)
+    scores = torch.baddbmm(query.new_empty(1, 1, 1), query, key.transpose(1, 2), beta=0.0, alpha=scale / divisor)
     if softmax_in_fp32:
         scores = widened(scores)
+    if divisor != 1.0:
+        scores = scores * divisor
     probabilities = torch.softmax(scores.masked_fill(hidden_positions, _MASKED_SCORE), dim=-1).to(query.dtype)
     return torch.bmm(dropout(probabilities, dropped, dropout_probability), value)
 
@@ -187,6 +201,7 @@ class _RoundedAttention(torch.autograd.Function):
         hidden_positions: Tensor,
         dropped: Tensor | None,
         scale: float,
+        divisor: float,
         kept: float,
         softmax_in_fp32: bool,
     ) -> Tensor:
@@ -194,8 +209,8 @@ class _RoundedAttention(torch.autograd.Function):
         probability_dtype = torch.float32 if softmax_in_fp32 else query.dtype
         probabilities = torch.empty(*query.shape[:2], key.shape[1], dtype=probability_dtype, device=query.device)
         for part in _chunks(probabilities):
-            scores = torch.bmm(query[part].float(), key[part].float().transpose(1, 2)).mul_(scale)
-            scores = _rounded_(scores, query.dtype)
+            scores = torch.bmm(query[part].float(), key[part].float().transpose(1, 2)).mul_(scale / divisor)
+            scores = _rounded_(scores, query.dtype).mul_(divisor)
             scores.masked_fill_(_part_of(hidden_positions, part), _MASKED_SCORE)
             shares = torch.softmax(scores, dim=-1, out=scores)
             probabilities[part] = shares
@@ -204,7 +219,7 @@ class _RoundedAttention(torch.autograd.Function):
                 shares = _dropped_(shares, dropped[part], kept, query.dtype)
             result[part] = torch.bmm(shares, value[part].float())
         ctx.save_for_backward(query, key, value, dropped, probabilities)
-        ctx.scale, ctx.kept = scale, kept
+        ctx.scale, ctx.divisor, ctx.kept = scale / divisor, divisor, kept
         return result
 
     @staticmethod
@@ -222,10 +237,10 @@ class _RoundedAttention(torch.autograd.Function):
                 grad_shares = _dropped_(grad_shares, dropped[part], ctx.kept, dtype)
             grad_value[part] = torch.bmm(used.transpose(1, 2), grad_result)
             grad_scores = torch._softmax_backward_data(grad_shares, shares, -1, torch.float32)
-            grad_scores = _rounded_(grad_scores, dtype)
+            grad_scores = _rounded_(grad_scores.mul_(ctx.divisor), dtype)
             grad_query[part] = torch.bmm(grad_scores, key[part].float())
             grad_key[part] = torch.bmm(grad_scores.transpose(1, 2), query[part].float())
-        return grad_query.mul_(ctx.scale), grad_key.mul_(ctx.scale), grad_value, None, None, None, None, None
+        return grad_query.mul_(ctx.scale), grad_key.mul_(ctx.scale), grad_value, None, None, None, None, None, None
 
 
 def _part_of(hidden_positions: Tensor, part: slice) -> Tensor:

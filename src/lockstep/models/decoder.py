@@ -187,7 +187,7 @@ class Decoder(nn.Module):
         # A mapping, so that a layer keeps its name where others are cut away.
         self.layers = nn.ModuleDict(
             {
-                str(number): Layer(config, number if has_experts else None, dtype=dtype, device=device)
+                str(number): Layer(config, number, has_experts, dtype=dtype, device=device)
                 for number, has_experts in enumerate(expert_layers(config))
             }
         )
@@ -214,25 +214,27 @@ class Decoder(nn.Module):
 class Layer(nn.Module):
     """Attention and MLP, each on normalised input and added to the residual stream.
 
-    A layer with experts, which is told its number, has them in the place of the MLP.
+    A layer with experts has them in the place of the MLP. Numbers count from 0 over the whole model.
     """
 
-    def __init__(self, config: ModelConfig, experts_of: int | None = None, *, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self, config: ModelConfig, number: int, has_experts: bool, *, dtype: torch.dtype, device: torch.device
+    ):
         super().__init__()
         hidden = required(config.hidden_size)
         self.dropout_probability = config.hidden_dropout
         self.residual_is_norm_output = config.apply_residual_connection_post_layernorm
         self.input_layernorm = Norm(config, hidden, dtype=dtype, device=device)
         attention = MultiLatentAttention if config.multi_latent_attention else SelfAttention
-        self.self_attention: nn.Module = attention(config, dtype=dtype, device=device)
+        self.self_attention: nn.Module = attention(config, number, dtype=dtype, device=device)
         self.pre_mlp_layernorm = Norm(config, hidden, dtype=dtype, device=device)
         self.mlp: MLP | MixtureOfExperts
-        if experts_of is None:
-            self.mlp = MLP(config, dtype=dtype, device=device)
+        if has_experts:
+            self.mlp = MixtureOfExperts(config, number, dtype=dtype, device=device)
         else:
-            self.mlp = MixtureOfExperts(config, experts_of, dtype=dtype, device=device)
+            self.mlp = MLP(config, dtype=dtype, device=device)
         self.recompute_norms = recomputes(config, "layernorm")
-        self.recompute_mlp = recomputes(config, "mlp" if experts_of is None else "moe")
+        self.recompute_mlp = recomputes(config, "moe" if has_experts else "mlp")
 
     def forward(self, hidden: Tensor, context: AttentionContext) -> Tensor:
         """Return the residual stream [b, s, h] after this layer."""

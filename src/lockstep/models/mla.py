@@ -24,8 +24,8 @@ class MultiLatentAttention(Attention):
     Without a rank for them, queries come from the residual stream at once.
     """
 
-    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device):
-        super().__init__(config)
+    def __init__(self, config: ModelConfig, number: int, *, dtype: torch.dtype, device: torch.device):
+        super().__init__(config, number)
         hidden, latent = required(config.hidden_size), config.kv_lora_rank
         self.latent_sizes = (latent, config.qk_pos_emb_head_dim)
         self.query_sizes = (config.qk_head_dim, config.qk_pos_emb_head_dim)

@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from lockstep.config.experts import balancing_losses
+from lockstep.config.experts import balancing_losses, evens_by_scaling
 from lockstep.config.model import ModelConfig
 from lockstep.models.layers import required
 from lockstep.models.ops import matmul_mode, widened
 from lockstep.models.sequence import WholeSequence
+from lockstep.models.sinkhorn import evened
 
 _NO_DIVISION_BY_ZERO = 1e-20
 _ROUTER_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
@@ -79,6 +80,7 @@ class Router(nn.Module):
         self.sequence = WholeSequence()
         self.experts, self.topk = experts, config.moe_router_topk
         self.coefficients = balancing_losses(config)
+        self.evened = evens_by_scaling(config)
         self.dtype = _ROUTER_DTYPES[config.moe_router_dtype] if config.moe_router_dtype else dtype
         self.weight = nn.Parameter(torch.empty(experts, hidden, dtype=dtype, device=device))
         self.bias = nn.Parameter(torch.empty(experts, dtype=dtype, device=device)) if config.add_bias_linear else None
@@ -96,7 +98,7 @@ class Router(nn.Module):
             coefficient = self.config.moe_z_loss_coeff
             loss = torch.logsumexp(logits, dim=-1).square().mean() / self.sequence.parts * coefficient
             logits = losses.attached(logits, "z_loss", self.layer, loss, coefficient)
-        experts, weights = self._chosen(logits)
+        experts, weights = self._chosen_evenly(logits) if self.evened else self._chosen(logits)
         kept = self._within_capacity(experts, weights, x.shape[0])
         if kept is not None:
             weights = weights.masked_fill(~kept, 0.0)
@@ -132,6 +134,16 @@ class Router(nn.Module):
         if config.moe_router_topk_scaling_factor:
             weights = weights * config.moe_router_topk_scaling_factor
         return experts, weights.to(logits.dtype)
+
+    def _chosen_evenly(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Return experts [t, k] whose loads are about even while training, and the weights that they have anyhow.
+
+        Without training every token takes the experts that it weighs most.
+        """
+        scores = torch.sigmoid(logits) if self.topk == 1 else self._scores(logits).to(logits.dtype)
+        ranked = evened(logits.detach().to(self._score_dtype), self.sequence) if self.training else scores
+        experts = ranked.topk(self.topk, dim=-1).indices
+        return experts, scores.gather(1, experts)
 
     @property
     def _score_dtype(self) -> torch.dtype:
