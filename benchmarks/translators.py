@@ -8,6 +8,7 @@ is printed as the page on moving a run has it.
 """
 
 import argparse
+import contextlib
 import json
 import re
 import shlex
@@ -30,6 +31,7 @@ from lockstep.translation.translate import Translation, to_bridge, to_lockstep
 from lockstep.translation.words import plain
 
 PROCESSES = 16
+_COPIES = (1, 2, 4, 8, 16)  # of a model: some settings share out experts over them
 
 
 @dataclass(frozen=True)
@@ -62,15 +64,15 @@ def read(words: list[str]) -> Reading:
 
 
 def trains(reading: Reading) -> bool:
-    """Tell whether Lockstep would start this run, as far as the configuration says."""
+    """Tell whether Lockstep would start this run on some number of processes, as far as the configuration says."""
     config = reading.config.copy()
     for path in reading.deferred:
         config.set(path, 1 if path == "rng.seed" else None, config.origin(path))
-    try:
-        resolve(config, world_size=model_processes(config))
-    except ConfigError:
-        return False
-    return True
+    for copies in _COPIES:
+        with contextlib.suppress(ConfigError):
+            resolve(config.copy(), world_size=copies * model_processes(config))
+            return True
+    return False
 
 
 def ours(words: list[str], system: str) -> tuple[Result, Translation]:
