@@ -68,6 +68,10 @@ def test_all_problems_come_back_at_once() -> None:
         (["--lr-decay-style", "WSD", "--lr-wsd-decay-iters", "9"], "longer than the whole decay"),
         (["--max-position-embeddings", "4"], "is below --seq-length = 8"),
         (["--num-attention-heads", "0"], "give a value above 0"),
+        (["--num-layers", "9" * 30], "--num-layers = " + "9" * 30 + ": give at most 65536"),
+        (["--ffn-hidden-size", "9" * 30], ": give at most 2147483647"),
+        (["--global-batch-size", "9" * 30], ": give at most 9223372036854775807"),
+        (["--embedding-init-method-std", "nan"], "--embedding-init-method-std = nan: give 0 or more"),
         (["--hidden-dropout", "1.5"], "up to, but not including, 1"),
         (["--tensor-model-parallel-size", "2"], "1 processes are not a multiple of --tensor-model-parallel-size = 2"),
         (

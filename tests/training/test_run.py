@@ -1,6 +1,7 @@
 """Whole runs of a tiny model: order of events, record, exits, failures, repeatability."""
 
 import gc
+import importlib
 import json
 import math
 import sys
@@ -206,6 +207,17 @@ def test_nan_is_let_through_where_asked_for(configure, tmp_path) -> None:
     changes = {"optimizer.optimizer": "sgd", "optimizer.lr": 1e38, "rerun_state_machine.check_for_nan_in_loss": False}
     result, _ = _run(configure({**changes, "optimizer.clip_grad": 0.0}), tmp_path / "run")
     assert result.iterations == 4
+
+
+@pytest.mark.parametrize(("place", "doing"), [("build", "setting up"), ("train", "training")])
+def test_a_full_memory_is_one_message(place, doing, configure, tmp_path, monkeypatch) -> None:
+    def full(*_: object) -> None:
+        torch.empty(1 << 52, dtype=torch.uint8)
+
+    monkeypatch.setattr(importlib.import_module("lockstep.training.run"), place, full)
+    with pytest.raises(UserError, match=f"out of memory on cpu while {doing}: 4194304.0 GiB were asked for"):
+        _run(configure(), tmp_path / "run")
+    assert (tmp_path / "run").exists() == (place == "train")
 
 
 def test_a_mistake_leaves_no_directory_behind(configure, tmp_path) -> None:

@@ -261,9 +261,12 @@ _NOT_NEGATIVE = (
     "scheduler.lr_warmup_samples",
     "scheduler.lr_warmup_init",
     "model.init_method_std",
+    "model.embedding_init_method_std",
     "dataset.mid_level_dataset_surplus",
     "train.manual_gc_interval",
 )
+_SIZES = (*(path for path in _POSITIVE if path.startswith("model.")), "train.micro_batch_size", "tokenizer.vocab_size")
+_LARGEST = {**dict.fromkeys(_SIZES, 2**31 - 1), "model.num_layers": 2**16}
 _SHARES = ("model.hidden_dropout", "model.attention_dropout", "optimizer.adam_beta1", "optimizer.adam_beta2")
 
 
@@ -272,6 +275,8 @@ def _ranges(c: ConfigContainer) -> Iterator[str]:
         value = c.get(path)
         if value is not None and not value > 0:
             yield f"{_name(c, path)} = {value}: give a value above 0"
+        elif isinstance(value, int) and value > (largest := _LARGEST.get(path, 2**63 - 1)):
+            yield f"{_name(c, path)} = {value}: give at most {largest}"
     for path in _NOT_NEGATIVE:
         value = c.get(path)
         if value is not None and not value >= 0:

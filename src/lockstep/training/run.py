@@ -40,6 +40,7 @@ from lockstep.training.exits import ExitRule, ExitSignal
 from lockstep.training.float8 import describe_float8
 from lockstep.training.hooks import CacheHook, FiniteCheck, GarbageHook, Hook, Progress, RecordHook, RunInfo
 from lockstep.training.loop import run_evaluation, train
+from lockstep.training.memory import told_when_full
 from lockstep.training.precision import params_dtype
 from lockstep.training.profiling import ProfileHook
 from lockstep.training.replicas import ReplicaCheck, TimeoutHook
@@ -95,11 +96,12 @@ def run(config: ConfigContainer, *, door: str, command: Command, name: str) -> R
                 _start_record(
                     writer, config, device, source, base, code=code, door=door, command=vars(command), name=name
                 )
-            parts = build(config, device, mesh, exit_rule)
-            if base is not None:
-                parts = restore_base(base, config, mesh, parts, peers)
-            if source is not None:
-                parts = restore(source, config, mesh, parts, progress, peers)
+            with told_when_full(device, "setting up"):
+                parts = build(config, device, mesh, exit_rule)
+                if base is not None:
+                    parts = restore_base(base, config, mesh, parts, peers)
+                if source is not None:
+                    parts = restore(source, config, mesh, parts, progress, peers)
             if writer is not None:
                 _complete_record(writer, config, device, parts, mesh)
             hooks += [*_build_hooks(config, device, name, writer), *_process_hooks(config, parts, mesh)]
@@ -258,15 +260,17 @@ def _go(info: RunInfo, parts: Parts, hooks: Sequence[Hook], exit_rule: ExitRule,
         for hook in hooks:
             hook.on_start(info)
         if parts.trainer is not None:
-            reason = train(info, parts.trainer, parts.evaluator, hooks, progress, exit_rule)
+            with told_when_full(info.device, "training"):
+                reason = train(info, parts.trainer, parts.evaluator, hooks, progress, exit_rule)
             say(timestamped(reason or "after training is done"))
             if reason is None:
                 for hook in hooks:
                     hook.after_training(progress)
         # Megatron-LM leaves at once when it stops early: no final evaluation.
         if reason is None and parts.evaluator is not None:
-            for split in parts.evaluator.splits:
-                run_evaluation(parts.evaluator, split, hooks, progress, final=True)
+            with told_when_full(info.device, "evaluating"):
+                for split in parts.evaluator.splits:
+                    run_evaluation(parts.evaluator, split, hooks, progress, final=True)
         status: RunStatus = "finished" if reason is None else "stopped early"
         result = RunResult(info.run_dir, status, progress.iteration, progress.lm_loss, tuple(progress.evaluations))
         for hook in hooks:
