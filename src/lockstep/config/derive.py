@@ -101,7 +101,12 @@ def _global_batch_size(c: ConfigContainer, world_size: int) -> int | None:
 
 def _virtual_stages(c: ConfigContainer, _: int) -> int | None:
     layout, processes = c.model.pipeline_model_parallel_layout, c.model.pipeline_model_parallel_size
-    return layout_stages(layout) // processes or None if layout is not None and processes > 0 else None
+    if layout is None or processes < 1:
+        return None
+    try:
+        return layout_stages(layout) // processes or None
+    except ValueError:  # which validation reports
+        return None
 
 
 def _train_iters(c: ConfigContainer, _: int) -> int | None:

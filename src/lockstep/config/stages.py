@@ -9,6 +9,7 @@ from itertools import accumulate, pairwise
 from lockstep.config.model import ModelConfig
 
 _TOKENS = re.compile(r"[Et|L]")
+_MOST_REPEATS = 1 << 16
 _REPEATED = re.compile(r"\(([Et|L]*)\)\*(\d+)|([Et|L])\*(\d+)")
 
 
@@ -98,4 +99,9 @@ def _written_out(layout: str) -> str:
 
 def _expanded(match: re.Match[str]) -> str:
     group, times, single, single_times = match.groups()
-    return single * int(single_times) if single else group * int(times)
+    number = int(times or single_times)
+    if number > _MOST_REPEATS:
+        raise ValueError(
+            f"pipeline_model_parallel_layout repeats something {number} times; {_MOST_REPEATS} is the most"
+        )
+    return (single or group) * number

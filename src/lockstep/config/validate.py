@@ -125,7 +125,9 @@ def _pipeline(c: ConfigContainer) -> Iterator[str]:
     m, name = c.model, _name(c, "model.pipeline_model_parallel_size")
     if m.pipeline_model_parallel_size == 1:
         for path in _OF_PIPELINES:
-            if c.get(path) and c.get(path) != 1:
+            value = c.get(path)
+            # One virtual stage is what there is, whether said or found from a layout.
+            if value is not None and value is not False and (path, value) != (_OF_PIPELINES[0], 1):
                 yield f"{_name(c, path)} has no effect with {name} = 1; give 2 or more, or drop it"
         return
     virtual = m.virtual_pipeline_model_parallel_size
