@@ -130,7 +130,9 @@ class DDPConfig(MegatronFSDP, Section):
         None, "--suggested-communication-unit-size", refused="this option of data parallelism is not supported yet"
     )
     keep_fp8_transpose_cache: bool = opt(
-        False, "--keep-fp8-transpose-cache", refused="FP8 and FP4 are not supported yet"
+        False,
+        "--keep-fp8-transpose-cache",
+        refused="of narrow formats only float8 with a scale for each tensor is supported",
     )
     enable_full_sharding_in_hsdp: bool = opt(
         False,

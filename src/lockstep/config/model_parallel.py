@@ -233,14 +233,27 @@ class ModelExecution(Section):
         "unset.",
         effect="speed",
     )
-    fp8_interval: int = opt(1, "--fp8-interval", refused="FP8 and FP4 are not supported yet")
-    fp8_output_proj: bool = opt(False, "--fp8-output-proj", refused="FP8 and FP4 are not supported yet")
+    fp8_interval: int = opt(
+        1, "--fp8-interval", refused="of narrow formats only float8 with a scale for each tensor is supported"
+    )
+    fp8_output_proj: bool = opt(
+        False, "--fp8-output-proj", refused="of narrow formats only float8 with a scale for each tensor is supported"
+    )
     cuda_graph_warmup_steps: int = opt(
-        3, "--cuda-graph-warmup-steps", refused="CUDA graphs are not supported yet", effect="speed"
+        3,
+        "--cuda-graph-warmup-steps",
+        holds="Lockstep captures graphs of its own where they pay; see --cuda-graphs",
+        effect="speed",
     )
     cuda_graph_impl: Literal["none", "local", "transformer_engine", "full_iteration"] = opt(
-        "none", "--cuda-graph-impl", refused="CUDA graphs are not supported yet", effect="speed"
+        "none",
+        "--cuda-graph-impl",
+        holds="Lockstep captures graphs of its own where they pay; see --cuda-graphs",
+        effect="speed",
     )
     cuda_graph_modules: list[str] = opt(
-        [], "--cuda-graph-modules", refused="CUDA graphs are not supported yet", effect="speed"
+        [],
+        "--cuda-graph-modules",
+        holds="Lockstep captures graphs of its own where they pay; see --cuda-graphs",
+        effect="speed",
     )

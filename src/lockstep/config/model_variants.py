@@ -432,10 +432,14 @@ class OtherExecution(Section):
         effect="speed",
     )
     fp8_quantizer_factory: str | None = opt(
-        None, "--fp8-quantizer-factory", refused="FP8 and FP4 are not supported yet"
+        None,
+        "--fp8-quantizer-factory",
+        refused="of narrow formats only float8 with a scale for each tensor is supported",
     )
     fp4_quantizer_factory: str | None = opt(
-        None, "--fp4-quantizer-factory", refused="FP8 and FP4 are not supported yet"
+        None,
+        "--fp4-quantizer-factory",
+        refused="of narrow formats only float8 with a scale for each tensor is supported",
     )
     gtp_remat_opt_in_modules: list[str] = opt(
         [], "--gtp-remat-opt-in-modules", refused="this way of executing the model is not supported", effect="speed"

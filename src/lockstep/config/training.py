@@ -196,7 +196,10 @@ class OptimizerConfig(Section):
         refused="only Adam and SGD with FP32 state on the training device are supported",
     )
     optimizer_cuda_graph: bool = opt(
-        False, "--optimizer-cuda-graph", refused="CUDA graphs are not supported yet", effect="speed"
+        False,
+        "--optimizer-cuda-graph",
+        holds="Lockstep captures graphs of its own where they pay; see --cuda-graphs",
+        effect="speed",
     )
     optimizer_offload_fraction: float = opt(
         1.0,
@@ -337,8 +340,12 @@ class MixedPrecisionConfig(Section):
     num_layers_at_end_in_bf16: int = opt(
         1, "--num-layers-at-end-in-bf16", help="How many last layers --first-last-layers-bf16 keeps out."
     )
-    fp4: Literal["e2m1"] | None = opt(None, "--fp4-format", refused="FP8 and FP4 are not supported yet")
-    fp4_recipe: Literal["nvfp4", "custom"] = opt("nvfp4", "--fp4-recipe", refused="FP8 and FP4 are not supported yet")
+    fp4: Literal["e2m1"] | None = opt(
+        None, "--fp4-format", refused="of narrow formats only float8 with a scale for each tensor is supported"
+    )
+    fp4_recipe: Literal["nvfp4", "custom"] = opt(
+        "nvfp4", "--fp4-recipe", refused="of narrow formats only float8 with a scale for each tensor is supported"
+    )
     loss_scale: float | None = opt(None, "--loss-scale", help="Static loss scale; dynamic when unset.")
     initial_loss_scale: float = opt(4294967296.0, "--initial-loss-scale", help="First dynamic loss scale.")
     min_loss_scale: float = opt(1.0, "--min-loss-scale", help="Smallest dynamic loss scale.")
@@ -347,12 +354,20 @@ class MixedPrecisionConfig(Section):
     )
     hysteresis: int = opt(2, "--hysteresis", help="Overflows tolerated before the loss scale halves.")
     reuse_grad_buf_for_mxfp8_param_ag: bool = opt(
-        False, "--reuse-grad-buf-for-mxfp8-param-ag", refused="FP8 and FP4 are not supported yet"
+        False,
+        "--reuse-grad-buf-for-mxfp8-param-ag",
+        refused="of narrow formats only float8 with a scale for each tensor is supported",
     )
-    fp4_param_gather: bool = opt(False, "--fp4-param-gather", refused="FP8 and FP4 are not supported yet")
-    fp8_param_gather: bool = opt(False, "--fp8-param-gather", refused="FP8 and FP4 are not supported yet")
+    fp4_param_gather: bool = opt(
+        False, "--fp4-param-gather", refused="of narrow formats only float8 with a scale for each tensor is supported"
+    )
+    fp8_param_gather: bool = opt(
+        False, "--fp8-param-gather", refused="of narrow formats only float8 with a scale for each tensor is supported"
+    )
     te_precision_config_file: str | None = opt(
-        None, "--te-precision-config-file", refused="FP8 and FP4 are not supported yet"
+        None,
+        "--te-precision-config-file",
+        refused="of narrow formats only float8 with a scale for each tensor is supported",
     )
 
 
