@@ -461,4 +461,4 @@ def test_records_of_other_code_are_not_called_equal(tmp_path: Path) -> None:
     assert found.verdict == "cannot tell"
     assert found.exit_code == 1
     assert "B does not repeat itself" in found.sentence
-    assert "lockstep bisect" in found.next_step
+    assert "are not those of the records" in found.next_step

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from lockstep.cli import main
-from lockstep.lab.bisect.search import _interruptible
+from lockstep.lab.worktrees import interruptible
 from tests.lab.bisect.history import RUN, SETTINGS, TRAIN, commit, git, history
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -193,7 +193,7 @@ def test_the_tree_is_untouched_when_it_ends_well_and_when_it_fails(tmp_path: Pat
     assert bisect(folder, hashes[0], hashes[7])[0] == 2
     assert "bad " + hashes[7][:12] + " does not run: exit code 1: ImportError" in capsys.readouterr().err
     assert snapshot(folder) == before
-    assert not list(Path(os.environ.get("TMPDIR", "/tmp")).glob(f"lockstep-bisect-{os.getpid()}-*"))
+    assert not list(Path(os.environ.get("TMPDIR", "/tmp")).glob(f"lockstep-scratch-{os.getpid()}-*"))
 
 
 SLOW = "import pathlib, subprocess, sys, time\npathlib.Path(sys.argv[1]).touch()\n" + (
@@ -231,7 +231,7 @@ def alive(marker: str) -> bool:
 def test_a_request_to_end_that_is_ignored_stays_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with _interruptible():
+        with interruptible():
             assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN, "as under nohup"
             assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
@@ -255,7 +255,7 @@ def test_an_interrupt_removes_everything(tmp_path: Path, sign: signal.Signals) -
     assert process.returncode == 130
     assert said == "interrupted\n"
     assert snapshot(folder) == before
-    assert not list(tmp_path.glob("lockstep-bisect-*"))
+    assert not list(tmp_path.glob("lockstep-scratch-*"))
     assert not alive(f"sleep({marker})")
 
 
@@ -270,7 +270,7 @@ def test_what_a_killed_bisection_left_is_removed_by_the_next(tmp_path: Path) -> 
     assert snapshot(folder) != before
     assert bisect(folder, hashes[0], hashes[3])[0] == 0
     assert snapshot(folder) == before
-    assert not list(tmp_path.glob("lockstep-bisect-*"))
+    assert not list(tmp_path.glob("lockstep-scratch-*"))
 
 
 def test_log_in_a_file_and_a_run_that_hangs(tmp_path: Path, capsys: Said) -> None:

@@ -11,6 +11,7 @@ from lockstep.errors import UserError
 
 if TYPE_CHECKING:
     from lockstep.lab.bisect.search import Result
+    from lockstep.lab.bisect.walk import Walk
     from lockstep.lab.compare import Comparison
 
 REPORT_SCHEMA = 1
@@ -54,6 +55,7 @@ def _bisect(arguments: argparse.Namespace) -> int:
     from lockstep.git import Repository
     from lockstep.lab.bisect.running import Job
     from lockstep.lab.bisect.search import Request, search
+    from lockstep.lab.bisect.walk import Walk, walk_between
     from lockstep.lab.compare import compare
     from lockstep.lab.correlate import new_folder
 
@@ -73,12 +75,19 @@ def _bisect(arguments: argparse.Namespace) -> int:
         arguments.calibrate,
     )
     folder = new_folder(Path(arguments.out)) if arguments.out else None
-    result = search(request, lambda text: print(text, flush=True))
+
+    def say(text: str) -> None:
+        print(text, flush=True)
+
+    result = search(request, say)
     band = (result.band, "good") if result.band else None
     found = _by_what_was_measured(result, compare(_labelled(result.before, "A"), _labelled(result.after, "B"), band))
-    _show(result, found)
     folder = folder or new_folder(None, "bisect")
-    print(f"report: {_write(result, found, folder)}")
+    walk = Walk()
+    if result.commit is not None:
+        walk = walk_between(result.before, result.after, request.repository, folder, say)
+    _show(result, found, walk)
+    print(f"report: {_write(result, found, walk, folder)}")
     return _EXIT_CODES[result.ended]
 
 
@@ -115,13 +124,15 @@ def _by_what_was_measured(result: "Result", found: "Comparison") -> "Comparison"
     return dataclasses.replace(found, decision=Decision("bug", cause, "Look at what the commit changes."))
 
 
-def first_stage(found: "Comparison") -> str:
-    """Return the first stage of a comparison that differs, with what was found there."""
+def first_stage(found: "Comparison", walk: "Walk") -> str:
+    """Return the first stage that differs, with what was found there: of the walk, else of the comparison."""
+    if walk.first is not None:
+        return walk.first
     stage = next((stage for stage in found.stages if stage.state == "differs"), None)
     return f"{stage.name}: {stage.detail}" if stage else "none that the runs tell of"
 
 
-def _show(result: "Result", found: "Comparison") -> None:
+def _show(result: "Result", found: "Comparison", walk: "Walk") -> None:
     print(f"\n{result.said}")
     if result.commit is not None:
         print(f"  commit   {result.commit.hash}")
@@ -134,13 +145,18 @@ def _show(result: "Result", found: "Comparison") -> None:
     if len(result.possible) > _SHOWN_COMMITS:
         print(f"  and {len(result.possible) - _SHOWN_COMMITS} more, in the report")
     if result.ended != "no difference":
-        print(f"  first differing stage  {first_stage(found)}")
+        print(f"  first differing stage  {first_stage(found, walk)}")
         print(f"  verdict  {found.decision.verdict}: {found.decision.cause}")
+    if walk.found is not None:
+        print(f"  walk     {walk.found.verdict}: {walk.found.sentence}")
+    elif walk.problem:
+        print(f"  walk     none: {walk.problem}")
     print(f"  compared  A = {result.before.commit.short}, B = {result.after.commit.short}; {result.runs} runs")
     sys.stdout.flush()
 
 
-def _write(result: "Result", found: "Comparison", folder: Path) -> Path:
+def _write(result: "Result", found: "Comparison", walk: "Walk", folder: Path) -> Path:
+    from lockstep.lab.localise.report import as_json as walk_as_json
     from lockstep.lab.report import as_json, write_report
     from lockstep.record.schema import encode
 
@@ -152,7 +168,8 @@ def _write(result: "Result", found: "Comparison", folder: Path) -> Path:
         "commit": result.commit,
         "possible": result.possible,
         "share": result.share,
-        "stage": first_stage(found),
+        "stage": first_stage(found, walk),
+        "walk": walk_as_json(walk.found) if walk.found is not None else None,
         "steps": result.steps,
         "runs": result.runs,
         "band": result.band.describe() if result.band else None,

@@ -4,16 +4,10 @@ git bisect keeps its state in a worktree of its own without files: merges, first
 business, and a bisection that the user has under way is not disturbed.
 """
 
-import contextlib
-import os
 import re
-import shutil
-import signal
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Literal
 
 from lockstep.errors import UserError
@@ -22,8 +16,8 @@ from lockstep.lab.bisect.curves import QUANTITIES, Curve, Judgement, Noise, Yard
 from lockstep.lab.bisect.running import READ_OUTPUT, Job, Outcome, Runner, check_command
 from lockstep.lab.calibration.band import Band, load_band
 from lockstep.lab.side import load_side
+from lockstep.lab.worktrees import scratch_folder
 
-SCRATCH = "lockstep-bisect-"
 REPEATS, NOISY_REPEATS = 2, 4
 """How often good runs where the user does not say: more often once two of its runs differ."""
 
@@ -100,8 +94,7 @@ def search(request: Request, say: Say) -> Result:
     repository = request.repository
     check_command(repository, request.job.command)
     good, bad = _ends(request)
-    _remove_left(repository)
-    with _interruptible(), _scratch(repository) as scratch:
+    with scratch_folder(repository) as scratch:
         runner = Runner(repository, request.job, request.cache, scratch)
         count = int(repository.do("rev-list", "--count", *_options(request), f"{good.hash}..{bad.hash}"))
         say(
@@ -312,58 +305,3 @@ def _found(request: Request, runner: Runner, ends: _Ends, commit: Commit, steps:
         return Result("found", said, ends.good, ends.bad, steps=steps, commit=commit)
     share = ends.rule.share(_curve(before), _curve(after))
     return Result("found", said, before, after, steps=steps, commit=commit, share=share)
-
-
-@contextlib.contextmanager
-def _scratch(repository: Repository) -> Iterator[Path]:
-    """Make a folder for worktrees outside every repository, named after this process."""
-    folder = Path(tempfile.mkdtemp(prefix=f"{SCRATCH}{os.getpid()}-")).resolve()
-    try:
-        yield folder
-    finally:
-        _ignore_signals()
-        for place in _worktrees(repository):
-            if place.is_relative_to(folder):
-                repository.remove_worktree(place)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _worktrees(repository: Repository) -> list[Path]:
-    lines = (repository.ask("worktree", "list", "--porcelain") or "").splitlines()
-    return [Path(line.removeprefix("worktree ")) for line in lines if line.startswith("worktree ")]
-
-
-def _remove_left(repository: Repository) -> None:
-    """Remove worktrees of bisections that were killed before they could."""
-    for place in _worktrees(repository):
-        for parent in place.parents:
-            found = re.fullmatch(rf"{SCRATCH}(\d+)-.*", parent.name)
-            if found and not Path(f"/proc/{found[1]}").exists():
-                repository.remove_worktree(place)
-                shutil.rmtree(parent, ignore_errors=True)
-
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-def _ignore_signals() -> None:
-    for sign in _SIGNALS:
-        signal.signal(sign, signal.SIG_IGN)
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Let a request to end unwind as an interrupt does, so that everything is removed; a second one changes nothing."""
-
-    def unwind(number: int, frame: FrameType | None) -> None:
-        _ignore_signals()
-        raise KeyboardInterrupt
-
-    # What is ignored stays so, as SIGHUP under nohup.
-    heard = [sign for sign in _SIGNALS if signal.getsignal(sign) is not signal.SIG_IGN]
-    before = {sign: signal.signal(sign, unwind) for sign in heard}
-    try:
-        yield
-    finally:
-        for sign, handler in before.items():
-            signal.signal(sign, handler)

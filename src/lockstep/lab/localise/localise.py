@@ -8,15 +8,13 @@ from lockstep.lab.compare import Comparison, compare_paths
 from lockstep.lab.config_diff import ConfigDifference
 from lockstep.lab.dormant import COMPUTE, DATA, INIT, SCHEDULE, UPDATE
 from lockstep.lab.localise import stages
+from lockstep.lab.localise.code import verify
 from lockstep.lab.localise.measure import Row
 from lockstep.lab.localise.sides import REFERENCE, TRANSFORMERS, Foreign, Rerun, from_checkpoint, run_again
 from lockstep.lab.localise.walk import Pass, Walked, drops, same_streams, walk
 from lockstep.lab.verdict import Verdict
 
-_OTHER_CODE = (
-    "Both were run again by the code that is here: `lockstep bisect --good REV --bad REV -- <run>`, with the commits "
-    "of the two records, names the one that moved the curve"
-)
+_ELSEWHERE = "Packages, device or code are not those of the records: run both again as they are now, and localise those"
 _PLACE = "at {index} it is {a:.9g} in A and {b:.9g} in B"
 
 
@@ -81,11 +79,22 @@ def judge(
     """
     walked = walk(*sides, iterations)
     verdict, sentence, next_step = _decide(walked, iterations, found)
-    outside = found.findings.numbers.first_outside if found else None
-    if unrepeated and outside is not None and verdict in ("identical", "rounding"):
-        verdict, next_step = "cannot tell", _OTHER_CODE
-        sentence += f" But the records differ by more than that at iteration {outside.iteration}, and {unrepeated[0]}."
+    differs = _recorded_difference(found, verdict)
+    if unrepeated and differs is not None:
+        verdict, next_step = "cannot tell", _ELSEWHERE
+        sentence += f" But the records differ {differs}, and {unrepeated[0]}."
     return Localised(verdict, sentence, next_step, walked, iterations, list(unrepeated))
+
+
+def _recorded_difference(found: Comparison | None, verdict: Verdict) -> str | None:
+    """Return where two records differ by more than a verdict on their sides allows."""
+    if found is None or verdict not in ("identical", "rounding"):
+        return None
+    numbers = found.findings.numbers
+    if verdict == "rounding":
+        outside = numbers.first_outside
+        return None if outside is None else f"by more than that at iteration {outside.iteration}"
+    return f"at iteration {numbers.mismatches[0].iteration}" if numbers.mismatches else None
 
 
 def _compared(a: Rerun, b: Rerun | Foreign) -> Comparison | None:
@@ -100,8 +109,8 @@ def in_question(a: Rerun, b: Rerun | Foreign, found: Comparison | None) -> list[
     Where the first that is outside the band comes later, it is one too.
     """
     begins = max(a.begins_after, b.begins_after if isinstance(b, Rerun) else 0) + 1
-    if found is None:
-        return [begins]
+    if found is None:  # of other code an update and what the next step makes of it
+        return [begins] if isinstance(b, Foreign) else [begins, begins + 1]
     mismatches = found.findings.numbers.mismatches
     outside = found.findings.numbers.first_outside
     stated = [stage.first for stage in found.stages if stage.state == "differs" and stage.first is not None]
@@ -118,6 +127,7 @@ def _passes(a: Rerun, b: Rerun | Foreign, first: Path, second: Path, iterations:
     from lockstep.lab.localise.worker import RUN, TWIN
 
     one = Pass("A", a.title, load_probes(first, RUN), load_probes(first, TWIN))
+    verify(a, "A", one.run.facts.get("code") or {})
     title = b.title if isinstance(b, Rerun) else b.kind
     if isinstance(b, Foreign):
         model = one.run.facts["config"]["model"]
@@ -132,6 +142,7 @@ def _passes(a: Rerun, b: Rerun | Foreign, first: Path, second: Path, iterations:
         title = decoder.title
         replay(decoder, one.run, iterations, second)
     other = Pass("B", title, load_probes(second, RUN), load_probes(second, TWIN), foreign=isinstance(b, Foreign))
+    verify(b, "B", other.run.facts.get("code") or {})
     return one, other
 
 
@@ -235,7 +246,25 @@ def _cause(walked: Walked, row: Row) -> tuple[Verdict, str, str]:
             f"{named} {'differs' if len(settings) == 1 else 'differ'}. {sentence}.",
             (f"Give B the settings of A ({change}) and localise again."),
         )
-    return verdict, f"{sentence}. Everything before it is equal or rounding.", _where_to_look(row)
+    sentence += ". Everything before it is equal or rounding."
+    codes = codes_of(walked)
+    if codes is None:
+        return verdict, sentence, _where_to_look(row)
+    change = " ".join(code.partition(" ")[0] for code in codes)
+    sentence += f" A is computed by commit {codes[0]}, B by commit {codes[1]}."
+    return verdict, sentence, f"{_where_to_look(row)} `git diff {change} -- src` shows what changed."
+
+
+def codes_of(walked: Walked) -> tuple[str, str] | None:
+    """Return which commits computed the two sides, where these are two."""
+    if walked.b.foreign:
+        return None
+    codes = [side.run.facts.get("code") or {} for side in (walked.a, walked.b)]
+    one, other = (
+        f"{str(code.get('commit') or 'unknown')[:12]}{' with local changes' if code.get('dirty') else ''}"
+        for code in codes
+    )
+    return None if one == other else (one, other)
 
 
 def _processes(walked: Walked, label: str) -> int:

@@ -14,6 +14,9 @@ from lockstep.record.schema import RUN_FILE
 
 WORKER = ("-m", "lockstep.lab.localise.worker")
 TRANSFORMERS, REFERENCE = "transformers", "reference"
+HERE, COMMIT = "here", "commit:"
+"""B as the same run by other code: that which is here, or that of a commit."""
+
 _SHOWN_LINES = 12
 
 
@@ -27,6 +30,10 @@ class Rerun:
         processes: how many it had.
         record: what it wrote about itself; None for one that has not run yet.
         variables: environment that it had and that decides how many threads compute.
+        commit: of the code that it ran by, or is to be run by; None where no commit tells it.
+        dirty: that code had changes which are not in the commit.
+        source: folder to import that code from; None for the code that is here.
+        place: folder to run in; None for the current one.
         worker: the Python words that start one of its processes; the job follows.
     """
 
@@ -35,6 +42,10 @@ class Rerun:
     processes: int = 1
     record: Run | None = None
     variables: dict[str, str] = field(default_factory=dict)
+    commit: str | None = None
+    dirty: bool = False
+    source: Path | None = None
+    place: Path | None = None
     worker: tuple[str, ...] = WORKER
 
     @property
@@ -58,13 +69,17 @@ def open_sides(a: str, b: str) -> tuple[Rerun, Rerun | Foreign]:
     Raises:
         UserError: A is no run, or B nothing that can be compared.
     """
-    if a in (TRANSFORMERS, REFERENCE) or _is_hf(Path(a)):
-        raise UserError(f"{a} takes its tokens from a run: name the run first, as in `lockstep localise RUN {a}`")
+    if a in (TRANSFORMERS, REFERENCE, HERE) or a.startswith(COMMIT) or _is_hf(Path(a)):
+        raise UserError(f"{a} needs a run beside it: name the run first, as in `lockstep localise RUN {a}`")
     first = from_record(load_run(a))
     if b in (TRANSFORMERS, REFERENCE):
         return first, Foreign(b)
     if _is_hf(Path(b)):
         return first, Foreign("folder", Path(b))
+    if b == HERE:
+        return first, replace(first, title=f"{first.title} by the code here", record=None, commit=None, dirty=False)
+    if b.startswith(COMMIT):
+        return first, replace(first, record=None, commit=b.removeprefix(COMMIT), dirty=False)
     return first, from_record(load_run(b))
 
 
@@ -87,7 +102,9 @@ def from_record(run: Run) -> Rerun:
         config["checkpoint"]["ckpt_step"] = int(resumed["iteration"])
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUBLAS_WORKSPACE_CONFIG", "NVIDIA_TF32_OVERRIDE")
     variables = {name: run.facts["environment"][name] for name in names if name in run.facts["environment"]}
-    return Rerun(str(run.path), config, int(layout["processes"]), run, variables)
+    code = run.facts["code"]
+    by = {"commit": code.get("commit"), "dirty": bool(code.get("dirty"))}
+    return Rerun(str(run.path), config, int(layout["processes"]), run, variables, **by)
 
 
 def from_checkpoint(side: Rerun, before: int) -> Rerun:
@@ -115,9 +132,10 @@ def run_again(
     """
     from lockstep.lab.localise.worker import Job
 
+    folder = folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     job = folder / "job.json"
-    Job(side.config, list(iterations), str(folder), None if start is None else str(start)).save(job)
+    Job(side.config, list(iterations), str(folder), None if start is None else str(start.absolute())).save(job)
     words = [sys.executable, *side.worker, str(job)]
     if side.processes > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={side.processes}"]
@@ -125,10 +143,18 @@ def run_again(
     count = "1 process" if side.processes == 1 else f"{side.processes} processes"
     say(f"[{label}] {side.title}: again to iteration {max(iterations)}, on {count}, then in float64")
     environment = {name: value for name, value in os.environ.items() if name not in _OF_LAUNCHERS}
+    if side.source is not None:
+        paths = (str(side.source), environment.get("PYTHONPATH"))
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     log = folder / "output.log"
     with log.open("w", encoding="utf-8") as output:
         code = subprocess.run(
-            words, stdout=output, stderr=subprocess.STDOUT, env={**environment, **side.variables}, check=False
+            words,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**environment, **side.variables},
+            cwd=side.place,
+            check=False,
         ).returncode
     if code:
         raise UserError(f"{label} ended with exit code {code} ({log}): {_reason(log)}")

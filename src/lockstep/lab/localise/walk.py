@@ -28,6 +28,7 @@ from lockstep.record.schema import encode
 NOT_LOOKED_AT = "not looked at: an earlier stage differs"
 _SURROUNDINGS = ("code", "packages", "device", "environment")
 _HOST = ("LOCAL_WORLD_SIZE", "WORLD_SIZE")
+_WHERE_CODE_IS = "PYTHONPATH"  # the commit says more
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,11 @@ def _environment(a: Pass, b: Pass) -> StageResult:
     found = []
     for entry in _SURROUNDINGS:
         one, other = a.run.facts.get(entry) or {}, b.run.facts.get(entry) or {}
-        keys = [key for key in dict.fromkeys([*one, *other]) if one.get(key) != other.get(key) and key not in _HOST]
+        keys = [
+            key
+            for key in dict.fromkeys([*one, *other])
+            if one.get(key) != other.get(key) and key not in (*_HOST, _WHERE_CODE_IS)
+        ]
         found += [f"{key} {one.get(key)} against {other.get(key)}" for key in keys]
     if b.foreign:
         return StageResult(None, stages.ENVIRONMENT, "equal", "both were run here")
