@@ -91,6 +91,59 @@ def test_the_band_is_half_an_ulp_of_the_loss(tmp_path: Path, difference: float, 
     assert compare_paths(a, b).decision.verdict == verdict
 
 
+FLOAT32 = {"precision": "float32", "matmul": "native", "float8": "none"}
+
+
+@pytest.mark.parametrize(
+    ("iteration", "what", "share", "verdict"),
+    [
+        (1, "lm_loss", 1e-6, "rounding"),
+        (1, "lm_loss", 3e-6, "bug"),
+        (2, "lm_loss", 6e-6, "rounding"),
+        (2, "lm_loss", 1e-5, "bug"),
+        (7, "lm_loss", 2e-3, "rounding"),
+        (1, "grad_norm", 7e-6, "rounding"),
+        (1, "grad_norm", 9e-6, "bug"),
+        (7, "grad_norm", 3e-3, "rounding"),
+    ],
+)
+def test_float32_explains_less(tmp_path: Path, iteration: int, what: str, share: float, verdict: str):
+    far = train_lines()[iteration - 1][what] * (1 + share)
+    sides = [
+        write(tmp_path / "a", features=FLOAT32),
+        write(tmp_path / "b", features=FLOAT32, change=put(iteration, what, far)),
+    ]
+    found = compare_paths(*sides)
+    assert found.decision.verdict == verdict, found.decision.cause
+    assert ("what float32 explains by then" in found.decision.cause) == (iteration < 7)
+    assert found.findings.numbers.mismatches[0].float32 == (iteration < 7)
+
+
+@pytest.mark.parametrize(
+    ("features", "environment"),
+    [
+        ({"precision": "bfloat16"}, {}),
+        ({**FLOAT32, "float8": "tensorwise"}, {}),
+        (FLOAT32, {"NVIDIA_TF32_OVERRIDE": "1"}),
+        ({}, {}),
+    ],
+)
+def test_one_side_that_is_coarser_or_not_known_is_given_more(tmp_path: Path, features: Any, environment: Any):
+    far = train_lines()[0]["lm_loss"] * (1 + 1e-3)
+    a = write(tmp_path / "a", features=FLOAT32)
+    b = write(tmp_path / "b", features=features, environment=environment, change=put(1, "lm_loss", far))
+    assert compare_paths(a, b).decision.verdict == "rounding"
+
+
+def test_an_evaluation_comes_after_the_update_of_its_iteration(tmp_path: Path):
+    for number, (share, verdict) in enumerate(((7e-6, "rounding"), (9e-6, "bug"))):
+        lines = [line for line in evaluation_lines(1) if line["iteration"] == 1][:1]
+        other = [{**line, "lm_loss": line["lm_loss"] * (1 + share)} for line in lines]
+        a = write(tmp_path / f"a{number}", features=FLOAT32, evaluations=lines)
+        b = write(tmp_path / f"b{number}", features=FLOAT32, evaluations=other)
+        assert compare_paths(a, b).decision.verdict == verdict
+
+
 def test_ulps():
     assert [bf16_ulp(x) for x in (8.0, 10.4, 15.9, 7.99, 1.0, 0.0)] == [0.0625, 0.0625, 0.0625, 0.03125, 2**-7, 0.0]
 

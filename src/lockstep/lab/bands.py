@@ -3,6 +3,13 @@
 import math
 
 _BF16_MANTISSA_BITS = 7
+_FLOAT32_EPSILON = 2.0**-23
+_LOSS_UNITS, _NORM_UNITS, _GROWTH, _MOST_UPDATES = 16, 64, 4.0, 64
+"""Where both runs compute in float32, so many epsilons before any update, and so many times as far with each update.
+
+`python -m tests.lab.calibration.float32` measures it: before an update correct layouts differ by one epsilon and by one
+and a half in norms; after it they part by less than half of what is allowed here.
+"""
 
 
 def bf16_ulp(value: float) -> float:
@@ -12,16 +19,28 @@ def bf16_ulp(value: float) -> float:
     return 2.0 ** (math.frexp(abs(value))[1] - 1 - _BF16_MANTISSA_BITS)
 
 
-def loss_band(a: float, b: float) -> float:
-    """Return half a BF16 ulp of the loss, at the smaller of the two."""
-    return bf16_ulp(min(abs(a), abs(b))) / 2
+def loss_band(a: float, b: float, updates: int | None = None) -> float:
+    """Return half a BF16 ulp of the loss, at the smaller of the two.
+
+    With the number of ``updates`` before it, which says that both runs compute in float32, what that explains if it is
+    less: rounding moves a step, the step the weights, and these the next step.
+    """
+    return _narrowed(bf16_ulp(min(abs(a), abs(b))) / 2, _LOSS_UNITS, a, b, updates)
 
 
-def norm_band(a: float, b: float, unit: float = 0.0) -> float:
+def norm_band(a: float, b: float, unit: float = 0.0, updates: int | None = None) -> float:
     """Return one BF16 ulp of the gradient norm (0.4% to 0.8% of it), or ``unit``, its last digit, if that is larger.
 
-    A norm sums squares over all gradients, each rounded to BF16 on its way: it is known no better than to one ulp.
+    A norm sums squares over all gradients, each rounded to BF16 on its way: it is known no better than to one ulp. With
+    the number of ``updates`` before it, what float32 explains.
     """
-    band = bf16_ulp(min(abs(a), abs(b)))
+    band = _narrowed(bf16_ulp(min(abs(a), abs(b))), _NORM_UNITS, a, b, updates)
     # 1.5 last digits: two numbers one digit apart differ by it and a rounding error of the subtraction.
     return max(band, 1.5 * unit)
+
+
+def _narrowed(band: float, units: int, a: float, b: float, updates: int | None) -> float:
+    if updates is None:
+        return band
+    share = units * _FLOAT32_EPSILON * _GROWTH ** min(updates, _MOST_UPDATES)
+    return min(band, share * min(abs(a), abs(b)))

@@ -17,8 +17,9 @@ LOSS, NORM = "lm_loss", "grad_norm"
 
 @dataclass(frozen=True)
 class Mismatch:
-    """A number that differs. ``band`` is how far rounding may take it: as measured, or else ``unmeasured_band``.
+    """A number that differs. ``band`` is how far rounding may take it, as measured or by a rule.
 
+    ``unmeasured_band`` is the rule for low precision; ``float32`` that the band is what float32 explains, and narrower.
     ``key`` is set for an evaluation.
     """
 
@@ -31,6 +32,7 @@ class Mismatch:
     key: EvaluationKey | None = None
     measured: bool = False
     unmeasured_band: float = 0.0
+    float32: bool = False
 
     @property
     def size(self) -> float:
@@ -115,17 +117,17 @@ def judge(a: float | None, b: float | None, band: float) -> Grade:
 
 def compare_numbers(a: Side, b: Side, pairs: Pairs, measured: Band | None = None) -> Numbers:
     """Compare losses, gradient norms, loss scales, skipped iterations and evaluations, by a measured band if any."""
-    rule = ruler(a, b)
+    bounds = _Bounds(ruler(a, b), measured, computes_in_float32(a) and computes_in_float32(b))
     names = _comparable(pairs)
     rows, mismatches = [], []
     for pair in pairs.pairs:
-        found = [m for m in (_compare(name, pair, rule, measured) for name in names) if m]
+        found = [m for m in (_compare(name, pair, bounds) for name in names) if m]
         mismatches += found
-        rows.append(_row(pair, rule, found, measured))
+        rows.append(_row(pair, bounds, found))
     shared = [key for key in a.evaluations if key in b.evaluations]
     evaluations = []
     for key in sorted(shared, key=_run_order):
-        row, found = _evaluation(a, b, key, rule, measured)
+        row, found = _evaluation(a, b, key, bounds)
         evaluations.append(row)
         mismatches += found
     mismatches.sort(key=lambda m: (m.iteration, m.key is not None))
@@ -143,44 +145,86 @@ def _comparable(pairs: Pairs) -> list[str]:
     return [name for name in names if name == LOSS or any(both(pair, name) for pair in pairs.pairs)]
 
 
-def _compare(name: str, pair: tuple[Point, Point], rule: Ruler, measured: Band | None) -> Mismatch | None:
+@dataclass(frozen=True)
+class _Width:
+    """How far rounding may take a number, how far in low precision where nothing is measured, and how that is known."""
+
+    band: float = 0.0
+    coarse: float = 0.0
+    measured: bool = False
+    float32: bool = False
+
+
+@dataclass(frozen=True)
+class _Bounds:
+    """What bounds the numbers of a pair: the digits that both tell, a measured band, the precision of both."""
+
+    rule: Ruler
+    measured: Band | None
+    float32: bool
+
+    def width(self, name: str, iteration: int, a: float | None, b: float | None, updates: int) -> _Width:
+        """Return how far rounding may take a number that comes after so many updates."""
+        if name not in (LOSS, NORM) or a is None or b is None or not (math.isfinite(a) and math.isfinite(b)):
+            return _Width()
+        digit = self.rule.unit(name, min(abs(a), abs(b)))
+        coarse = loss_band(a, b) if name == LOSS else norm_band(a, b, digit)
+        width = self.measured.width(name, iteration, min(abs(a), abs(b))) if self.measured else None
+        if width is not None:
+            return _Width(width + 1.5 * digit, coarse, measured=True)
+        if not self.float32:
+            return _Width(coarse, coarse)
+        fine = loss_band(a, b, updates) if name == LOSS else norm_band(a, b, digit, updates)
+        return _Width(fine, coarse, float32=fine < coarse)
+
+
+def computes_in_float32(side: Side) -> bool:
+    """Tell whether a run is known to compute in nothing coarser than float32."""
+    features, environment = side.fact("features") or {}, side.fact("environment") or {}
+    narrow = any(environment.get(name, "0") != "0" for name in _TF32)
+    return features.get("precision") == "float32" and features.get("float8", "none") == "none" and not narrow
+
+
+_TF32 = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")
+
+
+def _compare(name: str, pair: tuple[Point, Point], bounds: _Bounds) -> Mismatch | None:
+    rule = bounds.rule
     a, b = (rule.cut(name, getattr(point, name)) for point in pair)
     if name in (LOSS, NORM) and pair[0].skipped and pair[1].skipped and not (_finite(a) or _finite(b)):
         return None  # Both overflowed and threw the step away: no update used these numbers.
     if rule.same_in(name, pair):
         return None
-    band, coarse, known = _band(name, pair[0].iteration, a, b, rule, measured)
-    grade = judge(a, b, band)
     at = pair[0].iteration
-    return None if grade == "equal" else Mismatch(at, name, a, b, band, grade, measured=known, unmeasured_band=coarse)
+    width = bounds.width(name, at, a, b, at - 1)
+    grade = judge(a, b, width.band)
+    return None if grade == "equal" else _mismatch(at, name, a, b, grade, width)
 
 
-def _band(
-    name: str, iteration: int, a: float | None, b: float | None, rule: Ruler, measured: Band | None
-) -> tuple[float, float, bool]:
-    """Return how far rounding may take a number, how far where nothing is measured, and whether it was measured."""
-    if name not in (LOSS, NORM) or a is None or b is None or not (math.isfinite(a) and math.isfinite(b)):
-        return 0.0, 0.0, False
-    digit = rule.unit(name, min(abs(a), abs(b)))
-    coarse = loss_band(a, b) if name == LOSS else norm_band(a, b, digit)
-    width = measured.width(name, iteration, min(abs(a), abs(b))) if measured else None
-    if width is None:
-        return coarse, coarse, False
-    return width + 1.5 * digit, coarse, True
+def _mismatch(
+    at: int,
+    name: str,
+    a: float | None,
+    b: float | None,
+    grade: Grade,
+    width: _Width,
+    key: EvaluationKey | None = None,
+) -> Mismatch:
+    return Mismatch(at, name, a, b, width.band, grade, key, width.measured, width.coarse, width.float32)
 
 
 def _finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def _row(pair: tuple[Point, Point], rule: Ruler, found: list[Mismatch], measured: Band | None) -> Row:
-    first = pair[0]
+def _row(pair: tuple[Point, Point], bounds: _Bounds, found: list[Mismatch]) -> Row:
+    first, rule = pair[0], bounds.rule
     values: dict[str, float | None] = {}
     # The learning rate of the update itself where both sides tell it, else the following one, as a console prints it.
     lr = "lr" if both(pair, "lr") else "next_lr"
     for name, column in ((LOSS, "loss"), (NORM, "norm"), (lr, "lr")):
         values[f"{column}_a"], values[f"{column}_b"] = (rule.cut(name, getattr(point, name)) for point in pair)
-    band, _, _ = _band(LOSS, first.iteration, values["loss_a"], values["loss_b"], rule, measured)
+    band = bounds.width(LOSS, first.iteration, values["loss_a"], values["loss_b"], first.iteration - 1).band
     return Row(iteration=first.iteration, start=first.start, grade=worst([m.grade for m in found]), band=band, **values)
 
 
@@ -189,19 +233,18 @@ def worst(grades: list[Grade]) -> Grade:
     return "outside" if "outside" in grades else "inside" if "inside" in grades else "equal"
 
 
-def _evaluation(
-    a: Side, b: Side, key: EvaluationKey, rule: Ruler, measured: Band | None
-) -> tuple[EvaluationRow, list[Mismatch]]:
+def _evaluation(a: Side, b: Side, key: EvaluationKey, bounds: _Bounds) -> tuple[EvaluationRow, list[Mismatch]]:
+    rule = bounds.rule
     losses = a.evaluations[key], b.evaluations[key]
     loss_a, loss_b = (rule.cut(EVALUATION, loss) for loss in losses)
     # An evaluation is as far off as the training loss beside it.
-    band, coarse, known = _band(LOSS, key[0], loss_a, loss_b, rule, measured)
+    width = bounds.width(LOSS, key[0], loss_a, loss_b, key[0])
     found = []
-    grade = "equal" if rule.same(EVALUATION, *losses) else judge(loss_a, loss_b, band)
+    grade = "equal" if rule.same(EVALUATION, *losses) else judge(loss_a, loss_b, width.band)
     if loss_a is None and loss_b is None:
         grade = "outside"
     if grade != "equal":
-        found.append(Mismatch(key[0], LOSS, loss_a, loss_b, band, grade, key, known, coarse))
+        found.append(_mismatch(key[0], LOSS, loss_a, loss_b, grade, width, key))
     samples_a, samples_b = a.samples[key], b.samples[key]
     if samples_a is not None and samples_b is not None and samples_a != samples_b:
         found.append(Mismatch(key[0], "samples", samples_a, samples_b, 0.0, "outside", key))

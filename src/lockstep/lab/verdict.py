@@ -318,6 +318,8 @@ def _apart(m: Mismatch) -> str:
 def _rule(m: Mismatch) -> str:
     if m.measured:
         return "the measured band"
+    if m.float32:
+        return "what float32 explains by then"
     return "half a BF16 ulp of the loss" if m.what == LOSS else "one BF16 ulp of the norm"
 
 

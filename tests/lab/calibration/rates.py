@@ -32,7 +32,7 @@ def curve(changes: dict[str, Any], seed: int | None = None) -> Curve:
     return {line["iteration"]: line for line in lines}
 
 
-def outside(base: Curve, other: Curve, band: Band) -> bool:
+def outside(base: Curve, other: Curve, band: Band, float32: bool = False) -> bool:
     """Tell whether any number of a pair lies outside the band."""
     for iteration, values in base.items():
         for quantity in QUANTITIES:
@@ -40,7 +40,8 @@ def outside(base: Curve, other: Curve, band: Band) -> bool:
             assert a is not None
             width = band.width(quantity, iteration, a)
             if band.factor == 0 and b is not None:  # As where no band is measured.
-                width = loss_band(a, b) if quantity == "lm_loss" else norm_band(a, b)
+                updates = iteration - 1 if float32 else None
+                width = loss_band(a, b, updates) if quantity == "lm_loss" else norm_band(a, b, 0.0, updates)
             if b is None or width is None or not abs(a - b) <= width:
                 return True
     return False
@@ -70,8 +71,10 @@ def main() -> None:
             faults += len(planted)
             for factor in FACTORS:
                 band = Band(spread, factor, [], True)
-                false[factor] += sum(outside(base, other, band) for other in clean)
-                missed[factor] += [f"{precision} {n}" for n, c in planted.items() if not outside(base, c, band)]
+                false[factor] += sum(outside(base, other, band, precision == "float32") for other in clean)
+                missed[factor] += [
+                    f"{precision} {n}" for n, c in planted.items() if not outside(base, c, band, precision == "float32")
+                ]
     for factor in FACTORS:
         title = f"factor {factor:g}" if factor else "no band"
         print(f"{title}: {false[factor]} of {clean_pairs} clean pairs outside, ", end="")
