@@ -115,7 +115,7 @@ def test_a_change_of_numerics_is_found_as_the_bisect_guide_says(clone: Path) -> 
     planted = git(clone / "my-data/history", "rev-parse", "HEAD~1")
     told = json.loads((clone / "my-data/bisect/bisect.json").read_text())
     assert (told["ended"], told["commit"]["hash"], told["runs"]) == ("found", planted, 5)
-    assert told["stage"] == "requested and active: model.layernorm_epsilon"
+    assert told["stage"] == "forward: decoder.layers.0.input_layernorm at iteration 1"
     assert told["walk"]["verdict"] == "bug"
     assert (clone / "my-data/bisect/walk/report.html").is_file()
     stages = {stage["name"]: stage["state"] for stage in told["comparison"]["stages"]}

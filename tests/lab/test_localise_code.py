@@ -15,7 +15,13 @@ from lockstep.cli import main
 from lockstep.errors import UserError
 from lockstep.git import Repository
 from lockstep.lab.localise.code import by_their_code, known_settings, verify
+from lockstep.lab.localise.localise import judge, with_changes
+from lockstep.lab.localise.probes import SCHEMA, load_probes
+from lockstep.lab.localise.report import as_json
 from lockstep.lab.localise.sides import Rerun, open_sides
+from lockstep.lab.localise.walk import Pass
+from lockstep.lab.localise.worker import RUN, TWIN
+from tests.lab import faults
 from tests.lab.bisect.history import git
 from tests.lab.synthetic import write
 
@@ -172,6 +178,10 @@ def _sides(tmp_path: Path, *commits: str | None) -> list[Rerun]:
     return made
 
 
+def _of(side: Rerun, dirty: bool) -> Rerun:
+    return replace(side, dirty=dirty)
+
+
 def _enter(a: Rerun, b: Rerun, repository: Repository | None = None) -> None:
     with by_their_code(a, b, print, repository):
         pass
@@ -188,6 +198,99 @@ def test_a_commit_without_probes_is_named(tmp_path: Path, repository: Repository
     with pytest.raises(UserError, match=r"A is of commit [0-9a-f]{12}, which cannot show what it computes"):
         _enter(a, b, repository)
     assert len(git(repository.root, "worktree", "list").splitlines()) == 1
+
+
+def test_a_commit_of_another_schema_is_named(tmp_path: Path, repository: Repository) -> None:
+    folder = repository.root / "src/lockstep/lab/localise"
+    folder.mkdir(parents=True)
+    (folder / "worker.py").write_text("")
+    ours = (ROOT / "src/lockstep/lab/localise/probes.py").read_text()
+    made = []
+    for text in (ours.replace(f"\nSCHEMA = {SCHEMA}", "\nSCHEMA = 99"), ours):
+        (folder / "probes.py").write_text(text)
+        git(repository.root, "add", "-A")
+        git(repository.root, "commit", "-qm", "probes")
+        made.append(str(repository.head()))
+    a, b = _sides(tmp_path, made[0], made[1])
+    _enter(b, replace(b, commit=None), repository)
+    message = (
+        rf"A is of commit {made[0][:12]}, which cannot .*: its probes are of schema 99, those of this .* of {SCHEMA};"
+    )
+    with pytest.raises(UserError, match=message + r" `lockstep bisect"):
+        _enter(a, b, repository)
+
+
+def test_uncommitted_changes_of_a_record_are_those_that_are_here(
+    tmp_path: Path, repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = repository.root / "src/lockstep/lab/localise"
+    shutil.copytree(ROOT / "src/lockstep/lab/localise", folder)
+    git(repository.root, "add", "-A")
+    git(repository.root, "commit", "-qm", "worker")
+    a, b = _sides(tmp_path, repository.head(), repository.head())
+    monkeypatch.setattr("lockstep.lab.localise.code.tree", lambda: repository.root)
+    for dirty, apart in ((True, True), (False, False)):
+        here = {"commit": repository.head(), "dirty": dirty, "core": "main"}
+        monkeypatch.setattr("lockstep.lab.localise.code.code_version", lambda here=here: here)
+        with by_their_code(a, _of(b, True), print) as (one, other):
+            assert isinstance(other, Rerun)
+            assert ((one.source is not None), other.source) == (apart, None)
+
+
+@pytest.fixture(scope="module")
+def probed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The probes of a clean run and of one whose norms have another epsilon."""
+    found: dict[str, Path] = {}
+    for key, name in (("clean", None), ("epsilon", "norm epsilon of the module")):
+        folder = found[key] = tmp_path_factory.mktemp("probes")
+        assert faults.planted(name, faults.job_of(name, folder, found["clean"])) == 0
+    return found
+
+
+def _pass(label: str, folder: Path, commit: str, **facts: Any) -> Pass:
+    run = load_probes(folder, RUN)
+    told = {**run.facts, "code": {"commit": commit, "dirty": False}, **facts}
+    return Pass(label, str(folder), replace(run, facts=told), load_probes(folder, TWIN))
+
+
+def test_a_setting_that_one_code_does_not_follow_is_a_hint(probed: dict[str, Path]) -> None:
+    found = judge((_pass("A", probed["clean"], "a" * 40), _pass("B", probed["epsilon"], "b" * 40)), [1])
+    row = found.walked.first
+    assert row is not None
+    assert (found.verdict, row.stage, row.name) == ("bug", "forward", "decoder.layers.0.input_layernorm")
+    assert "B by commit bbbbbbbbbbbb. model.layernorm_epsilon: 1e-05 is asked for" in found.sentence
+    assert as_json(found)["sides"]["B"]["code"] == {"commit": "b" * 40, "dirty": False}
+    both = judge((_pass("A", probed["epsilon"], "a" * 40), _pass("B", probed["epsilon"], "b" * 40)), [1])
+    assert both.verdict == "identical", "what both codes do alike is not their difference"
+    one = judge((_pass("A", probed["epsilon"], "a" * 40), _pass("B", probed["epsilon"], "a" * 40)), [1])
+    assert one.verdict == "bug", "of one code it is a fault"
+
+
+def test_a_setting_that_one_code_does_not_know_does_not_act(probed: dict[str, Path]) -> None:
+    config = load_probes(probed["clean"], RUN).facts["config"]
+    newer = {**config, "model": {**config["model"], "of_tomorrow": False}}
+    other = _pass("B", probed["clean"], "b" * 40, config=newer)
+    assert judge((_pass("A", probed["clean"], "a" * 40), other), [1]).walked.differences == []
+
+
+def test_the_verdict_is_no_surer_than_lost_changes_allow(probed: dict[str, Path], tmp_path: Path) -> None:
+    a, b = _sides(tmp_path, "a" * 40, "b" * 40)
+    same = judge((_pass("A", probed["clean"], "a" * 40), _pass("B", probed["clean"], "b" * 40)), [1])
+    assert with_changes(same, a, b) == same
+    b = _of(b, True)
+    told = with_changes(same, a, b)
+    assert told.notes == ["B ran with uncommitted changes on commit bbbbbbbbbbbb, and again without them"]
+    assert (told.verdict, told.sentence.endswith("of B, which are in no commit.")) == ("identical", True)
+    told = with_changes(replace(same, notes=["B does not repeat itself: ..."]), a, b)
+    assert (told.verdict, told.next_step.startswith("Commit the changes")) == ("cannot tell", True)
+    apart = judge((_pass("A", probed["clean"], "a" * 40), _pass("B", probed["epsilon"], "b" * 40)), [1])
+    told = with_changes(replace(apart, notes=["B does not repeat itself: ..."]), a, b)
+    assert (told.verdict, told.sentence.endswith("and can be a further cause.")) == ("bug", True)
+    code = {"commit": "b" * 40, "dirty": True}
+    here = judge((_pass("A", probed["clean"], "a" * 40), _pass("B", probed["clean"], "b" * 40, code=code)), [1])
+    told = with_changes(here, a, b)
+    assert told.sentence == here.sentence
+    assert told.notes[0].endswith("and again with those that are here now, which can be others")
 
 
 def test_an_installed_package_has_no_other_code(tmp_path: Path, monkeypatch) -> None:

@@ -230,7 +230,7 @@ def test_localise_page_has_verdict_walk_and_first_tensor(tmp_path: Path):
     assert order == sorted(order)
     rows = _rows(page)
     for row in (
-        "B|run &lt;B&gt;|float32|2",
+        "B|run &lt;B&gt;|unknown|float32|2",
         "run|config|~ differs|settings that act: model.rotary_base (1 against 2)",
         "4|data|\u2713 equal|4 equal bit for bit",
         "4|forward|\u2717 differs|linear_qkv is too far apart",

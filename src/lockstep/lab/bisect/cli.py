@@ -83,10 +83,11 @@ def _bisect(arguments: argparse.Namespace) -> int:
     band = (result.band, "good") if result.band else None
     found = _by_what_was_measured(result, compare(_labelled(result.before, "A"), _labelled(result.after, "B"), band))
     folder = folder or new_folder(None, "bisect")
+    _show_commit(result)
     walk = Walk()
     if result.commit is not None:
         walk = walk_between(result.before, result.after, request.repository, folder, say)
-    _show(result, found, walk)
+    _show_cause(result, found, walk)
     print(f"report: {_write(result, found, walk, folder)}")
     return _EXIT_CODES[result.ended]
 
@@ -132,7 +133,8 @@ def first_stage(found: "Comparison", walk: "Walk") -> str:
     return f"{stage.name}: {stage.detail}" if stage else "none that the runs tell of"
 
 
-def _show(result: "Result", found: "Comparison", walk: "Walk") -> None:
+def _show_commit(result: "Result") -> None:
+    """Say what was found, before the walk, which takes its time."""
     print(f"\n{result.said}")
     if result.commit is not None:
         print(f"  commit   {result.commit.hash}")
@@ -144,6 +146,10 @@ def _show(result: "Result", found: "Comparison", walk: "Walk") -> None:
         print(f"  {commit.short}  {commit.date}  {commit.subject}")
     if len(result.possible) > _SHOWN_COMMITS:
         print(f"  and {len(result.possible) - _SHOWN_COMMITS} more, in the report")
+    sys.stdout.flush()
+
+
+def _show_cause(result: "Result", found: "Comparison", walk: "Walk") -> None:
     if result.ended != "no difference":
         print(f"  first differing stage  {first_stage(found, walk)}")
         print(f"  verdict  {found.decision.verdict}: {found.decision.cause}")

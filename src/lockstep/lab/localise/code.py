@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,12 +13,14 @@ from typing import Any
 
 from lockstep.core.state import NO_CORE, tree
 from lockstep.errors import UserError
-from lockstep.git import Repository
+from lockstep.git import Commit, Repository
+from lockstep.lab.localise.probes import SCHEMA
 from lockstep.lab.localise.sides import Foreign, Rerun
 from lockstep.lab.worktrees import scratch_folder
 from lockstep.record.environment import code_version
 
-_SOURCE, _WORKER = "src", "src/lockstep/lab/localise/worker.py"
+_SOURCE, _WORKER, _FORMAT = "src", "src/lockstep/lab/localise/worker.py", "src/lockstep/lab/localise/probes.py"
+_SCHEMA = re.compile(r"^SCHEMA = (\d+)$", re.MULTILINE)
 _FIELDS = "import json; from lockstep.config import all_fields; print(json.dumps(sorted(all_fields())))"
 
 Sides = tuple[Rerun, Rerun | Foreign]
@@ -46,10 +49,11 @@ def by_their_code(
     with scratch_folder(repository) as folder, contextlib.ExitStack() as stack:
 
         def ready(side: Rerun, label: str) -> Rerun:
-            own = repository.root == root and side.commit == here["commit"] and here["dirty"] is False
+            # Uncommitted changes that are here are most likely those of a record that had some on this commit.
+            own = repository.root == root and side.commit == here["commit"] and side.dirty >= bool(here["dirty"])
             if side.commit is None or own:
                 return side
-            return stack.enter_context(_checked_out(side, label, repository, folder, say))
+            return stack.enter_context(_checked_out(side, label, repository, folder))
 
         yield ready(a, "A"), ready(b, "B")
 
@@ -58,6 +62,7 @@ def _differ(a: Rerun, b: Rerun, here: dict[str, Any], repository: Repository | N
     """Tell whether two sides have different code; a side of no commit has that which is here."""
     commits = [side.commit or here["commit"] for side in (a, b)]
     changed = here["dirty"] and a.commit != b.commit and None in (a.commit, b.commit)
+    changed = changed or (here["dirty"] and a.dirty != b.dirty and a.commit == here["commit"])
     if None in commits or (a.commit is None and b.commit is None):
         return False
     if commits[0] == commits[1]:
@@ -72,24 +77,31 @@ def _differ(a: Rerun, b: Rerun, here: dict[str, Any], repository: Repository | N
 
 
 @contextlib.contextmanager
-def _checked_out(
-    side: Rerun, label: str, repository: Repository, folder: Path, say: Callable[[str], None]
-) -> Iterator[Rerun]:
+def _checked_out(side: Rerun, label: str, repository: Repository, folder: Path) -> Iterator[Rerun]:
     assert side.commit is not None, "a side without a commit runs by what is here"
     commit = repository.commit(side.commit, f"the commit of {label},")
-    if repository.file(commit.hash, _WORKER) is None:
-        raise UserError(
-            f"{label} is of commit {commit.short}, which cannot show what it computes: it is older than "
-            "`lockstep localise`; `lockstep bisect --good REV --bad REV -- <run>` needs no more than a log"
-        )
-    if side.dirty:
-        say(f"[{label}] the record is of commit {commit.short} with changes that nobody has kept: without them")
+    _check(repository, commit, label)
     with repository.worktree(folder / f"{label}-{commit.short}", commit.hash) as checkout:
         source = checkout.root / _SOURCE
         config = side.config if side.record is not None else known_settings(side.config, source, commit.short)
         title = f"{side.title} by commit {commit.short}"
         place = checkout.root if side.place is not None else None
         yield replace(side, title=title, commit=commit.hash, source=source, config=config, place=place)
+
+
+def _check(repository: Repository, commit: Commit, label: str) -> None:
+    """Raise ``UserError`` where a commit's code does not do the jobs of this one."""
+    found = _SCHEMA.search(repository.file(commit.hash, _FORMAT) or "")
+    if repository.file(commit.hash, _WORKER) is None or found is None:
+        reason = "it is older than `lockstep localise`"
+    elif int(found[1]) != SCHEMA:
+        reason = f"its probes are of schema {found[1]}, those of this Lockstep of {SCHEMA}"
+    else:
+        return
+    raise UserError(
+        f"{label} is of commit {commit.short}, which cannot show what it computes: {reason}; "
+        "`lockstep bisect --good REV --bad REV -- <run>` needs no more than a log"
+    )
 
 
 def known_settings(config: dict[str, dict[str, Any]], source: Path, name: str) -> dict[str, dict[str, Any]]:

@@ -1,7 +1,7 @@
 """From two sides to the first cause: which iterations, running both again, the walk, and the verdict over it."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lockstep.lab.compare import Comparison, compare_paths
@@ -15,6 +15,7 @@ from lockstep.lab.localise.walk import Pass, Walked, drops, same_streams, walk
 from lockstep.lab.verdict import Verdict
 
 _ELSEWHERE = "Packages, device or code are not those of the records: run both again as they are now, and localise those"
+_LOST = "Commit the changes, run it once more, and localise that run."
 _PLACE = "at {index} it is {a:.9g} in A and {b:.9g} in B"
 
 
@@ -66,7 +67,30 @@ def localise(
         run_again(b, "B", chosen, second, first, say)
     else:
         say(f"[B] {b.kind}: the same steps with A's tokens, weights and optimizer state")
-    return judge(_passes(a, b, first, second, chosen), chosen, _unrepeated(a, b, first, second, chosen), found)
+    told = judge(_passes(a, b, first, second, chosen), chosen, _unrepeated(a, b, first, second, chosen), found)
+    return with_changes(told, a, b)
+
+
+def with_changes(told: Localised, a: Rerun, b: Rerun | Foreign) -> Localised:
+    """Return the outcome with what there is to say of uncommitted changes of a record, and no surer than they allow."""
+    for label, side, seen in (("A", a, told.walked.a), ("B", b, told.walked.b)):
+        if isinstance(side, Foreign) or side.record is None or not side.dirty or seen.code.commit != side.commit:
+            continue
+        ran = f"{label} ran with uncommitted changes on commit {str(side.commit)[:12]}, and again"
+        if seen.code.dirty:
+            told = replace(told, notes=[f"{ran} with those that are here now, which can be others", *told.notes])
+            continue
+        repeats = not any(note.startswith(f"{label} does not repeat") for note in told.notes)
+        told = replace(told, notes=[f"{ran} without them", *told.notes])
+        sentence = f"{told.sentence} This is without the uncommitted changes of {label}, which are in no commit"
+        if repeats:
+            told = replace(told, sentence=f"{sentence}.")
+        elif told.exit_code == 0:
+            sentence += f", and {label} does not repeat its record."
+            told = replace(told, verdict="cannot tell", sentence=sentence, next_step=_LOST)
+        else:
+            told = replace(told, sentence=f"{sentence} and can be a further cause.")
+    return told
 
 
 def judge(
@@ -252,19 +276,13 @@ def _cause(walked: Walked, row: Row) -> tuple[Verdict, str, str]:
         return verdict, sentence, _where_to_look(row)
     change = " ".join(code.partition(" ")[0] for code in codes)
     sentence += f" A is computed by commit {codes[0]}, B by commit {codes[1]}."
+    sentence += "".join(f" {row.name}: {row.reason}." for row in walked.hints)
     return verdict, sentence, f"{_where_to_look(row)} `git diff {change} -- src` shows what changed."
 
 
 def codes_of(walked: Walked) -> tuple[str, str] | None:
     """Return which commits computed the two sides, where these are two."""
-    if walked.b.foreign:
-        return None
-    codes = [side.run.facts.get("code") or {} for side in (walked.a, walked.b)]
-    one, other = (
-        f"{str(code.get('commit') or 'unknown')[:12]}{' with local changes' if code.get('dirty') else ''}"
-        for code in codes
-    )
-    return None if one == other else (one, other)
+    return (str(walked.a.code), str(walked.b.code)) if walked.two_codes else None
 
 
 def _processes(walked: Walked, label: str) -> int:

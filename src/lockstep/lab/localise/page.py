@@ -26,7 +26,7 @@ def as_html(found: Localised) -> str:
     sections = [
         "<h1>Lockstep localisation</h1>",
         html.verdict(found.verdict, found.sentence, found.next_step, right=found.exit_code == 0),
-        html.section("Sides", html.table("Sides", ("Side", "What it is", "Computes in", "Processes"), sides)),
+        html.section("Sides", html.table("Sides", ("Side", "What it is", "Commit", "Computes in", "Processes"), sides)),
         _walk(walked.results),
         _first(found),
         _settings(found),
@@ -36,7 +36,7 @@ def as_html(found: Localised) -> str:
 
 
 def _side(found: Localised, side: Pass) -> tuple[str, ...]:
-    return side.label, side.title, side.dtype, str(found.processes(side.label))
+    return side.label, side.title, str(side.code), side.dtype, str(found.processes(side.label))
 
 
 def _walk(results: list[StageResult]) -> str:

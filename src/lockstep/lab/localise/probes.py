@@ -29,6 +29,7 @@ from lockstep.errors import UserError
 from lockstep.record.schema import decode_number, encode
 
 SCHEMA = 1
+"""Of this format, its names, and the job that asks for it; another commit runs a side only where its line is equal."""
 
 Shape = tuple[int, ...]
 

@@ -36,7 +36,10 @@ def as_json(found: Localised) -> dict[str, Any]:
             "sentence": found.sentence,
             "next_step": found.next_step,
             "iterations": found.iterations,
-            "sides": {side.label: {"title": side.title, "dtype": side.dtype} for side in (walked.a, walked.b)},
+            "sides": {
+                side.label: {"title": side.title, "dtype": side.dtype, "code": vars(side.code)}
+                for side in (walked.a, walked.b)
+            },
             "first": None if walked.first is None else vars(walked.first),
             "begins": None if walked.begins is None else vars(walked.begins),
             "stages": [vars(result) | {"rows": [vars(row) for row in result.rows]} for result in walked.results],
@@ -73,7 +76,7 @@ def show(found: Localised, console: Console | None = None) -> None:
     """Print the outcome, the verdict last."""
     console = console or Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
     for side in (found.walked.a, found.walked.b):
-        console.print(Text(f"{side.label}: {side.title} ({side.dtype})"), soft_wrap=True)
+        console.print(Text(f"{side.label}: {side.title} ({side.dtype}), code of commit {side.code}"), soft_wrap=True)
     console.print(_walk(found.walked.results))
     if found.walked.first is not None:
         console.print(_numbers(found))
@@ -101,8 +104,10 @@ def _walk(results: list[StageResult]) -> Table:
 
 def _numbers(found: Localised) -> Table:
     """Return the rows around the first that differs."""
-    result = next(r for r in found.walked.results if any(row.state == "differs" for row in r.rows))
-    place = next(number for number, row in enumerate(result.rows) if row.state == "differs")
+    first = found.walked.first
+    assert first is not None, "shown where there is one"
+    result = next(r for r in found.walked.results if first in r.rows)
+    place = result.rows.index(first)
     table = Table(title=f"{result.stage}, around the first that differs", title_justify="left")
     table.add_column("Tensor", overflow="fold")
     for name in ("", "apart", "in float64", "rounding explains", "roundings A", "roundings B"):

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lockstep.lab.config_diff import ConfigDifference, config_differences
+from lockstep.lab.config_diff import ABSENT, ConfigDifference, config_differences
 from lockstep.lab.localise import stages
 from lockstep.lab.localise.active import disagreements
 from lockstep.lab.localise.measure import (
@@ -32,6 +32,17 @@ _WHERE_CODE_IS = "PYTHONPATH"  # the commit says more
 
 
 @dataclass(frozen=True)
+class Code:
+    """The code that a side ran by; ``commit`` is None where it is in none, as in an installed package."""
+
+    commit: str | None
+    dirty: bool = False
+
+    def __str__(self) -> str:
+        return f"{(self.commit or 'unknown')[:12]}{' with local changes' if self.dirty else ''}"
+
+
+@dataclass(frozen=True)
 class Pass:
     """A side: what it saw as it computes and in float64; ``foreign`` where it is no run of Lockstep."""
 
@@ -45,6 +56,12 @@ class Pass:
     def dtype(self) -> str:
         """The dtype that it computes in."""
         return str(self.run.facts["dtype"])
+
+    @property
+    def code(self) -> Code:
+        """The code that ran it, as its processes tell."""
+        told = self.run.facts.get("code") or {}
+        return Code(told.get("commit"), bool(told.get("dirty")))
 
 
 @dataclass(frozen=True)
@@ -74,8 +91,26 @@ class Walked:
 
     @property
     def first(self) -> Row | None:
-        """The first tensor or number that rounding does not explain."""
-        return next((row for row in self._rows() if row.state == "differs"), None)
+        """The first tensor or number that rounding does not explain.
+
+        Between two codes a setting that only one of them follows is no more than a hint where a tensor differs.
+        """
+        rows = [row for row in self._rows() if row.state == "differs"]
+        behind = [row for row in rows if row.stage != stages.FEATURES] if self.two_codes else []
+        return next(iter(behind or rows), None)
+
+    @property
+    def hints(self) -> list[Row]:
+        """Settings that only one of two codes follows, beside a tensor that differs."""
+        first = self.first
+        if first is None or first.stage == stages.FEATURES:
+            return []
+        return [row for row in self._rows() if row.stage == stages.FEATURES and row.state == "differs"]
+
+    @property
+    def two_codes(self) -> bool:
+        """Whether the sides ran by different code."""
+        return not self.b.foreign and self.a.code != self.b.code
 
     @property
     def begins(self) -> Row | None:
@@ -91,11 +126,14 @@ def walk(a: Pass, b: Pass, iterations: Sequence[int]) -> Walked:
     differences = []
     if not b.foreign:
         differences = config_differences(_flat(a.run), _flat(b.run), {}, {})
+        if a.code != b.code:  # what only one commit can be told is a part of the difference of the code
+            differences = [d for d in differences if ABSENT not in (d.a, d.b)]
     results = [_environment(a, b), _config(a, b, differences), _features(a, b)]
     walker = _Walker(a, b, any(d.role == "active" for d in differences))
     for iteration in iterations:
         for stage in stages.ITERATION:
-            if any(row.state == "differs" for result in results for row in result.rows):
+            passed = (stages.FEATURES,) if a.code != b.code else ()
+            if any(r.state == "differs" for result in results if result.stage not in passed for r in result.rows):
                 results.append(StageResult(iteration, stage, "unknown", NOT_LOOKED_AT))
                 continue
             rows = walker.rows(iteration, stage)
@@ -162,10 +200,14 @@ def _features(a: Pass, b: Pass) -> StageResult:
         for text in disagreements(side.run.facts["active"], side.run.facts["config"])
     ]
     rows = []
+    told = [text for _, text in found]
+    if a.code != b.code:  # what both codes do alike tells nothing of their difference
+        found = [(who, text) for who, text in found if told.count(text) == 1]
     for who, text in found:
         name, _, reason = text.partition(": ")
         rows.append(Row(0, stages.FEATURES, name, "differs", f"{reason} of {who}"))
-    detail = "; ".join(f"{who}: {text}" for who, text in found) or "what is asked for is active"
+    alike = "what is not active is so on both sides" if told else "what is asked for is active"
+    detail = "; ".join(f"{who}: {text}" for who, text in found) or alike
     return StageResult(None, stages.FEATURES, "differs" if rows else "equal", detail, rows)
 
 
