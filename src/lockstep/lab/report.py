@@ -69,11 +69,10 @@ def write_report(found: Comparison, folder: Path) -> list[Path]:
     """
     from lockstep.lab.plot import draw
 
-    picture = draw(found)
     contents: dict[str, bytes] = {
         "report.json": (json.dumps(as_json(found), indent=1, allow_nan=False) + "\n").encode(),
-        "report.png": picture,
-        "report.html": as_html(found, picture).encode(),
+        "report.png": draw(found),
+        "report.html": as_html(found).encode(),
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
