@@ -4,7 +4,17 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from lockstep.lab import chart
-from lockstep.lab.cells import ROW_HEADINGS, difference_text, number_pair, row_cells, spell, thin
+from lockstep.lab.cells import (
+    GRADE_HEADING,
+    GRADES,
+    ROW_HEADINGS,
+    STATES,
+    difference_text,
+    number_pair,
+    row_cells,
+    spell,
+    thin,
+)
 from lockstep.lab.compare import Comparison
 from lockstep.lab.numbers import evaluation_name
 from lockstep.lab.side import Side
@@ -50,9 +60,6 @@ details { margin: 10px 0 } summary { cursor: pointer }
 """
     + chart.STYLE
 )
-
-_MARKS = {"equal": "\u2713", "differs": "\u2717", "unknown": "?"}
-_GRADES = {"equal": "\u2713 equal", "inside": "~ inside the band", "outside": "\u2717 outside the band"}
 
 
 def as_html(found: Comparison) -> str:
@@ -152,10 +159,7 @@ def _commands(*sides: Side) -> str:
 
 def _compared(found: Comparison) -> str:
     title, headings = "What was compared, in this order", ("Compared", "Result", "Finding")
-    rows = [
-        (stage.name, f"{_MARKS[stage.state]} {stage.state}", "; ".join([stage.detail, *stage.evidence]))
-        for stage in found.stages
-    ]
+    rows = [(stage.name, STATES[stage.state], "; ".join([stage.detail, *stage.evidence])) for stage in found.stages]
     return section(title, table(title, headings, rows, [stage.state for stage in found.stages]))
 
 
@@ -179,8 +183,8 @@ def _iterations(found: Comparison) -> str:
         return "<p>None in common.</p>"
     shown = thin(rows)
     text = "" if len(shown) == len(rows) else f"<p>{len(shown)} of {len(rows)} shown; report.json has all.</p>"
-    cells = [(*row_cells(row), _GRADES[row.grade]) for row in shown]
-    return text + table("Iterations", (*ROW_HEADINGS, "Loss and norm"), cells, [row.grade for row in shown], "numbers")
+    cells = [(*row_cells(row), GRADES[row.grade]) for row in shown]
+    return text + table("Iterations", (*ROW_HEADINGS, GRADE_HEADING), cells, [row.grade for row in shown], "numbers")
 
 
 def _evaluations(found: Comparison) -> str:
@@ -191,6 +195,6 @@ def _evaluations(found: Comparison) -> str:
     for row in evaluations:
         apart = None if row.loss_a is None or row.loss_b is None else row.loss_b - row.loss_a
         losses = number_pair(row.loss_a, row.loss_b)
-        rows.append((evaluation_name(row.key), *losses, difference_text(apart), _GRADES[row.grade]))
+        rows.append((evaluation_name(row.key), *losses, difference_text(apart), GRADES[row.grade]))
     headings = ("Evaluation", "Loss A", "Loss B", "B - A", "Grade")
     return table("Evaluations", headings, rows, [row.grade for row in evaluations], "numbers")
