@@ -14,6 +14,7 @@ from lockstep.lab.localise.measure import Bounds, Four, Row, exact_row, four_row
 from lockstep.lab.localise.probes import Logical, Probes, ProbeWriter, load_probes
 from lockstep.lab.localise.walk import StageResult
 from lockstep.lab.localise.worker import RUN
+from lockstep.lab.verdict import Verdict
 from tests.lab.test_report import _rows as rows_of
 from tests.lab.test_report import localised
 
@@ -43,7 +44,7 @@ def logical(folder: Path, *boxes: torch.Tensor, offsets: tuple[int, ...] = (0, 0
 def outcome(row: Row) -> Localised:
     """Return a localisation in which a row is the only one that is not equal."""
     found = localised()
-    verdict = "bug" if row.state == "differs" else "rounding"
+    verdict: Verdict = "bug" if row.state == "differs" else "rounding"
     result = StageResult(1, stages.FORWARD, row.state, row.reason, [row])
     return replace(found, verdict=verdict, walked=replace(found.walked, results=[result]))
 

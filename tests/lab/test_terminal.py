@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from lockstep.cli import main
+from lockstep.lab.calibration import calibrate
 from lockstep.lab.cells import row_cells
 from lockstep.lab.compare import Comparison, compare_paths
 from lockstep.lab.localise import report as localise_report
@@ -96,3 +98,34 @@ def test_a_file_in_ascii_gets_every_word(tmp_path: Path):
     assert "\x1b" not in text
     assert re.search(r"^ +8 .* x outside the band *$", text, re.MULTILINE)
     assert re.search(r"^ +4 .* \+ equal *$", text, re.MULTILINE)
+
+
+def test_localise_names_settings_that_differ_as_such():
+    console = Console(file=io.StringIO(), width=120, color_system=None)
+    localise_report.show(localised(), console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert re.search(r"^ +config +~ differs  ", text, re.MULTILINE)
+    assert re.search(r"^4 +data += equal  ", text, re.MULTILINE)
+    assert re.search(r"^4 +forward +\u2717 differs  ", text, re.MULTILINE)
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_a_bug_of_two_runs_says_how_to_go_on(tmp_path: Path):
+    lines = train_lines()
+    lines[4]["lm_loss"] += 3
+    a, b = write(tmp_path / "one side", train=train_lines()), write(tmp_path / "b", train=lines)
+    command = f"`lockstep localise '{a}' {b}`"
+    assert command in compare_paths(a, b).decision.next_step
+    evaluations = evaluation_lines()
+    evaluations[2]["lm_loss"] += 3
+    found = compare_paths(a, write(tmp_path / "c", evaluations=evaluations))
+    assert found.decision.verdict == "bug"
+    assert "localise" not in found.decision.next_step  # It runs no evaluation.
+
+
+def test_calibrate_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(calibrate, "calibrate", lambda *_, **__: None)
+    assert main(["calibrate", str(tmp_path / "a run")]) == 0
+    assert capsys.readouterr().out == f"Next: `lockstep compare '{tmp_path / 'a run'}' OTHER` judges by this band.\n"

@@ -53,7 +53,11 @@ details { margin: 10px 0 } summary { cursor: pointer }
   .idle td, .idle th { color: #9aa6b2 }
   .scroll:focus-visible, summary:focus-visible { outline-color: #7db4f0 }
 }
-@media screen and (max-width: 600px) { main { padding: 16px 12px 40px } .verdict { padding: 12px 14px } }
+@media screen and (max-width: 600px) {
+  main { padding: 16px 12px 40px } .verdict { padding: 12px 14px } table { font-size: 13px }
+  th, td { padding: 4px 6px } th[scope="row"] { width: 38% }
+  .walk td:nth-child(-n+3) { white-space: normal } .text td:last-child, .walk td:last-child { min-width: 8em }
+}
 @media print {
   body { color: #000; background: #fff } .scroll { overflow: visible } tr { break-inside: avoid }
 }

@@ -57,16 +57,16 @@ def _walk(results: list[StageResult]) -> str:
 def _mark(result: StageResult) -> str:
     if not result.walked:
         return _BEHIND
-    return "~ differs" if _hint(result) else _MARKS[result.state]
+    return "~ differs" if is_hint(result) else _MARKS[result.state]
 
 
 def _colour(result: StageResult) -> str:
     if not result.walked:
         return "idle"
-    return "inside" if _hint(result) else _COLOURS.get(result.state, result.state)
+    return "inside" if is_hint(result) else _COLOURS.get(result.state, result.state)
 
 
-def _hint(result: StageResult) -> bool:
+def is_hint(result: StageResult) -> bool:
     """Tell whether settings or surroundings differ: the walk goes on, to see whether they change a tensor."""
     return result.stage in (ENVIRONMENT, CONFIG) and result.state == "rounding"
 

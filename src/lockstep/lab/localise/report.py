@@ -12,14 +12,15 @@ from lockstep.errors import UserError
 from lockstep.lab.config_diff import ConfigDifference
 from lockstep.lab.localise.localise import Localised
 from lockstep.lab.localise.measure import Row
-from lockstep.lab.localise.page import as_html
+from lockstep.lab.localise.page import as_html, is_hint
 from lockstep.lab.localise.walk import NOT_LOOKED_AT, StageResult
 from lockstep.lab.terminal import make_console, make_table, mark, put, put_verdict
 from lockstep.record.schema import encode
 
 REPORT_SCHEMA = 1
 
-_MARKS = {"equal": "=", "rounding": "~", "differs": "\u2717", "unknown": "?"}
+_MARKS = {"equal": "= equal", "rounding": "~ rounding", "differs": "\u2717 differs", "unknown": "? unknown"}
+_HINT = {"rounding": "~ differs"}
 _AROUND = 3
 
 
@@ -83,11 +84,13 @@ def show(found: Localised, console: Console | None = None) -> None:
 
 
 def _walk(results: list[StageResult]) -> Table:
-    table = make_table("Iteration", "Stage", "", "Finding", whole=("",))
+    table = make_table("Iteration", "Stage", "Result", "Finding", whole=("Result",))
     walked = [result for result in results if result.walked]
     for result in walked:
         number = "" if result.iteration is None else str(result.iteration)
-        table.add_row(number, result.stage, mark(result.state, _MARKS), Text(result.detail))
+        table.add_row(
+            number, result.stage, mark(result.state, _HINT if is_hint(result) else _MARKS), Text(result.detail)
+        )
     left = len(results) - len(walked)
     if left:
         table.add_row("", f"{left} more", "", Text(NOT_LOOKED_AT))
@@ -100,8 +103,9 @@ def _put_numbers(console: Console, found: Localised) -> None:
     place = next(number for number, row in enumerate(result.rows) if row.state == "differs")
     numbers = ("apart", "in float64", "rounding explains", "roundings A", "roundings B")
     table = make_table("Tensor", "", *numbers, right=numbers)
+    signs = {state: text.partition(" ")[0] for state, text in _MARKS.items()}
     for row in result.rows[max(0, place - _AROUND) : place + _AROUND + 1]:
-        table.add_row(row.name, mark(row.state, _MARKS), *_cells(row))
+        table.add_row(row.name, mark(row.state, signs), *_cells(row))
     put(console, f"{result.stage}, around the first that differs", table)
 
 
