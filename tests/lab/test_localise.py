@@ -380,7 +380,7 @@ def test_a_fault_is_named_by_way_of_the_launcher(tmp_path: Path) -> None:
     variables = {"PYTHONPATH": f"{Path.cwd()}:{Path.cwd() / 'src'}", "OMP_NUM_THREADS": "1"}
     one = Rerun("clean", faults.config(faults.GPT), variables=variables)
     tree = faults.config({**faults.GPT, **fault.layout}, fault.processes)
-    other = Rerun("planted", tree, fault.processes, None, variables, ("-m", "tests.lab.faults", name))
+    other = Rerun("planted", tree, fault.processes, variables=variables, worker=("-m", "tests.lab.faults", name))
     found = localise(one, other, tmp_path, say=lambda line: None)
     _assert_named(found, name)
     assert found.verdict == "bug"

@@ -206,13 +206,13 @@ def test_a_commit_of_another_schema_is_named(tmp_path: Path, repository: Reposit
     (folder / "worker.py").write_text("")
     ours = (ROOT / "src/lockstep/lab/localise/probes.py").read_text()
     made = []
-    for text in (ours.replace(f"\nSCHEMA = {SCHEMA}", "\nSCHEMA = 99"), ours):
+    for text in (ours.replace(f"\nSCHEMA = {SCHEMA}", "\nSCHEMA = 99"), ours, f"{ours}\n"):
         (folder / "probes.py").write_text(text)
         git(repository.root, "add", "-A")
         git(repository.root, "commit", "-qm", "probes")
         made.append(str(repository.head()))
     a, b = _sides(tmp_path, made[0], made[1])
-    _enter(b, replace(b, commit=None), repository)
+    _enter(b, replace(b, commit=made[2]), repository)
     message = (
         rf"A is of commit {made[0][:12]}, which cannot .*: its probes are of schema 99, those of this .* of {SCHEMA};"
     )

@@ -55,6 +55,16 @@ def test_every_digit_comes_back(tmp_path: Path):
     assert run.facts["summary"] == {"seconds": 1.5}
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_each_value_that_is_not_finite_comes_back_alone(tmp_path: Path, value: float):
+    writer = RunWriter(tmp_path)
+    writer.start(**FACTS)
+    writer.metrics({"kind": "train", "iteration": 1, "lm_loss": 2.0, "ledger": {"grad_norms": {"mlp": value}}})
+    (line,) = load_run(tmp_path).train
+    assert line.ledger is not None
+    assert repr(line.ledger["grad_norms"]["mlp"]) == repr(value)
+
+
 def test_not_finite_values_stay_valid_json(tmp_path: Path):
     writer = RunWriter(tmp_path)
     writer.start(**FACTS)

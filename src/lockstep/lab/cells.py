@@ -26,6 +26,11 @@ def thin(rows: list[Row]) -> list[Row]:
     return [rows[i] for i in sorted(keep)]
 
 
+STATES = {"equal": "\u2713 equal", "differs": "\u2717 differs", "unknown": "? unknown"}
+GRADES = {"equal": "\u2713 equal", "inside": "~ inside the band", "outside": "\u2717 outside the band"}
+"""States of the walk and grades of numbers, with a sign: they read without colour."""
+
+GRADE_HEADING = "Loss and norm"
 ROW_HEADINGS = ("Iteration", "Loss A", "Loss B", "B - A", "Grad norm A", "Grad norm B", "LR A", "LR B")
 
 

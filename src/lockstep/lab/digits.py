@@ -106,7 +106,7 @@ class Ruler:
 
     def cut(self, name: str, value: Any) -> Any:
         """Return a number as the side with fewer digits would tell it."""
-        if not isinstance(value, float):
+        if not (self.a or self.b) or not isinstance(value, float):
             return value
         return _told(self.b, name).cut(_told(self.a, name).cut(value))
 

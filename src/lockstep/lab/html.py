@@ -1,15 +1,26 @@
 """Reports as one HTML file that needs nothing else: no script, no font, no request; and that of a comparison."""
 
-import base64
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from lockstep.lab.cells import ROW_HEADINGS, difference_text, number_pair, row_cells, spell, thin
+from lockstep.lab import chart
+from lockstep.lab.cells import (
+    GRADE_HEADING,
+    GRADES,
+    ROW_HEADINGS,
+    STATES,
+    difference_text,
+    number_pair,
+    row_cells,
+    spell,
+    thin,
+)
 from lockstep.lab.compare import Comparison
 from lockstep.lab.numbers import evaluation_name
 from lockstep.lab.side import Side
 
-_STYLE = """
+_STYLE = (
+    """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c2733; background: #f6f7f9; margin: 0 }
 main { max-width: 1080px; margin: 0 auto; padding: 24px 20px 60px }
 h1 { font-size: 22px; margin: 0 0 12px } h2 { font-size: 17px; margin: 32px 0 8px }
@@ -23,41 +34,47 @@ th, td { padding: 5px 10px; text-align: left; border-bottom: 1px solid #e8ecf0; 
 th { background: #eef1f4; font-weight: 600 } tr:last-child td { border-bottom: 0 }
 .numbers td, .numbers th { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
 .numbers td:last-child, .numbers th:last-child { text-align: left }
+.numbers td:first-child { white-space: normal }
+.text td:last-child, .walk td:last-child { overflow-wrap: anywhere; min-width: 11em }
 .walk td:nth-child(-n+3) { white-space: nowrap }
 th[scope="row"] { width: 19em; border-bottom: 1px solid #e8ecf0 } tr:last-child th[scope="row"] { border-bottom: 0 }
 .inside td { background: #fff8e1 } .outside td, .differs td { background: #fdecea } .unknown td { background: #fff8e1 }
 .idle td, .idle th { color: #66717d } code { font-size: 13px; overflow-wrap: anywhere }
-img { max-width: 100%; height: auto; background: #fff; border-radius: 6px; border: 1px solid #dde2e8 }
-.scroll:focus-visible { outline: 3px solid #1f5fa8 }
+details { margin: 10px 0 } summary { cursor: pointer }
+.scroll:focus-visible, summary:focus-visible { outline: 3px solid #1f5fa8 }
 @media screen and (prefers-color-scheme: dark) {
   :root { color-scheme: dark }
   body { color: #dfe5eb; background: #12171d }
-  .verdict, .scroll { background: #1b222a } .scroll, img { border-color: #36414c }
+  .verdict, .scroll { background: #1b222a } .scroll { border-color: #36414c }
   th { background: #26303a } th, td, th[scope="row"] { border-color: #303a45 }
   .pass { border-color: #5cc98f } .pass strong { color: #5cc98f }
   .fail { border-color: #ff8a80 } .fail strong { color: #ff8a80 }
   .inside td, .unknown td { background: #3a3115 } .outside td, .differs td { background: #471f1d }
-  .idle td, .idle th { color: #9aa6b2 } .scroll:focus-visible { outline-color: #7db4f0 }
+  .idle td, .idle th { color: #9aa6b2 }
+  .scroll:focus-visible, summary:focus-visible { outline-color: #7db4f0 }
+}
+@media screen and (max-width: 600px) {
+  main { padding: 16px 12px 40px } .verdict { padding: 12px 14px } table { font-size: 13px }
+  th, td { padding: 4px 6px } th[scope="row"] { width: 38% }
+  .walk td:nth-child(-n+3) { white-space: normal } .text td:last-child, .walk td:last-child { min-width: 8em }
 }
 @media print {
-  body { color: #000; background: #fff } .scroll { overflow: visible } tr, img { break-inside: avoid }
+  body { color: #000; background: #fff } .scroll { overflow: visible } tr { break-inside: avoid }
 }
 """
+    + chart.STYLE
+)
 
 
-_MARKS = {"equal": "\u2713", "differs": "\u2717", "unknown": "?"}
-_GRADES = {"equal": "\u2713 equal", "inside": "~ inside the band", "outside": "\u2717 outside the band"}
-
-
-def as_html(found: Comparison, picture: bytes) -> str:
-    """Return the report; ``picture`` is the PNG it shows."""
+def as_html(found: Comparison) -> str:
+    """Return the report."""
     a, b = found.findings.a, found.findings.b
     sections = [
         "<h1>Lockstep comparison</h1>",
         verdict(found.decision.verdict, found.decision.cause, found.decision.next_step, right=found.exit_code == 0),
-        section("Sides", table("Sides", ("Side", "Path", "Kind", "Status", "Command"), [_side(a), _side(b)])),
-        "<h2>Loss curves and their difference</h2>",
-        f'<img alt="Loss of A and B, and B minus A" src="data:image/png;base64,{base64.b64encode(picture).decode()}">',
+        section("Sides", table("Sides", ("Side", "Path", "Kind", "Status"), [_side(a), _side(b)])),
+        _commands(a, b),
+        section("Loss curves and their difference", chart.figure(found) or "<p>No iteration in common.</p>"),
         _compared(found),
         section("Settings that differ", _config(found)),
         section("Iterations", _iterations(found)),
@@ -131,17 +148,22 @@ def _scroll(title: str, content: str) -> str:
 
 
 def _side(side: Side) -> tuple[str, ...]:
-    command = side.fact("command") or {}
-    spelled = " / ".join(text for text in (command.get("flags"), command.get("overrides")) if text)
-    return side.label, str(side.path), side.printer, side.fact("status") or "", spelled
+    return side.label, str(side.path), side.printer, side.fact("status") or ""
+
+
+def _commands(*sides: Side) -> str:
+    """Return the commands of both sides in both spellings, folded up: they are long."""
+    items = []
+    for side in sides:
+        command = side.fact("command") or {}
+        spelled = [text for text in (command.get("flags"), command.get("overrides")) if text]
+        items += [f"<p>{side.label}: <code>{escape(text)}</code></p>" for text in spelled]
+    return f"<details><summary>Commands</summary>{''.join(items)}</details>" if items else ""
 
 
 def _compared(found: Comparison) -> str:
     title, headings = "What was compared, in this order", ("Compared", "Result", "Finding")
-    rows = [
-        (stage.name, f"{_MARKS[stage.state]} {stage.state}", "; ".join([stage.detail, *stage.evidence]))
-        for stage in found.stages
-    ]
+    rows = [(stage.name, STATES[stage.state], "; ".join([stage.detail, *stage.evidence])) for stage in found.stages]
     return section(title, table(title, headings, rows, [stage.state for stage in found.stages]))
 
 
@@ -165,8 +187,8 @@ def _iterations(found: Comparison) -> str:
         return "<p>None in common.</p>"
     shown = thin(rows)
     text = "" if len(shown) == len(rows) else f"<p>{len(shown)} of {len(rows)} shown; report.json has all.</p>"
-    cells = [(*row_cells(row), _GRADES[row.grade]) for row in shown]
-    return text + table("Iterations", (*ROW_HEADINGS, "Loss and norm"), cells, [row.grade for row in shown], "numbers")
+    cells = [(*row_cells(row), GRADES[row.grade]) for row in shown]
+    return text + table("Iterations", (*ROW_HEADINGS, GRADE_HEADING), cells, [row.grade for row in shown], "numbers")
 
 
 def _evaluations(found: Comparison) -> str:
@@ -177,6 +199,6 @@ def _evaluations(found: Comparison) -> str:
     for row in evaluations:
         apart = None if row.loss_a is None or row.loss_b is None else row.loss_b - row.loss_a
         losses = number_pair(row.loss_a, row.loss_b)
-        rows.append((evaluation_name(row.key), *losses, difference_text(apart), _GRADES[row.grade]))
+        rows.append((evaluation_name(row.key), *losses, difference_text(apart), GRADES[row.grade]))
     headings = ("Evaluation", "Loss A", "Loss B", "B - A", "Grade")
     return table("Evaluations", headings, rows, [row.grade for row in evaluations], "numbers")

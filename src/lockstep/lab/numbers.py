@@ -83,18 +83,28 @@ class EvaluationRow:
 
 @dataclass(frozen=True)
 class Numbers:
-    """What the numbers say. ``mismatches`` are in the order in which a run meets them."""
+    """What the numbers say. ``mismatches`` are in the order in which a run meets them.
+
+    ``float32`` tells that both runs compute in float32, which bounds the first iterations where nothing is measured.
+    """
 
     rows: list[Row]
     evaluations: list[EvaluationRow]
     mismatches: list[Mismatch]
     missing_evaluations: dict[str, list[EvaluationKey]]
+    float32: bool = False
 
     @property
     def compared(self) -> int:
         """Numbers of losses that both sides tell, evaluations included."""
         known = [row for row in self.rows if row.loss_a is not None and row.loss_b is not None]
         return len(known) + len(self.evaluations)
+
+    @property
+    def loss_rule(self) -> str:
+        """What bounds a loss where nothing is measured."""
+        coarse = "half a BF16 ulp of the loss"
+        return f"what float32 explains, at most {coarse}" if self.float32 else coarse
 
     @property
     def first_outside(self) -> Mismatch | None:
@@ -136,7 +146,7 @@ def compare_numbers(a: Side, b: Side, pairs: Pairs, measured: Band | None = None
         "A": sorted((key for key in b.evaluations if told and key not in a.evaluations), key=_run_order),
         "B": sorted((key for key in a.evaluations if told and key not in b.evaluations), key=_run_order),
     }
-    return Numbers(rows, evaluations, mismatches, missing)
+    return Numbers(rows, evaluations, mismatches, missing, bounds.float32)
 
 
 def _comparable(pairs: Pairs) -> list[str]:

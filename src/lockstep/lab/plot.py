@@ -47,7 +47,7 @@ def figure(found: Comparison) -> "Figure":
         color="#888888",
         alpha=0.2,
         linewidth=0,
-        label=f"band measured on {found.findings.band_of}" if found.findings.band else "half a BF16 ulp of the loss",
+        label=f"band measured on {found.findings.band_of}" if found.findings.band else found.findings.numbers.loss_rule,
     )
     bottom.axhline(0, color="#444444", linewidth=0.6)
     bottom.set_ylabel("loss B - loss A")

@@ -1,27 +1,33 @@
 """The report of a comparison: terminal table, ``report.json``, ``report.html`` and ``report.png``."""
 
 import json
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
 from lockstep.errors import UserError
-from lockstep.lab.cells import ROW_HEADINGS, difference_text, number_pair, row_cells, spell, thin
+from lockstep.lab.cells import (
+    GRADE_HEADING,
+    GRADES,
+    ROW_HEADINGS,
+    STATES,
+    difference_text,
+    number_pair,
+    row_cells,
+    spell,
+    thin,
+)
 from lockstep.lab.compare import Comparison
 from lockstep.lab.html import as_html
-from lockstep.lab.numbers import evaluation_name
+from lockstep.lab.numbers import Row, evaluation_name
+from lockstep.lab.terminal import make_console, make_table, mark, needed, put, put_verdict
 from lockstep.record.schema import encode
 
 REPORT_SCHEMA = 1
-PIPE_WIDTH = 120
-"""Columns when the output is not a terminal."""
-
-_COLOURS = {"equal": "green", "inside": "yellow", "outside": "red", "differs": "red", "unknown": "yellow"}
 
 
 def as_json(found: Comparison) -> dict[str, Any]:
@@ -69,11 +75,10 @@ def write_report(found: Comparison, folder: Path) -> list[Path]:
     """
     from lockstep.lab.plot import draw
 
-    picture = draw(found)
     contents: dict[str, bytes] = {
         "report.json": (json.dumps(as_json(found), indent=1, allow_nan=False) + "\n").encode(),
-        "report.png": picture,
-        "report.html": as_html(found, picture).encode(),
+        "report.png": draw(found),
+        "report.html": as_html(found).encode(),
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -86,63 +91,71 @@ def write_report(found: Comparison, folder: Path) -> list[Path]:
 
 def show(found: Comparison, console: Console | None = None) -> None:
     """Print the comparison: what was compared, the tables, the notes, and the verdict last."""
-    console = console or Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
+    console = console or make_console()
     for side in (found.findings.a, found.findings.b):
         console.print(Text(f"{side.label}: {side.path} ({side.printer})"), soft_wrap=True)
-    console.print(_stages(found))
+    put(console, "Walk", _stages(found))
     if found.findings.differences:
-        console.print(_config(found))
+        put(console, "Settings that differ", _config(found))
     if found.findings.numbers.rows:
-        console.print(_rows(found))
+        _put_rows(console, found)
     if found.findings.numbers.evaluations:
-        console.print(_evaluations(found))
+        put(console, "Evaluations", _evaluations(found))
+    if found.notes:
+        console.print()
     for note in found.notes:
         console.print(Text(f"Note: {note}."))
-    body = Text(found.decision.cause)
-    if found.decision.next_step:
-        body.append(f"\nNext: {found.decision.next_step}")
-    style = "green" if found.exit_code == 0 else "red"
-    console.print(Panel(body, title=Text(f"verdict: {found.decision.verdict}"), border_style=style))
+    decision = found.decision
+    put_verdict(console, decision.verdict, decision.cause, decision.next_step, right=found.exit_code == 0)
 
 
 def _stages(found: Comparison) -> Table:
-    table = Table("Compared", "", "Finding", title="Walk", title_justify="left")
+    table = make_table("Compared", "Result", "Finding", whole=("Result",))
     for stage in found.stages:
-        detail = "; ".join([stage.detail, *stage.evidence])
-        table.add_row(stage.name, Text(stage.state, style=_COLOURS[stage.state]), Text(detail))
+        table.add_row(stage.name, mark(stage.state, STATES), Text("; ".join([stage.detail, *stage.evidence])))
     return table
 
 
 def _config(found: Comparison) -> Table:
-    table = Table(title="Settings that differ", title_justify="left")
-    table.add_column("Setting", no_wrap=True)
-    for name in ("A", "B", "A from", "B from", "Acts"):
-        table.add_column(name, overflow="fold")
+    table = make_table("Setting", "A", "B", "A from", "B from", "Acts", whole=("Setting",))
     for d in found.findings.differences or []:
         acts = "yes" if d.role == "active" else f"no: {d.reason}"
-        table.add_row(d.path, Text(spell(d.a)), Text(spell(d.b)), Text(d.origin_a), Text(d.origin_b), Text(acts))
+        table.add_row(d.path, *map(Text, (spell(d.a), spell(d.b), d.origin_a, d.origin_b, acts)))
     return table
 
 
-def _rows(found: Comparison) -> Table:
+def _put_rows(console: Console, found: Comparison) -> None:
+    """Print the iterations: losses in a table of their own where all columns do not fit beside each other."""
     rows = found.findings.numbers.rows
     shown = thin(rows)
     title = "Iterations" if len(shown) == len(rows) else f"Iterations ({len(shown)} of {len(rows)} shown)"
-    table = Table(title=title, title_justify="left")
-    for name in ROW_HEADINGS:
-        table.add_column(name, justify="right")
+    whole = _rows(shown, ROW_HEADINGS)
+    if needed(whole) <= console.width:
+        put(console, title, whole)
+        return
+    put(console, title, _rows(shown, ROW_HEADINGS[:4]))
+    others = [_rows(shown, (ROW_HEADINGS[0], *ROW_HEADINGS[4:]))]
+    if needed(others[0]) > console.width:
+        others = [_rows(shown, (ROW_HEADINGS[0], *pair)) for pair in (ROW_HEADINGS[4:6], ROW_HEADINGS[6:])]
+    for table in others:
+        put(console, f"{title}, continued", table)
+
+
+def _rows(shown: list[Row], headings: Sequence[str]) -> Table:
+    """Return a table of some columns; the grade stands beside the losses."""
+    graded = [GRADE_HEADING] if ROW_HEADINGS[1] in headings else []
+    table = make_table(*headings, *graded, right=headings, whole=graded)
     for row in shown:
-        table.add_row(*row_cells(row), style=None if row.grade == "equal" else _COLOURS[row.grade])
+        cells = dict(zip(ROW_HEADINGS, row_cells(row), strict=True))
+        table.add_row(*(cells[name] for name in headings), *(mark(row.grade, GRADES) for _ in graded))
     return table
 
 
 def _evaluations(found: Comparison) -> Table:
-    table = Table(title="Evaluations", title_justify="left")
-    for name in ("Evaluation", "Loss A", "Loss B", "B - A"):
-        table.add_column(name, justify="left" if name == "Evaluation" else "right")
+    numbers = ("Loss A", "Loss B", "B - A")
+    table = make_table("Evaluation", *numbers, "Grade", right=numbers, whole=("Grade",))
     for row in found.findings.numbers.evaluations:
         apart = None if row.loss_a is None or row.loss_b is None else row.loss_b - row.loss_a
-        style = None if row.grade == "equal" else _COLOURS[row.grade]
         cells = [*number_pair(row.loss_a, row.loss_b), difference_text(apart)]
-        table.add_row(evaluation_name(row.key), *cells, style=style)
+        table.add_row(evaluation_name(row.key), *cells, mark(row.grade, GRADES))
     return table

@@ -32,8 +32,9 @@ def by_size(a: Side, b: Side) -> Aligned:
     What ends nowhere on the other side is missing there. Without these counts on both sides, or with equal ones, the
     sides stay as they are.
     """
-    a, b = _with_tokens(a), _with_tokens(b)
     for unit, name in _UNITS:
+        if unit == "tokens":
+            a, b = _with_tokens(a), _with_tokens(b)
         size_a, size_b = _size(a, name), _size(b, name)
         if size_a is None or size_b is None:
             continue

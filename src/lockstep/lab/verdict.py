@@ -1,6 +1,7 @@
 """The verdict: one word, one sentence of cause, and what to do next."""
 
 import math
+import shlex
 from dataclasses import dataclass
 from typing import Literal
 
@@ -225,7 +226,11 @@ def _where_to_look(found: Findings, outside: Mismatch) -> str:
         place = f"the forward pass: the loss of iteration {first} comes before any update"
     else:
         place = f"the update of iteration {outside.iteration - 1} and earlier: the losses up to it are inside the band"
-    return f"Look first at {place}; the notes name the code, packages and devices that differ."
+    text = f"Look first at {place}; the notes name the code, packages and devices that differ."
+    if not outside.key:
+        paths = " ".join(shlex.quote(str(side.path)) for side in (found.a, found.b))
+        text += f" `lockstep localise {paths}` runs both again and names the first tensor that differs."
+    return text
 
 
 def _unknown_cause(found: Findings, outside: Mismatch) -> Decision:

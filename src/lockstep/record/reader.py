@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,6 +24,9 @@ from lockstep.record.schema import (
     decode_numbers,
     shape_problem,
 )
+
+_SPELLED = ('"nan"', '"inf"', '"-inf"')
+"""What numbers that JSON has none for are written as; most lines have none."""
 
 
 @dataclass(frozen=True)
@@ -102,12 +106,7 @@ def _read_metrics(file: Path, live: bool) -> tuple[list[TrainLine], list[Evaluat
     evaluations: dict[tuple[int, str, bool], EvaluationLine] = {}
     if not file.is_file():
         return [], []
-    lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
-    unfinished = lines.pop()
-    # A run that is still going, or was killed, may have written a part of its last line; a closed record may not.
-    if unfinished and not live:
-        raise UserError(f"{file}:{len(lines) + 1}: the last line is cut off; the record is not whole, run again")
-    for number, text in enumerate(lines, start=1):
+    for number, text in _whole_lines(file, live):
         line = _parse_line(f"{file}:{number}", text)
         if isinstance(line, TrainLine):
             if line.iteration in train:
@@ -121,6 +120,17 @@ def _read_metrics(file: Path, live: bool) -> tuple[list[TrainLine], list[Evaluat
     return list(train.values()), list(evaluations.values())
 
 
+def _whole_lines(file: Path, live: bool) -> Iterator[tuple[int, str]]:
+    """Yield the lines of a file with their numbers; the file is never in memory as a whole."""
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        for number, text in enumerate(lines, start=1):
+            if text.endswith("\n"):
+                yield number, text
+            # A run that is still going, or was killed, may have written a part of its last line; a closed one may not.
+            elif not live:
+                raise UserError(f"{file}:{number}: the last line is cut off; the record is not whole, run again")
+
+
 def _parse_line(where: str, text: str) -> TrainLine | EvaluationLine:
     try:
         values = json.loads(text)
@@ -131,14 +141,15 @@ def _parse_line(where: str, text: str) -> TrainLine | EvaluationLine:
         raise UserError(f"{where}: a metrics line has the kind train or evaluation, this one has {kind!r}")
     cls = TrainLine if kind == "train" else EvaluationLine
     accepted = _accepted(cls)
-    numbers = {name: value if name == "batch_hash" else decode_numbers(value) for name, value in values.items()}
+    numbers = values
+    if any(spelled in text for spelled in _SPELLED):
+        numbers = {name: value if name == "batch_hash" else decode_numbers(value) for name, value in values.items()}
     for name, value in numbers.items():
         if name not in accepted:
             raise UserError(f"{where}: schema {SCHEMA} has no key {name} in a line of kind {kind}")
         if not _fits(value, accepted[name]):
             raise UserError(f"{where}: {name} has the value {value!r}; the record is damaged")
-    required = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
-    missing = [name for name in required if name not in numbers]
+    missing = [name for name in _required(cls) if name not in numbers]
     if missing:
         raise UserError(f"{where}: the key {missing[0]} is missing; the record is damaged")
     return cls(**numbers)
@@ -148,6 +159,11 @@ def _fits(value: Any, kinds: tuple[type, ...]) -> bool:
     if isinstance(value, bool):
         return bool in kinds
     return isinstance(value, kinds) or (isinstance(value, int) and float in kinds)
+
+
+@cache
+def _required(cls: type[TrainLine] | type[EvaluationLine]) -> tuple[str, ...]:
+    return tuple(f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING)
 
 
 @cache

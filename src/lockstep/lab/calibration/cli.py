@@ -1,6 +1,7 @@
 """The ``calibrate`` subcommand."""
 
 import argparse
+import shlex
 
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -27,4 +28,5 @@ def _calibrate(arguments: argparse.Namespace) -> int:
         print(line, flush=True)
 
     calibrate(arguments.run, say, seeds=arguments.seeds, iterations=arguments.iterations, layouts=arguments.layout)
+    say(f"Next: `lockstep compare {shlex.quote(arguments.run)} OTHER` judges by this band.")
     return 0

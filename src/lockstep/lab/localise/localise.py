@@ -9,14 +9,13 @@ from lockstep.lab.config_diff import ConfigDifference
 from lockstep.lab.dormant import COMPUTE, DATA, INIT, SCHEDULE, UPDATE
 from lockstep.lab.localise import stages
 from lockstep.lab.localise.code import verify
-from lockstep.lab.localise.measure import Row
+from lockstep.lab.localise.measure import Row, Where
 from lockstep.lab.localise.sides import REFERENCE, TRANSFORMERS, Foreign, Rerun, from_checkpoint, run_again
 from lockstep.lab.localise.walk import Pass, Walked, drops, same_streams, walk
 from lockstep.lab.verdict import Verdict
 
 _ELSEWHERE = "Packages, device or code are not those of the records: run both again as they are now, and localise those"
 _LOST = "Commit the changes, run it once more, and localise that run."
-_PLACE = "at {index} it is {a:.9g} in A and {b:.9g} in B"
 
 
 @dataclass(frozen=True)
@@ -247,8 +246,7 @@ def _cause(walked: Walked, row: Row) -> tuple[Verdict, str, str]:
     place = f"Iteration {row.iteration}, {row.stage}: " if row.iteration else f"{row.stage.capitalize()}: "
     sentence = f"{place}{row.name} is the first that differs: {row.reason}"
     if row.where is not None and row.where.index and row.where.a != row.where.b:
-        index = list(row.where.index)
-        sentence += f"; {_PLACE.format(index=index, a=row.where.a, b=row.where.b)}"
+        sentence += f"; {_place(row.where)}"
     if row.where is not None and row.where.ranks and _processes(walked, row.where.side) > 1:
         named = f"{_ranks(row.where.ranks)} of {row.where.side}"
         sentence += f", on {named}" if named not in row.reason else ""
@@ -283,6 +281,13 @@ def _cause(walked: Walked, row: Row) -> tuple[Verdict, str, str]:
 def codes_of(walked: Walked) -> tuple[str, str] | None:
     """Return which commits computed the two sides, where these are two."""
     return (str(walked.a.code), str(walked.b.code)) if walked.two_codes else None
+
+
+def _place(where: Where) -> str:
+    one, other = "A", "B"
+    if where.processes is not None:
+        one, other = (f"process {rank}" for rank in where.processes)
+    return f"at {list(where.index)} it is {where.a:.9g} in {one} and {where.b:.9g} in {other}"
 
 
 def _processes(walked: Walked, label: str) -> int:

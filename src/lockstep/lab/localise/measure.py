@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lockstep.lab.localise.probes import Box, Copies, Logical
+from lockstep.lab.localise.probes import Box, Copies, Logical, farthest_place
 from lockstep.lab.localise.stages import CLIPPED, GRADIENTS, REDUCED, UPDATE
 
 State = Literal["equal", "rounding", "differs", "unknown"]
@@ -68,7 +68,10 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Where:
-    """The element that is farthest apart, its values, and the processes and micro-batches of B that differ."""
+    """The element that is farthest apart, its values, and the processes and micro-batches that differ.
+
+    ``a`` and ``b`` are of the two sides, or of two ``processes`` of one side that should have the same.
+    """
 
     index: tuple[int, ...]
     a: float
@@ -76,6 +79,7 @@ class Where:
     side: str
     ranks: tuple[int, ...]
     micro_batches: tuple[int, ...]
+    processes: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -138,14 +142,19 @@ def farthest(a: Logical, b: Logical, tolerance: float) -> Where | None:
     """Return where two tensors are farthest apart, and which processes have boxes that are beyond ``tolerance``."""
     if a.whole.shape != b.whole.shape or a.whole.numel() == 0:
         return None
-    apart = (a.whole.double() - b.whole.double()).abs().nan_to_num(math.inf)
-    place = int(apart.argmax())
-    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(place), apart.shape)) if apart.dim() else ()
+    index = farthest_place((a.whole.double() - b.whole.double()).abs())
     side, one, other = ("A", a, b) if len({x.rank for x in a.boxes}) > len({x.rank for x in b.boxes}) else ("B", b, a)
     beyond = _beyond(one, other, tolerance)
     ranks = tuple(sorted({box.rank for box in beyond}))
     micro = tuple(sorted({box.micro_batch for box in beyond if box.micro_batch is not None}))
-    return Where(index, float(a.whole.flatten()[place]), float(b.whole.flatten()[place]), side, ranks, micro)
+    return Where(index, float(a.whole[index]), float(b.whole[index]), side, ranks, micro)
+
+
+def rounded_at(a: Logical, b: Logical) -> Where:
+    """Return where two tensors of one shape are farthest apart by rounding, which no process is the reason of."""
+    index = farthest_place((a.whole.double() - b.whole.double()).abs())
+    values = float(a.whole[index]), float(b.whole[index])
+    return Where(index if a.whole.numel() > 1 else (), *values, "B", (), ())
 
 
 def _beyond(one: Logical, other: Logical, tolerance: float) -> list[Box]:
@@ -220,7 +229,8 @@ def four_row(
         return Row(iteration, stage, name, "equal", **shown)
     for number, (side, found) in enumerate((("A", a), ("B", b))):
         if dtypes[number] == "float16" and not bool(found.whole.isfinite().all()):
-            return Row(iteration, stage, name, "rounding", f"float16 overflowed in {side}", **shown)
+            reason, where = f"float16 overflowed in {side}", rounded_at(a, b)
+            return Row(iteration, stage, name, "rounding", reason, where=where, **shown)
     found_units = units(a, a64, dtypes[0], floor), units(b, b64, dtypes[1], floor)
     shown["units"] = found_units
     low, high = sorted(found_units)
@@ -231,7 +241,7 @@ def four_row(
             f"{low:.2g}: something in it is computed in a lower precision"
         )
         return Row(iteration, stage, name, "differs", reason, where=farthest(a, b, 0.0), **shown)
-    return Row(iteration, stage, name, "rounding", "the sides agree in float64", **shown)
+    return Row(iteration, stage, name, "rounding", "the sides agree in float64", where=rounded_at(a, b), **shown)
 
 
 def torn(side: str, copies: Copies, beyond: Sequence[Box] = ()) -> tuple[str, Where]:
@@ -244,7 +254,7 @@ def torn(side: str, copies: Copies, beyond: Sequence[Box] = ()) -> tuple[str, Wh
     ranks = tuple(sorted({box.rank for box in beyond}))
     if not ranks or set(ranks) >= {first, second}:
         ranks = (first, second)
-    return reason, Where((), 0.0, 0.0, side, ranks, ())
+    return reason, Where(copies.index, *copies.values, side, ranks, (), copies.ranks)
 
 
 def _shape(found: Logical) -> str:

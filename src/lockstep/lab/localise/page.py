@@ -57,16 +57,16 @@ def _walk(results: list[StageResult]) -> str:
 def _mark(result: StageResult) -> str:
     if not result.walked:
         return _BEHIND
-    return "~ differs" if _hint(result) else _MARKS[result.state]
+    return "~ differs" if is_hint(result) else _MARKS[result.state]
 
 
 def _colour(result: StageResult) -> str:
     if not result.walked:
         return "idle"
-    return "inside" if _hint(result) else _COLOURS.get(result.state, result.state)
+    return "inside" if is_hint(result) else _COLOURS.get(result.state, result.state)
 
 
-def _hint(result: StageResult) -> bool:
+def is_hint(result: StageResult) -> bool:
     """Tell whether settings or surroundings differ: the walk goes on, to see whether they change a tensor."""
     return result.stage in (ENVIRONMENT, CONFIG) and result.state == "rounding"
 
@@ -106,10 +106,15 @@ def _values(row: Row) -> list[tuple[str, str]]:
     if where is None or where.a == where.b:
         return []
     exact = row.bound is not None and row.apart_in_float64 is not None and row.apart_in_float64 > row.bound
-    of = " in float64" if exact else ""
+    torn = where.processes is not None and row.bound is not None  # Copies are compared in float64 where there is one.
+    of = " in float64" if exact or torn else ""
     a, b = number_pair(where.a, where.b)
     place = [("Where they are farthest apart", str(list(where.index)))] if where.index else []
-    return [*place, (f"A there{of}", a), (f"B there{of}", b), ("Max difference", f"{abs(where.a - where.b):.9g}")]
+    one, other = "A", "B"
+    if where.processes is not None:
+        one, other = (f"Process {rank} of {where.side}" for rank in where.processes)
+    far = [("Max difference", f"{abs(where.a - where.b):.9g}")]
+    return [*place, (f"{one} there{of}", a), (f"{other} there{of}", b), *far]
 
 
 def _rank(found: Localised, row: Row) -> str:

@@ -95,10 +95,12 @@ class Box:
 
 @dataclass(frozen=True)
 class Copies:
-    """Two processes that should have the same and have not: by how much they differ at most."""
+    """Two processes that should have the same and have not: by how much they differ at most, where, and both values."""
 
     ranks: tuple[int, int]
     apart: float
+    index: tuple[int, ...] = ()
+    values: tuple[float, float] = (0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ class Probes:
         found = self.numbers.get((iteration, stage, name)) or []
         for rank, value in found[1:]:
             if value != found[0][1]:
-                return Copies((found[0][0], rank), abs(value - found[0][1]))
+                return Copies((found[0][0], rank), abs(value - found[0][1]), values=(found[0][1], value))
         return None
 
     def logical(self, iteration: int, stage: str, name: str) -> Logical | None:
@@ -222,10 +224,9 @@ def _joined(shape: Shape, boxes: list[Box]) -> Logical:
         for box in mine:
             there = owner[box.place] >= 0
             if bool(there.any()):
-                apart = (whole[box.place] - box.tensor.to(kind)).abs()[there]
+                apart = (whole[box.place] - box.tensor.to(kind)).abs().where(there, 0)
                 if bool((apart != 0).any()):
-                    first = int(owner[box.place][there][0])
-                    copies.append(Copies((first, box.rank), float(apart.double().nan_to_num(math.inf).max())))
+                    copies.append(_copies(box, whole[box.place], owner[box.place], apart.double()))
                 continue
             whole[box.place] = box.tensor.to(kind)
             owner[box.place] = box.rank
@@ -233,3 +234,17 @@ def _joined(shape: Shape, boxes: list[Box]) -> Logical:
         total += whole
     dtype = str(boxes[0].tensor.dtype).removeprefix("torch.")
     return Logical(total, dtype, tuple(boxes), covered, tuple(copies))
+
+
+def _copies(box: Box, first: torch.Tensor, owner: torch.Tensor, apart: torch.Tensor) -> Copies:
+    """Return the place of a box that is farthest from what the owners of its elements have, ``first``."""
+    far = farthest_place(apart)
+    index = tuple(offset + i for offset, i in zip(box.offsets, far, strict=True))
+    largest = float(apart.nan_to_num(math.inf)[far])
+    return Copies((int(owner[far]), box.rank), largest, index, (float(first[far]), float(box.tensor[far])))
+
+
+def farthest_place(apart: torch.Tensor) -> tuple[int, ...]:
+    """Return the index of the largest of some distances, NaN being larger than all."""
+    place = apart.nan_to_num(math.inf).argmax()
+    return tuple(int(i) for i in torch.unravel_index(place, apart.shape)) if apart.dim() else ()

@@ -1,12 +1,10 @@
 """The report of a localisation: the walk with a mark at each stage, the numbers behind the first cause, files."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
@@ -14,14 +12,15 @@ from lockstep.errors import UserError
 from lockstep.lab.config_diff import ConfigDifference
 from lockstep.lab.localise.localise import Localised
 from lockstep.lab.localise.measure import Row
-from lockstep.lab.localise.page import as_html
+from lockstep.lab.localise.page import as_html, is_hint
 from lockstep.lab.localise.walk import NOT_LOOKED_AT, StageResult
-from lockstep.lab.report import PIPE_WIDTH
+from lockstep.lab.terminal import make_console, make_table, mark, put, put_verdict
 from lockstep.record.schema import encode
 
 REPORT_SCHEMA = 1
 
-_MARKS = {"equal": ("=", "green"), "rounding": ("~", "green"), "differs": ("✗", "red"), "unknown": ("?", "yellow")}
+_MARKS = {"equal": "= equal", "rounding": "~ rounding", "differs": "\u2717 differs", "unknown": "? unknown"}
+_HINT = {"rounding": "~ differs"}
 _AROUND = 3
 
 
@@ -74,48 +73,45 @@ def write_report(found: Localised, folder: Path) -> list[Path]:
 
 def show(found: Localised, console: Console | None = None) -> None:
     """Print the outcome, the verdict last."""
-    console = console or Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
+    console = console or make_console()
     for side in (found.walked.a, found.walked.b):
         console.print(Text(f"{side.label}: {side.title} ({side.dtype}), code of commit {side.code}"), soft_wrap=True)
-    console.print(_walk(found.walked.results))
+    put(console, "Walk", _walk(found.walked.results))
     if found.walked.first is not None:
-        console.print(_numbers(found))
+        _put_numbers(console, found)
+    if found.notes:
+        console.print()
     for note in found.notes:
         console.print(Text(f"Note: {note}."))
-    body = Text(found.sentence)
-    if found.next_step:
-        body.append(f"\nNext: {found.next_step}")
-    style = "green" if found.exit_code == 0 else "red"
-    console.print(Panel(body, title=Text(f"verdict: {found.verdict}"), border_style=style))
+    put_verdict(console, found.verdict, found.sentence, found.next_step, right=found.exit_code == 0)
 
 
 def _walk(results: list[StageResult]) -> Table:
-    table = Table("Iteration", "Stage", "", "Finding", title="Walk", title_justify="left")
+    table = make_table("Iteration", "Stage", "Result", "Finding", whole=("Result",))
     walked = [result for result in results if result.walked]
     for result in walked:
-        mark, style = _MARKS[result.state]
         number = "" if result.iteration is None else str(result.iteration)
-        table.add_row(number, result.stage, Text(mark, style=style), Text(result.detail))
+        table.add_row(
+            number, result.stage, mark(result.state, _HINT if is_hint(result) else _MARKS), Text(result.detail)
+        )
     left = len(results) - len(walked)
     if left:
         table.add_row("", f"{left} more", "", Text(NOT_LOOKED_AT))
     return table
 
 
-def _numbers(found: Localised) -> Table:
-    """Return the rows around the first that differs."""
+def _put_numbers(console: Console, found: Localised) -> None:
+    """Print the rows around the first that differs."""
     first = found.walked.first
     assert first is not None, "shown where there is one"
     result = next(r for r in found.walked.results if first in r.rows)
     place = result.rows.index(first)
-    table = Table(title=f"{result.stage}, around the first that differs", title_justify="left")
-    table.add_column("Tensor", overflow="fold")
-    for name in ("", "apart", "in float64", "rounding explains", "roundings A", "roundings B"):
-        table.add_column(name, justify="right")
+    numbers = ("apart", "in float64", "rounding explains", "roundings A", "roundings B")
+    table = make_table("Tensor", "", *numbers, right=numbers)
+    signs = {state: text.partition(" ")[0] for state, text in _MARKS.items()}
     for row in result.rows[max(0, place - _AROUND) : place + _AROUND + 1]:
-        mark, style = _MARKS[row.state]
-        table.add_row(row.name, Text(mark, style=style), *_cells(row))
-    return table
+        table.add_row(row.name, mark(row.state, signs), *_cells(row))
+    put(console, f"{result.stage}, around the first that differs", table)
 
 
 def _cells(row: Row) -> list[str]:
