@@ -1,7 +1,9 @@
 """Correlate with a checkout of Megatron-LM as one side; here a stand-in that prints a prepared log."""
 
 import importlib.util
+import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,15 +16,18 @@ from lockstep.lab.correlate import REFERENCE_OVERRIDES
 from lockstep.lab.engine import WITHOUT_TRANSFORMER_ENGINE, correlate_engine, find_checkout, flags_to_add
 from lockstep.megatron_lm.parser import parse_flags
 from tests.commands import FLAGS
-from tests.lab.synthetic import ITERATIONS, train_lines, write, write_log
+from tests.lab.synthetic import ITERATIONS, Line, train_lines, write, write_log
 
 ADDED = [word for words in WITHOUT_TRANSFORMER_ENGINE for word in words]
 
 
-def checkout(folder: Path, *, exit_code: int = 0) -> Path:
-    """Make a checkout whose script keeps its words and prints a log of a run that equals the prepared record."""
+def checkout(folder: Path, *, exit_code: int = 0, change: Callable[[list[Line]], None] | None = None) -> Path:
+    """Make a checkout whose script keeps its words and prints a log: the prepared record's, edited by ``change``."""
     folder.mkdir()
-    log = write_log(folder / "prepared.log", train_lines())
+    lines = train_lines()
+    if change:
+        change(lines)
+    log = write_log(folder / "prepared.log", lines)
     (folder / "pretrain_gpt.py").write_text(
         "import os, pathlib, sys\n"
         "here = pathlib.Path(__file__).parent\n"
@@ -85,6 +90,33 @@ def test_band_is_measured_on_lockstep_s_side(
     engine = f"megatron-lm={checkout(tmp_path / 'm')}"
     assert main(["correlate", "--engine", engine, "--calibrate", "--out", str(tmp_path / "out")]) == 0
     assert "the band was measured on B" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("amount", "verdict", "next_step"),
+    [
+        (0.001, "rounding", ""),
+        (
+            0.5,
+            "cannot tell",
+            "Run both again with --attention-dropout 0 --hidden-dropout 0 and without --bf16; if they still part: look "
+            "first at the update of iteration 4 and earlier: the losses up to it are inside the band; the notes name "
+            "the code, packages and devices that differ.",
+        ),
+    ],
+)
+def test_lockstep_is_not_advised_in_place_of_the_trainer(
+    amount: float, verdict: str, next_step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def moved(lines: list[Line]) -> None:
+        for line in lines[4:]:
+            line["lm_loss"] += amount
+
+    stand_in(tmp_path, monkeypatch)
+    engine = f"megatron-lm={checkout(tmp_path / 'm', change=moved)}"
+    correlate_engine(engine, None, None, tmp_path / "out")
+    told = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (told["verdict"], told["next_step"]) == (verdict, next_step)
 
 
 def test_flags_are_added_only_where_they_are_needed(monkeypatch: pytest.MonkeyPatch):

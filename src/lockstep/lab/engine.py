@@ -6,12 +6,14 @@ import shlex
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from lockstep.errors import UserError
-from lockstep.lab.compare import compare_paths
+from lockstep.lab.compare import compare
 from lockstep.lab.correlate import REFERENCE_FLAGS, build_pair, measure_band, new_folder, run_logged, run_side
 from lockstep.lab.report import show, write_report
+from lockstep.lab.side import load_side
 
 ENGINE = "megatron-lm"
 WITHOUT_TRANSFORMER_ENGINE = (
@@ -56,7 +58,7 @@ def correlate_engine(
         run_side("lockstep", ["pretrain-gpt", *flags, "--run-dir", str(run_dir)], folder)
     if calibrated:
         measure_band(run_dir)
-    found = compare_paths(log, run_dir)
+    found = compare(replace(load_side(log, "A"), engine=True), load_side(run_dir, "B"))
     show(found)
     print(f"report: {write_report(found, folder)[-1]}")
     return found.exit_code

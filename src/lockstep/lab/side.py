@@ -24,7 +24,8 @@ class Side:
     """A side of a comparison; ``run`` is None for a log, ``interval`` is the number of iterations between two lines.
 
     ``past`` says where a resumed run began, ``conflict`` where a log tells one iteration with two numbers. ``digits``
-    are those that the side tells of each number, all where none are given.
+    are those that the side tells of each number, all where none are given. ``engine`` is true where the trainer itself
+    is what is compared: Lockstep in its place would be no answer.
     """
 
     label: str
@@ -41,6 +42,7 @@ class Side:
     notes: list[str] = field(default_factory=list)
     conflict: str | None = None
     tells_evaluations: bool = True
+    engine: bool = False
 
     @property
     def printed(self) -> bool:

@@ -239,13 +239,33 @@ def _unknown_cause(found: Findings, outside: Mismatch) -> Decision:
 
 
 def _record_both(found: Findings) -> str:
+    """Say how to make known what is not; another trainer that was run on purpose is not replaced by Lockstep."""
     logs = [side.label for side in (found.a, found.b) if side.run is None]
+    if found.a.engine or found.b.engine:
+        return _of_an_engine(found)
     if not logs:
         return "Run both again with this version of Lockstep and compare the run directories."
     return (
         f"Run {' and '.join(logs)} with Lockstep (`lockstep pretrain-gpt <flags>` or `lockstep train --recipe ...`) "
         "and compare the run directories, which hold config, token hashes and initial weights."
     )
+
+
+def _of_an_engine(found: Findings) -> str:
+    """Say what is left where one side is another trainer's own run, of which no record is to be had."""
+    outside = found.numbers.first_outside
+    if outside is None:
+        return ""
+    config = next((side.config for side in (found.a, found.b) if side.run and side.config), {})
+    again = []
+    if any(config.get(f"model.{name}_dropout") for name in ("attention", "hidden")):
+        again.append("with --attention-dropout 0 --hidden-dropout 0")
+    if low := [flag for flag in ("bf16", "fp16") if config.get(f"mixed_precision.{flag}")]:
+        again.append(f"without --{low[0]}")
+    look = _where_to_look(found, outside)
+    if not again:
+        return look
+    return f"Run both again {' and '.join(again)}; if they still part: {look[:1].lower()}{look[1:]}"
 
 
 def _incomplete(found: Findings) -> Decision:

@@ -44,13 +44,13 @@ def moved(amount: float) -> Any:
     return change
 
 
-def runs(tmp_path: Path, amounts: list[float]) -> tuple[Path, list[str]]:
+def runs(tmp_path: Path, amounts: list[float], calibrate: str = CALIBRATE) -> tuple[Path, list[str]]:
     """Return a repository of Lockstep's kind, a commit for each run, whose losses are so far from the first's."""
     folder = tmp_path / "repo"
     history(folder, 1, {})
     (folder / "src/lockstep").mkdir(parents=True)
     (folder / "src/lockstep/__init__.py").write_text("__version__ = '1'\n")
-    (folder / "src/lockstep/cli.py").write_text(CALIBRATE.format(band=str(tmp_path / "measured/band.json")))
+    (folder / "src/lockstep/cli.py").write_text(calibrate.format(band=str(tmp_path / "measured/band.json")))
     hashes = []
     for number, amount in enumerate(amounts):
         (folder / "note").write_text(str(number))
@@ -110,6 +110,15 @@ def test_good_is_calibrated_by_its_own_code_and_once(tmp_path: Path, capsys: pyt
     (measured / "band.json").unlink()
     assert bisect(folder, hashes, "--calibrate")[0] == 2
     assert "cannot calibrate its run: exit code 1: FileNotFoundError" in capsys.readouterr().err
+
+
+def test_a_calibration_that_hangs_is_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The runs come from the cache, so that the limit meets the calibration alone."""
+    folder, hashes = runs(tmp_path, [0, 0.03], calibrate="import threading; threading.Event().wait(60)")
+    assert bisect(folder, hashes)[0] == 0
+    assert bisect(folder, hashes, "--calibrate", "--timeout", "0.5")[0] == 2
+    said = capsys.readouterr().err
+    assert "cannot calibrate its run: did not end within 0.5 seconds; raise --timeout, or give --band RUN" in said
 
 
 def test_ends_inside_the_band_and_bands_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

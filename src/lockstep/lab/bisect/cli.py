@@ -44,7 +44,12 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     band.add_argument("--calibrate", action="store_true", help="measure good's band; bad is what lies outside it")
     band.add_argument("--band", metavar="RUN", help="the same with the band of a calibrated run of good")
     parser.add_argument("--first-parent", action="store_true", help="keep to the first parents: name merges whole")
-    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="skip a commit that runs longer")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        metavar="SECONDS",
+        help="skip a commit that runs longer; also the limit of what --calibrate starts, as a whole",
+    )
     parser.add_argument("--out", metavar="DIR", help="new or empty folder of the report")
     parser.add_argument("--cache", metavar="DIR", help="folder of curves, by commit and command")
     parser.add_argument("run", nargs="*", metavar="COMMAND", help="the training run, after --")

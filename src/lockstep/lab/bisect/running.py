@@ -28,6 +28,7 @@ PLACES = ("{tree}", "{repo}", "{out}", "{python}")
 OUTCOME, OUTPUT, RECORD, LOG, CALIBRATED = "outcome.json", "output.log", "record", "run.log", "calibrated"
 STANDARD_OUTPUT = "-"
 PATIENCE_SECONDS = 10
+LATE = "did not end within"
 
 READ_OUTPUT = f"--log {STANDARD_OUTPUT} reads what every run prints instead of its record"
 
@@ -109,10 +110,11 @@ class Runner:
     def calibrate(self, outcome: Outcome, iterations: int) -> Band:
         """Measure the band of a run by the code of its commit, or take it from the cache.
 
-        The band lies beside a copy of the record: a search without it must not find it there.
+        The band lies beside a copy of the record: a search without it must not find it there. The job's time limit
+        is one for the whole of it.
 
         Raises:
-            UserError: the commit cannot calibrate its run.
+            UserError: the commit cannot calibrate its run, or not within the limit.
         """
         folder = outcome.folder / CALIBRATED
         band = load_band(folder)
@@ -124,10 +126,13 @@ class Runner:
         (made / RECORD / BAND_FILE).unlink(missing_ok=True)
         words = [sys.executable, "-m", "lockstep.cli", "calibrate", str(made / RECORD), "--iterations", str(iterations)]
         with self.repository.worktree(made / "tree", outcome.commit.hash) as tree:
-            problem = _execute(words, tree.root, made / OUTPUT, self._environment(tree.root), None)
+            problem = _execute(words, tree.root, made / OUTPUT, self._environment(tree.root), self.job.timeout_seconds)
         band = None if problem else load_band(made / RECORD)
         if band is None:
-            raise UserError(f"{outcome.commit.short} cannot calibrate its run: {problem or 'it wrote no band'}")
+            late = problem.startswith(LATE)
+            remedy = "; raise --timeout, or give --band RUN of a calibrated run of good" if late else ""
+            problem = problem or "it wrote no band"
+            raise UserError(f"{outcome.commit.short} cannot calibrate its run: {problem}{remedy}")
         shutil.move(made / RECORD, folder)
         return band
 
@@ -277,7 +282,7 @@ def _execute(words: Sequence[str], tree: Path, output: Path, environment: dict[s
         try:
             process.wait(timeout)
         except subprocess.TimeoutExpired:
-            return f"did not end within {timeout:g} seconds"
+            return f"{LATE} {timeout:g} seconds"
         finally:
             _end(process)
     if process.returncode == 0:
