@@ -131,6 +131,7 @@ _OVERLAP = {"ddp.overlap_grad_reduce": True, "ddp.bucket_size": 5000}
 _OVERLAP_BOTH = {**_SHARDED, **_OVERLAP, "ddp.overlap_param_gather": True}
 _FSDP = {"dist.use_torch_fsdp2": True}
 _FSDP_GRADS = {"dist.use_megatron_fsdp": True, "ddp.data_parallel_sharding_strategy": "optim_grads"}
+_ONCE_A_STEP = {"run.gradient_sync": "step"}
 _TWICE = {"ddp.num_distributed_optimizer_instances": 2}
 _UNIFORM = {
     "model.recompute_granularity": "full",
@@ -189,6 +190,9 @@ CASES: tuple[Case, ...] = (
     Case("PP2 x FSDP2", 4, {**_pipeline(2), **_FSDP}),
     Case("PP2 interleaved x FSDP2, recomputation", 4, {**_pipeline(2, 2), **_FSDP, **_UNIFORM}),
     Case("PP2 x FSDP2 of gradients", 4, {**_pipeline(2), **_FSDP_GRADS}),
+    Case("FSDP2, gradients once a step", 2, {**_FSDP, **_ONCE_A_STEP}),
+    Case("TP2+SP x FSDP2, gradients once a step", 4, {**_tensor(2, True), **_FSDP, **_ONCE_A_STEP}),
+    Case("PP2 interleaved x FSDP2, gradients once a step", 4, {**_pipeline(2, 2), **_FSDP, **_ONCE_A_STEP}),
     Case("sharded DP2 twice, overlap", 4, {**_OVERLAP_BOTH, **_TWICE}),
     Case("PP2 x TP2", 4, {**_pipeline(2), **_tensor(2)}),
     Case("DP2, overlap", 2, _OVERLAP),

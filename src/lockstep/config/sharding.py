@@ -27,6 +27,8 @@ def sharding_problems(c: ConfigContainer, replicas: int, name: Callable[[str], s
     """Yield what is wrong with how ``replicas`` processes with the same weights share out; ``name`` names a field."""
     yield from _contradictions(c, name)
     yield from _without_effect(c, name)
+    if not shards_weights(c):
+        yield from _of_sharded_weights(c, name)
     if shards_weights(c) and replicas > 1:
         yield from _of_whole_weights(c, name)
     instances, path = c.ddp.num_distributed_optimizer_instances, "ddp.num_distributed_optimizer_instances"
@@ -64,6 +66,14 @@ def _without_effect(c: ConfigContainer, name: Callable[[str], str]) -> Iterator[
         yield (
             f"{name(path)} = {strategy} has no effect without dist.use_megatron_fsdp (--use-megatron-fsdp); "
             "add that or drop this"
+        )
+
+
+def _of_sharded_weights(c: ConfigContainer, name: Callable[[str], str]) -> Iterator[str]:
+    if c.run.gradient_sync == "micro-batch":
+        yield (
+            f"{name('run.gradient_sync')} = micro-batch is for sharded weights (--use-torch-fsdp2); gradients of whole "
+            "ones are added up once a step; drop it"
         )
 
 

@@ -1,8 +1,9 @@
 """Sharded weights: PyTorch's fully_shard on a model that is otherwise laid out.
 
 Between passes a process keeps some rows of each of its parameters, in FP32 at least: they are the main weights that the
-optimizer updates. Around its work a layer has whole weights in the dtype of the model, and what its backward pass finds
-is added up, cut into the same rows, right after it.
+optimizer updates. Around its work a layer has whole weights in the dtype of the model. What its backward pass finds is
+added up over the processes, cut into the same rows, right after it, or is kept whole until the last micro-batch of a
+step.
 """
 
 import sys
@@ -42,7 +43,9 @@ def shard_weights(model: GPTModel, mesh: Mesh, sharding: WeightSharding) -> None
     """Shard every layer, and together what is left of this process's part of the model, over ``mesh.shards``.
 
     The model is on the meta device and stays there. What is left (embedding, final norm, output layer) is whole from
-    the first use to the end of a backward pass: the output layer may share the embedding's weight.
+    the first use to the end of a backward pass, since the output layer may share the embedding's weight; so it stays
+    whole to the end of a batch's passes, which takes no more memory at the peak. Nor does it to keep the last layer,
+    whose backward pass follows its forward pass where there is no pipeline.
     """
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -57,15 +60,17 @@ def shard_weights(model: GPTModel, mesh: Mesh, sharding: WeightSharding) -> None
     # Inputs already have the model's dtype.
     policy = MixedPrecisionPolicy(model.dtype, sharding.reduce_dtype, cast_forward_inputs=False)
     resharded = not sharding.between_passes_only
-    for layer in model.decoder.layers.values():
-        fully_shard(layer, mesh=devices, mp_policy=policy, reshard_after_forward=resharded)
+    layers = list(model.decoder.layers.values())
+    for layer in layers:
+        freed = resharded and (layer is not layers[-1] or mesh.pp.size > 1)
+        fully_shard(layer, mesh=devices, mp_policy=policy, reshard_after_forward=freed)
     model.register_forward_hook(_without_views)
     fully_shard(model, mesh=devices, mp_policy=policy, reshard_after_forward=False)
     for module in _sharded_modules(model):
         # The losses behind gradients are divided by the counts of the whole global batch: a sum, and no more.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-        module.set_reshard_after_backward(resharded, recurse=False)
+        module.set_reshard_after_backward(resharded and module is not model, recurse=False)
 
 
 def _without_views(_: nn.Module, __: Any, output: Tensor) -> Tensor:
@@ -132,6 +137,16 @@ def release(model: nn.Module) -> None:
     """Let go of whole weights after the passes of a batch, so that the next ones see what the optimizer did."""
     for module in _sharded_modules(model):
         module.reshard()
+
+
+def add_up_gradients(module: nn.Module, now: bool, recurse: bool = True) -> None:
+    """Have backward passes of a sharded module add gradients up over processes, or keep them whole for later ones.
+
+    They are kept in the dtype of the reduction. ``recurse``: also in the sharded modules within it. What is not sharded
+    stays as it is.
+    """
+    if is_sharded(module):
+        cast("FSDPModule", module).set_requires_gradient_sync(now, recurse=recurse)
 
 
 def _sharded_modules(model: nn.Module) -> "Iterator[FSDPModule]":

@@ -35,6 +35,7 @@ from lockstep.training.evaluate import Evaluator, Split
 from lockstep.training.exits import ExitRule
 from lockstep.training.feed import Feed, sample_order
 from lockstep.training.float8 import use_float8
+from lockstep.training.gradient_sync import GradientSync, choose_gradient_sync, memory_of
 from lockstep.training.graphs import GraphedPasses, choose_graphs
 from lockstep.training.loop import Trainer
 from lockstep.training.optimizer import Optimizer
@@ -50,8 +51,8 @@ from lockstep.training.switch import Switch
 class Parts:
     """Everything that was built: ``trainer`` is None without training, ``evaluator`` without evaluation.
 
-    ``base`` names the frozen weights that adapters are trained for, None without adapters; ``compilation`` and
-    ``graphs`` say what is compiled and captured.
+    ``base`` names the frozen weights that adapters are trained for, None without adapters; ``compilation``, ``graphs``
+    and ``gradient_sync`` say what is compiled and captured, and when gradients are added up over processes.
 
     ``initial_weights`` is the fingerprint of the whole model, taken on the process that keeps the record.
     """
@@ -66,6 +67,7 @@ class Parts:
     evaluator: Evaluator | None
     compilation: str
     graphs: str
+    gradient_sync: str
     base: dict[str, Any] | None = None
 
 
@@ -100,15 +102,15 @@ def build(
     compilation = choose_compilation(config, device, operations)
     if compilation.on:
         compile_blocks(model)
-    passes = build_passes(config, model, spans, mesh, device)
+    sync = choose_gradient_sync(config, model, mesh, memory_of(device))
+    passes = build_passes(config, model, spans, mesh, device, sync)
     graphs = choose_graphs(config, device, mesh, flops * batches.micro_batch_size)
     trainer = None
     if not config.validation.skip_train and train_iters > 0:
         trainer = build_trainer(config, model, passes, datasets, mesh, graphs)
     evaluator = build_evaluator(config, passes, datasets, device, mesh, exit_rule)
-    return Parts(
-        tokenizer, datasets, model, prints, train_iters, flops, trainer, evaluator, str(compilation), str(graphs)
-    )
+    chosen = str(compilation), str(graphs), str(sync)
+    return Parts(tokenizer, datasets, model, prints, train_iters, flops, trainer, evaluator, *chosen)
 
 
 def set_vocab_size(config: ConfigContainer, tokens: int) -> None:
@@ -198,15 +200,24 @@ def _weight_sharding(
 
 
 def build_passes(
-    config: ConfigContainer, model: GPTModel, spans: Sequence[Span], mesh: Mesh, device: torch.device
+    config: ConfigContainer,
+    model: GPTModel,
+    spans: Sequence[Span],
+    mesh: Mesh,
+    device: torch.device,
+    sync: GradientSync | None = None,
 ) -> Passes:
-    """Build what runs the model over micro-batches: in a pipeline where there is one, on a part of every sequence."""
+    """Build what runs the model over micro-batches: in a pipeline where there is one, on a part of every sequence.
+
+    Gradients are added up when ``sync`` says, or else when the tree does.
+    """
+    sync = sync or choose_gradient_sync(config, model, mesh, memory_of(device))
     assert config.model.num_attention_heads is not None, "a resolved tree has heads"
     dropout = LayoutDropoutStreams(config.rng.seed, device, mesh, config.model.num_attention_heads)
     draw_from(model, dropout)
-    passes: Passes = WholePasses(model, dropout, mesh.replicas)
+    passes: Passes = WholePasses(model, dropout, mesh.replicas, sync.once_a_step)
     if mesh.pp.size > 1:
-        passes = PipelinePasses(model, spans, mesh, dropout)
+        passes = PipelinePasses(model, spans, mesh, dropout, sync.once_a_step)
     return ContextPasses(passes, mesh.cp) if mesh.cp.size > 1 else passes
 
 
