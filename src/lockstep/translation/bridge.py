@@ -69,6 +69,9 @@ _NONE = {
     "ft.ft_num_warmup_iters",
     "run.dir",
     "run.device",
+    "run.compile",
+    "run.cuda_graphs",
+    "run.gradient_sync",
 }
 """Paths of the tree that have no key in Bridge; fault_injector is a section that it has not."""
 
