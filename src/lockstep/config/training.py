@@ -320,10 +320,11 @@ class MixedPrecisionConfig(Section):
         "--fp8-format",
         help="Multiply in float8 in the linears of the layers: hybrid has gradients in e5m2, all else is e4m3.",
     )
-    fp8_recipe: Literal["tensorwise", "delayed", "mxfp8", "blockwise", "custom"] = opt(
+    fp8_recipe: Literal["tensorwise", "rowwise", "delayed", "mxfp8", "blockwise", "custom"] = opt(
         "delayed",
         "--fp8-recipe",
-        help="How float8 operands are scaled; tensorwise: by the largest element that they have now.",
+        help="How float8 operands are scaled; tensorwise: by the largest element that they have now; rowwise (not "
+        "in Megatron-LM): each row by its own, with all operands in e4m3.",
     )
     fp8_margin: int = opt(0, "--fp8-margin", refused=_DELAYED_SCALING)
     fp8_amax_history_len: int = opt(1, "--fp8-amax-history-len", refused=_DELAYED_SCALING)

@@ -75,6 +75,12 @@ _NONE = {
 }
 """Paths of the tree that have no key in Bridge; fault_injector is a section that it has not."""
 
+VALUES_WITHOUT_KEY: tuple[tuple[str, Any], ...] = (
+    ("model.activation_func", "openai_gelu"),
+    ("mixed_precision.fp8_recipe", "rowwise"),
+)
+"""Paths with values of theirs that Bridge does not take."""
+
 FORMER: tuple[tuple[str, str, str], ...] = (
     ("dataset.seq_length", "dataset.sequence_length", "0.3"),
     ("validation.eval_iters", "train.eval_iters", "0.4"),
