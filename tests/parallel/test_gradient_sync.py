@@ -47,16 +47,19 @@ _SINGLE = {"train.micro_batch_size": 1, "optimizer.clip_grad": 1e9}
 _LOW = {**_SINGLE, "mixed_precision.bf16": True}
 
 
-class _Collectives(TorchDispatchMode):
-    """Counts the collectives that begin within it, by their names."""
+class Collectives(TorchDispatchMode):
+    """Counts the collectives that begin within it, by their names, and the bytes that gathers leave."""
 
     def __init__(self) -> None:
         super().__init__()
         self.counts: Counter[str] = Counter()
+        self.gathered_bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
             self.counts[func.overloadpacket.__name__] += 1
+            if func.overloadpacket.__name__ == "_allgather_base_":
+                self.gathered_bytes += args[0].nbytes
         return func(*args, **(kwargs or {}))
 
 
@@ -68,7 +71,7 @@ def counted(changes: dict[str, Any], micro_batches: int, mesh: Mesh) -> dict[str
     step = TrainStep(build_passes(config, model, spans, mesh, CPU), optimizer, dp=mesh.dp)
     micro = config.train.micro_batch_size or 1
     for number in range(2):
-        with _Collectives() as collectives:
+        with Collectives() as collectives:
             step(sweep.share(sweep.global_batch(config, number), micro, mesh.dp), micro, 1e-2, 0.01)
     return dict(collectives.counts)
 

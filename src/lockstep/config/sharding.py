@@ -31,6 +31,7 @@ def sharding_problems(c: ConfigContainer, replicas: int, name: Callable[[str], s
         yield from _of_sharded_weights(c, name)
     if shards_weights(c) and replicas > 1:
         yield from _of_whole_weights(c, name)
+    yield from _float8_gather(c, replicas, name)
     instances, path = c.ddp.num_distributed_optimizer_instances, "ddp.num_distributed_optimizer_instances"
     if instances < 1:
         yield f"{name(path)} = {instances}: give 1 or more"
@@ -41,6 +42,16 @@ def sharding_problems(c: ConfigContainer, replicas: int, name: Callable[[str], s
             f"{name(path)} = {instances} does not divide the {replicas} processes that have the same weights; "
             f"use a divisor of {replicas}"
         )
+
+
+def _float8_gather(c: ConfigContainer, replicas: int, name: Callable[[str], str]) -> Iterator[str]:
+    precision, path = c.mixed_precision, "mixed_precision.fp8_param_gather"
+    if not precision.fp8_param_gather or precision.fp8 is None:
+        return
+    if not shards_weights(c):
+        yield f"{name(path)} is for sharded weights (--use-torch-fsdp2); whole ones travel in BF16; drop it"
+    elif replicas // max(1, c.ddp.num_distributed_optimizer_instances) == 1:
+        yield f"{name(path)} has no effect where one process has all weights; drop it"
 
 
 def _contradictions(c: ConfigContainer, name: Callable[[str], str]) -> Iterator[str]:

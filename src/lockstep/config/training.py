@@ -363,7 +363,9 @@ class MixedPrecisionConfig(Section):
         False, "--fp4-param-gather", refused="of narrow formats only float8 with a scale for each tensor is supported"
     )
     fp8_param_gather: bool = opt(
-        False, "--fp8-param-gather", refused="of narrow formats only float8 with a scale for each tensor is supported"
+        False,
+        "--fp8-param-gather",
+        help="Gather sharded weights of linears that multiply in float8 in that format, from FP32.",
     )
     te_precision_config_file: str | None = opt(
         None,

@@ -32,11 +32,14 @@ class WeightSharding:
         between_passes_only: weights stay whole from their first use in a batch to the end of its passes, rather than
             for the work of their layer alone.
         device_type: of the processes' devices.
+        kept: takes the module that has a parameter, the parameter's name in the model, and the tensor it is to be kept
+            in; returns what stands for that tensor towards PyTorch, which says what of it travels.
     """
 
     reduce_dtype: torch.dtype
     between_passes_only: bool = False
     device_type: str = "cpu"
+    kept: Callable[[nn.Module, str, Tensor], Tensor] = lambda module, name, tensor: tensor
 
 
 def shard_weights(model: GPTModel, mesh: Mesh, sharding: WeightSharding) -> None:
@@ -55,7 +58,9 @@ def shard_weights(model: GPTModel, mesh: Mesh, sharding: WeightSharding) -> None
         owner, _, leaf = name.rpartition(".")
         # Frozen weights have no main weights.
         kept = widened(parameter.detach()) if parameter.requires_grad else parameter.detach()
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(kept, requires_grad=parameter.requires_grad))
+        module = model.get_submodule(owner)
+        kept = sharding.kept(module, name, kept)
+        setattr(module, leaf, nn.Parameter(kept, requires_grad=parameter.requires_grad))
     devices = DeviceMesh.from_group(mesh.shards.group, sharding.device_type, mesh_dim_names=("shards",))
     # Inputs already have the model's dtype.
     policy = MixedPrecisionPolicy(model.dtype, sharding.reduce_dtype, cast_forward_inputs=False)
@@ -99,8 +104,10 @@ def local(tensor: Tensor) -> Tensor:
     """Return the rows of a sharded tensor that this process has; they share its memory."""
     detached = tensor.detach()
     tensor_module = sys.modules.get("torch.distributed.tensor")
-    sharded = tensor_module is not None and isinstance(detached, tensor_module.DTensor)
-    return cast("DTensor", detached).to_local() if sharded else detached
+    if tensor_module is None or not isinstance(detached, tensor_module.DTensor):
+        return detached
+    rows = cast("DTensor", detached).to_local()
+    return cast(Tensor, rows._tensor) if hasattr(rows, "fsdp_pre_all_gather") else rows
 
 
 def rows_of(rows: int, axis: Axis) -> tuple[int, int]:

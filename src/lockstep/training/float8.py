@@ -40,10 +40,11 @@ def describe_float8(config: ConfigContainer) -> str:
     if not layers:
         return "none"
     formats = "e4m3" if precision.fp8 == "e4m3" else "e4m3, gradients e5m2"
+    travel = "kept in FP32 and gathered in e4m3" if precision.fp8_param_gather else "kept and gathered in BF16"
     powers = " and rounded down to powers of two" if precision.fp8_recipe == "rowwise" else ""
     return (
         f"linears of {len(layers)} of {total} layers, {formats}, scaled by {precision.fp8_recipe} maxima of the same "
-        f"step{powers}; weights are kept and gathered in BF16 (torchao)"
+        f"step{powers}; weights are {travel} (torchao)"
     )
 
 
@@ -104,27 +105,39 @@ def float8_product(precision: MixedPrecisionConfig, *, emulate: bool = False) ->
     Raises:
         UserError: torchao is not installed.
     """
-    torchao, matmul, mm_config, scaled_mm = _imported()
+    torchao, matmul, _, _ = _imported()
     # With this, which finds nothing to convert, torchao keeps the compiler from code that stores wrong float8 numbers.
     torchao.convert_to_float8_training(nn.Identity())
-    scaling = torchao.Float8LinearConfig.from_recipe_name(precision.fp8_recipe)
-    if precision.fp8 == "e4m3":
-        gradient = dataclasses.replace(scaling.cast_config_grad_output, target_dtype=torch.float8_e4m3fn)
-        of_gradients = ("cast_config_grad_output", "cast_config_grad_output_for_grad_weight")
-        scaling = dataclasses.replace(scaling, **dict.fromkeys(of_gradients, gradient))
-    scaling = dataclasses.replace(scaling, emulate=emulate)
-    accumulation = mm_config(
-        *(
-            scaled_mm(emulate, gemm.use_fast_accum, False, False)
-            for gemm in (scaling.gemm_config_output, scaling.gemm_config_grad_input, scaling.gemm_config_grad_weight)
-        )
-    )
+    settings = scaling(precision, emulate=emulate)
+    products = accumulation(settings)
 
     def product(x: Tensor, weight: Tensor) -> Tensor:
-        result: Tensor = matmul.apply(x, weight.t(), accumulation, scaling)
+        result: Tensor = matmul.apply(x, weight.t(), products, settings)
         return result
 
     return product
+
+
+def scaling(precision: MixedPrecisionConfig, *, emulate: bool = False) -> Any:
+    """Return torchao's settings of how operands are scaled and rounded.
+
+    Raises:
+        UserError: torchao is not installed.
+    """
+    torchao, *_ = _imported()
+    settings = torchao.Float8LinearConfig.from_recipe_name(precision.fp8_recipe)
+    if precision.fp8 == "e4m3":
+        gradient = dataclasses.replace(settings.cast_config_grad_output, target_dtype=torch.float8_e4m3fn)
+        of_gradients = ("cast_config_grad_output", "cast_config_grad_output_for_grad_weight")
+        settings = dataclasses.replace(settings, **dict.fromkeys(of_gradients, gradient))
+    return dataclasses.replace(settings, emulate=emulate)
+
+
+def accumulation(settings: Any) -> Any:
+    """Return torchao's settings of how the three products of a linear add up."""
+    _, _, mm_config, scaled_mm = _imported()
+    gemms = (settings.gemm_config_output, settings.gemm_config_grad_input, settings.gemm_config_grad_weight)
+    return mm_config(*(scaled_mm(settings.emulate, gemm.use_fast_accum, False, False) for gemm in gemms))
 
 
 def _imported() -> tuple[Any, Any, Any, Any]:

@@ -46,7 +46,8 @@ class Passes(Protocol):
 class WholePasses:
     """Passes of a model all of whose layers are on this process: one micro-batch after the other.
 
-    Sharded gradients are added up over processes in the last backward pass only where ``sync_once``.
+    Sharded gradients are added up over processes in the last backward pass only where ``sync_once``. ``prepare`` is
+    called before the passes of a batch.
     """
 
     def __init__(
@@ -55,10 +56,12 @@ class WholePasses:
         dropout: DropoutStreams | None = None,
         replicas: Axis | None = None,
         sync_once: bool = False,
+        prepare: Callable[[], None] | None = None,
     ) -> None:
         self.model = model
         self.dropout = dropout
         self._sync_once = sync_once
+        self._prepare = prepare
         self.routing = Routing(model, replicas or Axis())
 
     def train(
@@ -66,6 +69,8 @@ class WholePasses:
     ) -> torch.Tensor:
         """Run forward and backward passes; see ``Passes``."""
         self.model.train()
+        if self._prepare is not None:
+            self._prepare()
         sums: list[torch.Tensor] = []
         count = len(batch) // micro_batch_size
         for micro_batch in batch.split(micro_batch_size):
@@ -82,6 +87,8 @@ class WholePasses:
     def evaluate(self, batch: Batch, micro_batch_size: int) -> torch.Tensor:
         """Run forward passes without dropout; see ``Passes``."""
         self.model.eval()
+        if self._prepare is not None:
+            self._prepare()
         sums = [torch.stack(self.loss(part, None)) for part in batch.split(micro_batch_size)]
         release(self.model)
         return torch.stack(sums)

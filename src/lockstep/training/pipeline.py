@@ -27,6 +27,7 @@ class PipelinePasses:
     """Passes of a model of which this process has some stages (``spans``): 1F1B, interleaved where it has several.
 
     Sharded gradients are added up over processes in the last backward pass of each layer only where ``sync_once``.
+    ``prepare`` is called before the passes of a batch.
     """
 
     def __init__(
@@ -36,9 +37,11 @@ class PipelinePasses:
         mesh: Mesh,
         dropout: DropoutStreams | None = None,
         sync_once: bool = False,
+        prepare: Callable[[], None] | None = None,
     ) -> None:
         self._model = model
         self._sync_once = sync_once
+        self._prepare = prepare
         self._mesh = mesh
         self._stages = [_Stage(model, span) for span in spans]
         self.dropout = dropout
@@ -86,6 +89,8 @@ class PipelinePasses:
     def _run(
         self, batch: Batch, micro_batch_size: int, objective: Objective | None, dropout: DropoutStreams | None
     ) -> Tensor:
+        if self._prepare is not None:
+            self._prepare()
         count = len(batch) // micro_batch_size
         for stage in self._stages:
             stage.objective, stage.dropout, stage.sums, stage.means = objective, dropout, [], []

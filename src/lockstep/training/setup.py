@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -35,6 +35,7 @@ from lockstep.training.evaluate import Evaluator, Split
 from lockstep.training.exits import ExitRule
 from lockstep.training.feed import Feed, sample_order
 from lockstep.training.float8 import use_float8
+from lockstep.training.float8_gather import float8_storage, scale_setter
 from lockstep.training.gradient_sync import GradientSync, choose_gradient_sync, memory_of
 from lockstep.training.graphs import GraphedPasses, choose_graphs
 from lockstep.training.loop import Trainer
@@ -196,7 +197,10 @@ def _weight_sharding(
         return None
     low = config.ddp.grad_reduce_in_fp32 is False
     reduce_dtype = dtype if low or dtype == torch.float64 else torch.float32
-    return WeightSharding(reduce_dtype, sharding_strategy(config) == "optim_grads", device.type)
+    sharding = WeightSharding(reduce_dtype, sharding_strategy(config) == "optim_grads", device.type)
+    if not config.mixed_precision.fp8_param_gather:
+        return sharding
+    return replace(sharding, kept=float8_storage(config, mesh.shards))
 
 
 def build_passes(
@@ -215,9 +219,10 @@ def build_passes(
     assert config.model.num_attention_heads is not None, "a resolved tree has heads"
     dropout = LayoutDropoutStreams(config.rng.seed, device, mesh, config.model.num_attention_heads)
     draw_from(model, dropout)
-    passes: Passes = WholePasses(model, dropout, mesh.replicas, sync.once_a_step)
+    prepare = scale_setter(model, mesh.shards)
+    passes: Passes = WholePasses(model, dropout, mesh.replicas, sync.once_a_step, prepare)
     if mesh.pp.size > 1:
-        passes = PipelinePasses(model, spans, mesh, dropout, sync.once_a_step)
+        passes = PipelinePasses(model, spans, mesh, dropout, sync.once_a_step, prepare)
     return ContextPasses(passes, mesh.cp) if mesh.cp.size > 1 else passes
 
 
