@@ -12,13 +12,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lockstep.models import GPTModel
+from lockstep.models.moe import Experts
 from lockstep.models.ops import widened
 from lockstep.parallel.mesh import Axis, Mesh
+from lockstep.parallel.plan import is_expert
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
@@ -45,6 +49,8 @@ class WeightSharding:
 def shard_weights(model: GPTModel, mesh: Mesh, sharding: WeightSharding) -> None:
     """Shard every layer, and together what is left of this process's part of the model, over ``mesh.shards``.
 
+    Experts that expert parallelism shares out are sharded over the processes that have the same ones, by themselves.
+
     The model is on the meta device and stays there. What is left (embedding, final norm, output layer) is whole from
     the first use to the end of a backward pass, since the output layer may share the embedding's weight; so it stays
     whole to the end of a batch's passes, which takes no more memory at the peak. Nor does it to keep the last layer,
@@ -65,9 +71,13 @@ def shard_weights(model: GPTModel, mesh: Mesh, sharding: WeightSharding) -> None
     # Inputs already have the model's dtype.
     policy = MixedPrecisionPolicy(model.dtype, sharding.reduce_dtype, cast_forward_inputs=False)
     resharded = not sharding.between_passes_only
+    with_same_experts = _devices_of_experts(mesh, sharding.device_type) if mesh.experts_apart else devices
     layers = list(model.decoder.layers.values())
     for layer in layers:
         freed = resharded and (layer is not layers[-1] or mesh.pp.size > 1)
+        for module in list(layer.modules()) if mesh.experts_apart else ():
+            if isinstance(module, Experts):
+                fully_shard(module, mesh=with_same_experts, mp_policy=policy, reshard_after_forward=freed)
         fully_shard(layer, mesh=devices, mp_policy=policy, reshard_after_forward=freed)
     model.register_forward_hook(_without_views)
     fully_shard(model, mesh=devices, mp_policy=policy, reshard_after_forward=False)
@@ -76,6 +86,21 @@ def shard_weights(model: GPTModel, mesh: Mesh, sharding: WeightSharding) -> None
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
         module.set_reshard_after_backward(resharded and module is not model, recurse=False)
+
+
+def _devices_of_experts(mesh: Mesh, device_type: str) -> "DeviceMesh":
+    """Return the processes that have the same experts, with a group also where that is one process."""
+    from torch.distributed.device_mesh import DeviceMesh
+
+    group = mesh.expert_replicas.group
+    if group is None:
+        group = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    return DeviceMesh.from_group(group, device_type, mesh_dim_names=("shards",))
+
+
+def shards_of(name: str, mesh: Mesh) -> Axis:
+    """Return the processes over which a parameter is sharded, where weights are."""
+    return mesh.expert_replicas if mesh.experts_apart and is_expert(name) else mesh.shards
 
 
 def _without_views(_: nn.Module, __: Any, output: Tensor) -> Tensor:
@@ -90,11 +115,12 @@ def is_sharded(model: nn.Module) -> bool:
     return fsdp is not None and isinstance(model, fsdp.FSDPModule)
 
 
-def keeper(shards: Axis) -> Callable[[nn.Module, str, Tensor], None]:
+def keeper(model: nn.Module, mesh: Mesh) -> Callable[[nn.Module, str, Tensor], None]:
     """Return what sets, of a sharded parameter of a module, the rows of this process from the value of all rows."""
+    names = {module: name for name, module in model.named_modules()}
 
     def keep(owner: nn.Module, leaf: str, value: Tensor) -> None:
-        first, end = rows_of(len(value), shards)
+        first, end = rows_of(len(value), shards_of(f"{names[owner]}.{leaf}", mesh))
         local(getattr(owner, leaf)).copy_(value[first:end])
 
     return keep
@@ -124,12 +150,13 @@ def span_of(parameter: Tensor, shards: Axis) -> tuple[int, int]:
     return first * row, end * row
 
 
-def own_weights(model: GPTModel, shards: Axis) -> dict[str, tuple[Tensor, tuple[int, int]]]:
+def own_weights(model: GPTModel, axis_of: Callable[[str], Axis]) -> dict[str, tuple[Tensor, tuple[int, int]]]:
     """Return this process's rows of the parameters it has some of, in the dtype of the model, and their spans.
 
-    The tensors are the model's own only where that is the dtype in which they are kept.
+    ``axis_of`` tells over which processes a parameter is sharded. The tensors are the model's own only where that is
+    the dtype in which they are kept.
     """
-    found = {name: (local(p).to(model.dtype), span_of(p, shards)) for name, p in model.named_parameters()}
+    found = {name: (local(p).to(model.dtype), span_of(p, axis_of(name))) for name, p in model.named_parameters()}
     return {name: (rows, span) for name, (rows, span) in found.items() if rows.numel()}
 
 

@@ -183,7 +183,7 @@ def build_parallel_model(
     part = partial(part_of, config=config.model, mesh=mesh)
     if sharding is not None:
         model.to_empty(device=device)
-    keep = {} if sharding is None else {"keep": keeper(mesh.shards)}
+    keep = {} if sharding is None else {"keep": keeper(model, mesh)}
     fingerprint = fingerprint and mesh.leads
     fill(model, prints.added(weights) if fingerprint else weights, part, **keep)
     return model, spans, prints.result() if fingerprint else {}
