@@ -48,18 +48,21 @@ _LOW = {**_SINGLE, "mixed_precision.bf16": True}
 
 
 class Collectives(TorchDispatchMode):
-    """Counts the collectives that begin within it, by their names, and the bytes that gathers leave."""
+    """Counts the collectives that begin within it, by their names, bytes that gathers leave and elements reduced."""
 
     def __init__(self) -> None:
         super().__init__()
         self.counts: Counter[str] = Counter()
         self.gathered_bytes = 0
+        self.reduced: list[int] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
             self.counts[func.overloadpacket.__name__] += 1
             if func.overloadpacket.__name__ == "_allgather_base_":
                 self.gathered_bytes += args[0].nbytes
+            if func.overloadpacket.__name__ == "_reduce_scatter_base_":
+                self.reduced.append(args[1].numel())
         return func(*args, **(kwargs or {}))
 
 
