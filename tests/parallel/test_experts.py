@@ -156,7 +156,8 @@ _FAULTS = {
 
 def _everything() -> dict[str, Any]:
     """Run the faults, and jobs that the sweep has not, in one start of the processes."""
-    kind, found = sweep.KINDS["experts"], {}
+    found: dict[str, Any] = {}
+    kind = sweep.KINDS["experts"]
     config, mesh = sweep.configure({**kind, **_CASE.changes}, 4), sweep.mesh_of(_CASE)
     expected = sweep.play(sweep.configure(kind, 1), Mesh())
     for name, fault in {"none": None, **_FAULTS}.items():

@@ -64,9 +64,9 @@ def shard_weights(model: GPTModel, mesh: Mesh, sharding: WeightSharding) -> None
         owner, _, leaf = name.rpartition(".")
         # Frozen weights have no main weights.
         kept = widened(parameter.detach()) if parameter.requires_grad else parameter.detach()
-        module = model.get_submodule(owner)
-        kept = sharding.kept(module, name, kept)
-        setattr(module, leaf, nn.Parameter(kept, requires_grad=parameter.requires_grad))
+        of = model.get_submodule(owner)
+        kept = sharding.kept(of, name, kept)
+        setattr(of, leaf, nn.Parameter(kept, requires_grad=parameter.requires_grad))
     devices = DeviceMesh.from_group(mesh.shards.group, sharding.device_type, mesh_dim_names=("shards",))
     # Inputs already have the model's dtype.
     policy = MixedPrecisionPolicy(model.dtype, sharding.reduce_dtype, cast_forward_inputs=False)
@@ -75,9 +75,9 @@ def shard_weights(model: GPTModel, mesh: Mesh, sharding: WeightSharding) -> None
     layers = list(model.decoder.layers.values())
     for layer in layers:
         freed = resharded and (layer is not layers[-1] or mesh.pp.size > 1)
-        for module in list(layer.modules()) if mesh.experts_apart else ():
-            if isinstance(module, Experts):
-                fully_shard(module, mesh=with_same_experts, mp_policy=policy, reshard_after_forward=freed)
+        for inner in list(layer.modules()) if mesh.experts_apart else ():
+            if isinstance(inner, Experts):
+                fully_shard(inner, mesh=with_same_experts, mp_policy=policy, reshard_after_forward=freed)
         fully_shard(layer, mesh=devices, mp_policy=policy, reshard_after_forward=freed)
     model.register_forward_hook(_without_views)
     fully_shard(model, mesh=devices, mp_policy=policy, reshard_after_forward=False)
@@ -132,8 +132,8 @@ def local(tensor: Tensor) -> Tensor:
     tensor_module = sys.modules.get("torch.distributed.tensor")
     if tensor_module is None or not isinstance(detached, tensor_module.DTensor):
         return detached
-    rows = cast("DTensor", detached).to_local()
-    return cast(Tensor, rows._tensor) if hasattr(rows, "fsdp_pre_all_gather") else rows
+    rows: Any = cast("DTensor", detached).to_local()
+    return cast(Tensor, rows._tensor if hasattr(rows, "fsdp_pre_all_gather") else rows)
 
 
 def rows_of(rows: int, axis: Axis) -> tuple[int, int]:
