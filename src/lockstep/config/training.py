@@ -342,10 +342,12 @@ class MixedPrecisionConfig(Section):
         1, "--num-layers-at-end-in-bf16", help="How many last layers --first-last-layers-bf16 keeps out."
     )
     fp4: Literal["e2m1"] | None = opt(
-        None, "--fp4-format", refused="of narrow formats only float8 with a scale for each tensor is supported"
+        None, "--fp4-format", refused="of narrow formats only float8 with a scale for each tensor or row is supported"
     )
     fp4_recipe: Literal["nvfp4", "custom"] = opt(
-        "nvfp4", "--fp4-recipe", refused="of narrow formats only float8 with a scale for each tensor is supported"
+        "nvfp4",
+        "--fp4-recipe",
+        refused="of narrow formats only float8 with a scale for each tensor or row is supported",
     )
     loss_scale: float | None = opt(None, "--loss-scale", help="Static loss scale; dynamic when unset.")
     initial_loss_scale: float = opt(4294967296.0, "--initial-loss-scale", help="First dynamic loss scale.")
@@ -357,10 +359,12 @@ class MixedPrecisionConfig(Section):
     reuse_grad_buf_for_mxfp8_param_ag: bool = opt(
         False,
         "--reuse-grad-buf-for-mxfp8-param-ag",
-        refused="of narrow formats only float8 with a scale for each tensor is supported",
+        refused="of narrow formats only float8 with a scale for each tensor or row is supported",
     )
     fp4_param_gather: bool = opt(
-        False, "--fp4-param-gather", refused="of narrow formats only float8 with a scale for each tensor is supported"
+        False,
+        "--fp4-param-gather",
+        refused="of narrow formats only float8 with a scale for each tensor or row is supported",
     )
     fp8_param_gather: bool = opt(
         False,
@@ -370,7 +374,7 @@ class MixedPrecisionConfig(Section):
     te_precision_config_file: str | None = opt(
         None,
         "--te-precision-config-file",
-        refused="of narrow formats only float8 with a scale for each tensor is supported",
+        refused="of narrow formats only float8 with a scale for each tensor or row is supported",
     )
 
 
