@@ -20,11 +20,12 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from lockstep.config import ConfigContainer, Origin, resolve
+from lockstep.models import GPTModel
 from lockstep.models.flops import flops_per_sequence
 from lockstep.models.kernels import Kernel, fused_attention
 from lockstep.models.layers import required
@@ -43,6 +44,9 @@ from lockstep.training.optimizer import Optimizer
 from lockstep.training.precision import params_dtype
 from lockstep.training.setup import build_parallel_model, build_passes, graphed
 from lockstep.training.step import TrainStep
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 # micro-batch size, global batch size, changes to the base
 _BATCHES = {"mb1": (1, 8), "mb2": (2, 8), "mb4": (4, 8)}
@@ -73,6 +77,9 @@ _CHANGES: dict[str, dict[str, Any]] = {
     },
     "kept": {"ddp.torch_fsdp2_reshard_after_forward": False},
     "lowgrads": {"ddp.grad_reduce_in_fp32": False},
+    "once": {"run.gradient_sync": "step"},
+    "accumulate": {"train.global_batch_size": 8},
+    "rowwise": {"mixed_precision.fp8": "e4m3", "mixed_precision.fp8_recipe": "rowwise"},
     "fp8": {"mixed_precision.fp8": "hybrid", "mixed_precision.fp8_recipe": "tensorwise"},
     "tp2": {"model.tensor_model_parallel_size": 2, "model.sequence_parallel": True},
     "cp2": {"model.context_parallel_size": 2},
@@ -149,13 +156,25 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
     return values | {"model.hidden_dropout": 0.0, "model.attention_dropout": 0.0}
 
 
-def measure(setting: str, config: ConfigContainer, steps: int, profile: Path | None) -> Timing:
+def gather_ahead(model: GPTModel, layers: int) -> None:
+    """Have sharded weights gathered so many layers early, forward and backward; no setting of a run does so."""
+    order = [cast("FSDPModule", layer) for layer in model.decoder.layers.values()]
+    for number, layer in enumerate(order):
+        layer.set_modules_to_forward_prefetch(order[number + 1 : number + 1 + layers])
+        layer.set_modules_to_backward_prefetch(order[max(0, number - layers) : number][::-1])
+    cast("FSDPModule", model).set_modules_to_forward_prefetch(order[:layers])
+    cast("FSDPModule", model).set_modules_to_backward_prefetch(order[::-1][:layers])
+
+
+def measure(setting: str, config: ConfigContainer, steps: int, profile: Path | None, ahead: int = 0) -> Timing:
     """Take steps and time each; the first, which compiles, counts apart."""
     device = choose_device("auto")
     with switches(config, device), start_processes(config, device) as mesh:
         model, spans, _ = build_parallel_model(config, mesh, device, params_dtype(config), fingerprint=False)
         samples, length = required(config.train.global_batch_size), required(config.model.seq_length)
         operations = flops_per_sequence(config.model) * samples / mesh.world.size
+        if ahead:
+            gather_ahead(model, ahead)
         compilation = choose_compilation(config, device, operations * required(config.train.train_iters))
         if compilation.on:
             compile_blocks(model)
@@ -288,13 +307,17 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--json", type=Path, help="also write what was found")
     parser.add_argument("--profile", type=Path, help="also write a profile of one step, into this folder")
+    parser.add_argument(
+        "--ahead", type=int, default=0, help="layers whose sharded weights are gathered early; 0 leaves it to PyTorch"
+    )
     parser.add_argument("--timeout", type=float, default=300, help="seconds for each setting")
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.alone:
         setting, compilation = options.settings[0], options.compile[0]
         profile = options.profile and options.profile / f"{setting}-{compilation}.txt"
-        found = measure(setting, configured(setting, compilation, options.set, options.gpus), options.steps, profile)
+        config = configured(setting, compilation, options.set, options.gpus)
+        found = measure(setting, config, options.steps, profile, options.ahead)
         if int(os.environ.get("RANK") or 0) == 0:
             print(json.dumps(asdict(found)), flush=True)
         return 0
@@ -321,7 +344,7 @@ def _alone(options: argparse.Namespace, setting: str, compilation: str) -> Timin
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={options.gpus}"]
     command = [sys.executable, *(launcher if options.gpus > 1 else []), __file__, "--alone", "--settings", setting]
     command += ["--compile", compilation, "--gpus", str(options.gpus), "--steps", str(options.steps)]
-    command += ["--set", *options.set]
+    command += ["--ahead", str(options.ahead), "--set", *options.set]
     if options.profile:
         options.profile.mkdir(parents=True, exist_ok=True)
         command += ["--profile", str(options.profile)]

@@ -109,7 +109,15 @@ def test_each_problem_names_what_and_remedy(flags: str, part: str) -> None:
         ("--expert-model-parallel-size 2", ["= 2 has no effect without model.num_moe_experts (--num-experts)"]),
         ("--num-experts 6 --expert-model-parallel-size 4", ["= 4 does not divide the 6 experts; use a divisor"]),
         ("--num-experts 4 --expert-model-parallel-size 4 --tensor-model-parallel-size 2", ["the 2 data-parallel"]),
-        ("--num-experts 4 --expert-model-parallel-size 2 --use-torch-fsdp2", ["= 2 with sharded weights"]),
+        (
+            "--num-experts 4 --expert-model-parallel-size 2 --use-torch-fsdp2 --peft-scheme lora",
+            ["= 2 with adapters and sharded weights is not supported"],
+        ),
+        (
+            "--num-experts 4 --expert-model-parallel-size 2 --use-torch-fsdp2 --tensor-model-parallel-size 2 "
+            "--sequence-parallel --expert-tensor-parallel-size 1",
+            ["with sharded weights is not supported"],
+        ),
         (
             "--num-experts 8 --expert-model-parallel-size 8 --tensor-model-parallel-size 2 --sequence-parallel "
             "--expert-tensor-parallel-size 1",

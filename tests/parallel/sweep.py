@@ -131,6 +131,7 @@ _OVERLAP = {"ddp.overlap_grad_reduce": True, "ddp.bucket_size": 5000}
 _OVERLAP_BOTH = {**_SHARDED, **_OVERLAP, "ddp.overlap_param_gather": True}
 _FSDP = {"dist.use_torch_fsdp2": True}
 _FSDP_GRADS = {"dist.use_megatron_fsdp": True, "ddp.data_parallel_sharding_strategy": "optim_grads"}
+_ONCE_A_STEP = {"run.gradient_sync": "step"}
 _TWICE = {"ddp.num_distributed_optimizer_instances": 2}
 _UNIFORM = {
     "model.recompute_granularity": "full",
@@ -189,6 +190,9 @@ CASES: tuple[Case, ...] = (
     Case("PP2 x FSDP2", 4, {**_pipeline(2), **_FSDP}),
     Case("PP2 interleaved x FSDP2, recomputation", 4, {**_pipeline(2, 2), **_FSDP, **_UNIFORM}),
     Case("PP2 x FSDP2 of gradients", 4, {**_pipeline(2), **_FSDP_GRADS}),
+    Case("FSDP2, gradients once a step", 2, {**_FSDP, **_ONCE_A_STEP}),
+    Case("TP2+SP x FSDP2, gradients once a step", 4, {**_tensor(2, True), **_FSDP, **_ONCE_A_STEP}),
+    Case("PP2 interleaved x FSDP2, gradients once a step", 4, {**_pipeline(2, 2), **_FSDP, **_ONCE_A_STEP}),
     Case("sharded DP2 twice, overlap", 4, {**_OVERLAP_BOTH, **_TWICE}),
     Case("PP2 x TP2", 4, {**_pipeline(2), **_tensor(2)}),
     Case("DP2, overlap", 2, _OVERLAP),
@@ -204,6 +208,12 @@ CASES: tuple[Case, ...] = (
     Case("EP2 x PP2 interleaved", 4, {**_expert(2), **_pipeline(2, 2)}),
     Case("EP2 x DP2", 4, _expert(2)),
     Case("EP2 x sharded DP2, overlap", 4, {**_expert(2), **_OVERLAP_BOTH}),
+    Case("EP2 x FSDP2", 2, {**_expert(2), **_FSDP}),
+    Case("EP2 x FSDP4, recomputation", 4, {**_expert(2), **_FSDP, **_UNIFORM}),
+    Case("EP2 x FSDP4 of gradients, once a step", 4, {**_expert(2), **_FSDP_GRADS, **_ONCE_A_STEP}),
+    Case("EP2 x PP2 interleaved x FSDP2, once a step", 4, {**_expert(2), **_pipeline(2, 2), **_FSDP, **_ONCE_A_STEP}),
+    Case("EP2 x TP2+SP x FSDP2", 4, {**_expert(2), **_tensor(2, True), **_FSDP}),
+    Case("CP2 x EP4 x FSDP4", 4, {**_context(2), **_expert(4), **_FSDP}),
     Case("ETP1 x TP2+SP", 2, {**_tensor(2, True), **_WHOLE}),
     Case("EP2 x ETP1 x TP2+SP", 2, {**_expert(2), **_tensor(2, True), **_WHOLE}),
     Case("EP2 x ETP1 x TP2+SP x sharded DP2", 4, {**_expert(2), **_tensor(2, True), **_WHOLE, **_SHARDED}),

@@ -15,13 +15,19 @@ from lockstep.models.router import Router, RouterLosses
 from lockstep.models.sequence import WholeSequence
 from lockstep.parallel.experts import GatheringDispatcher, TravellingDispatcher, keep_experts
 from lockstep.parallel.mesh import Axis, Mesh
+from lockstep.training.optimizer import Optimizer
+from lockstep.training.setup import build_parallel_model, build_passes
+from lockstep.training.step import TrainStep
 from tests.parallel import sweep
 from tests.parallel.spawn import on_processes
+from tests.parallel.test_gradient_sync import Collectives
 
 _CASE = next(case for case in sweep.CASES if case.name == "EP2 x DP2")
 _ALL = next(case for case in sweep.CASES if case.name == "EP4")
 _CONTEXT = next(case for case in sweep.CASES if case.name == "CP2 x EP4 by all-gather")
 _WHOLE = next(case for case in sweep.CASES if case.name == "EP2 x ETP1 x TP2+SP x sharded DP2")
+_SHARDED = next(case for case in sweep.CASES if case.name == "EP2 x FSDP4, recomputation")
+_KEPT = next(case for case in sweep.CASES if case.name == "EP2 x FSDP4 of gradients, once a step")
 _DROPS = {"model.moe_expert_capacity_factor": 0.75}
 _SCALED = {
     "model.moe_router_load_balancing_type": ["sinkhorn"],
@@ -29,6 +35,7 @@ _SCALED = {
     "model.moe_router_score_function": "softmax",
     "model.moe_router_enable_expert_bias": False,
 }
+_CPU = torch.device("cpu")
 _POLICIES = ("probs", "position")
 _DISPATCHERS = ("alltoall", "allgather")
 
@@ -100,6 +107,35 @@ def _dispatch_part(dispatcher: Any, x: Any, assignment: Any) -> Any:
     return dispatcher.inner.dispatch(x, dataclasses.replace(assignment, **parts))
 
 
+def _sharded_experts(model: Any) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, Experts)]
+
+
+def _mean_over_expert_replicas(model: Any, step: Any, optimizer: Any) -> None:
+    for experts in _sharded_experts(model):
+        experts.set_gradient_divide_factor(2.0)
+
+
+def _experts_in_other_processes_left_out(model: Any, step: Any, optimizer: Any) -> None:
+    mesh = optimizer._gradients._mesh
+    optimizer._gradients._mesh = dataclasses.replace(mesh, shards=mesh.expert_replicas)
+
+
+def _experts_without_gradients(model: Any, step: Any, optimizer: Any) -> None:
+    """Keep the gradients of experts whole, for a later pass that does not come."""
+
+    def keep(*_: Any) -> None:
+        for experts in _sharded_experts(model):
+            experts.set_requires_gradient_sync(False)
+
+    model.register_forward_pre_hook(keep)
+
+
+_SHARDED_FAULTS = {
+    "mean of gradients over the replicas of experts": _mean_over_expert_replicas,
+    "sharded experts of other processes left out of the norm": _experts_in_other_processes_left_out,
+    "gradients of sharded experts kept whole": _experts_without_gradients,
+}
 _WHOLE_FAULTS = {
     "experts of one tensor-parallel process in the norm": _of_one_tensor_parallel_process,
     "a router's gradient of a part of the sequence": _tokens_without_those_of_others,
@@ -120,7 +156,8 @@ _FAULTS = {
 
 def _everything() -> dict[str, Any]:
     """Run the faults, and jobs that the sweep has not, in one start of the processes."""
-    kind, found = sweep.KINDS["experts"], {}
+    found: dict[str, Any] = {}
+    kind = sweep.KINDS["experts"]
     config, mesh = sweep.configure({**kind, **_CASE.changes}, 4), sweep.mesh_of(_CASE)
     expected = sweep.play(sweep.configure(kind, 1), Mesh())
     for name, fault in {"none": None, **_FAULTS}.items():
@@ -132,6 +169,10 @@ def _everything() -> dict[str, Any]:
     config, mesh = sweep.configure({**kind, **_WHOLE.changes}, 4), sweep.mesh_of(_WHOLE)
     for name, fault in _WHOLE_FAULTS.items():
         found[name] = sweep.compare("experts", name, sweep.play(config, mesh, sabotage=fault), expected)
+    config, mesh = sweep.configure({**kind, **_SHARDED.changes}, 4), sweep.mesh_of(_SHARDED)
+    for name, fault in {"sharded": None, **_SHARDED_FAULTS}.items():
+        found[name] = sweep.compare("experts", name, sweep.play(config, mesh, sabotage=fault), expected)
+    found["order"] = _order_of_reductions(mesh)
     for policy in _POLICIES:
         job = {**kind, **_DROPS, "model.moe_token_drop_policy": policy}
         one = sweep.play(sweep.configure(job, 1), Mesh())
@@ -156,6 +197,17 @@ def _everything() -> dict[str, Any]:
     return found
 
 
+def _order_of_reductions(mesh: Mesh) -> list[int]:
+    """Return the elements of each reduction of gradients in a step with sharded weights, in their order."""
+    config = sweep.configure({**sweep.KINDS["experts"], **_KEPT.changes}, 4)
+    model, spans, _ = build_parallel_model(config, mesh, _CPU, torch.float64)
+    optimizer = Optimizer(model, config, mesh)
+    step = TrainStep(build_passes(config, model, spans, mesh, _CPU), optimizer, dp=mesh.dp)
+    with Collectives() as collectives:
+        step(sweep.share(sweep.global_batch(config, 0), 2, mesh.dp), 2, 1e-2, 0.01)
+    return collectives.reduced
+
+
 class _Open(Axis):
     """An axis of which a fault can replace a method."""
 
@@ -171,6 +223,7 @@ def results() -> list[dict[str, Any]]:
     "job",
     [
         "none",
+        "sharded",
         *(f"drops {dispatcher}" for dispatcher in _DISPATCHERS),
         *(f"drops by {policy}, context parallel" for policy in _POLICIES),
         "scaled scores, context parallel",
@@ -181,9 +234,17 @@ def test_several_processes_find_what_one_finds(results, job: str) -> None:
     assert [found[job] for found in results if not found[job].passes] == []
 
 
-@pytest.mark.parametrize("fault", [*_FAULTS, *_CONTEXT_FAULTS, *_WHOLE_FAULTS, _SCALED_FAULT])
+@pytest.mark.parametrize("fault", [*_FAULTS, *_CONTEXT_FAULTS, *_WHOLE_FAULTS, *_SHARDED_FAULTS, _SCALED_FAULT])
 def test_a_planted_fault_is_seen(results, fault: str) -> None:
     assert any(not found[fault].passes for found in results)
+
+
+def test_sharded_experts_are_added_up_with_their_layer_and_not_at_the_end(results) -> None:
+    for found in results:
+        *pairs, _, _ = found["order"]  # of three layers with their experts, a layer without, and what is left
+        experts, layers = pairs[::2], pairs[1::2]
+        assert len(experts) == len(layers) == 3
+        assert (len({*experts}), len({*layers}), len({*pairs})) == (1, 1, 2)
 
 
 @pytest.mark.parametrize("dispatcher", _DISPATCHERS)

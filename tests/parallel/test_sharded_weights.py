@@ -13,9 +13,11 @@ from lockstep.parallel.mesh import Axis, Mesh
 from lockstep.training.setup import build_parallel_model
 from tests.parallel import sweep
 from tests.parallel.spawn import on_processes
+from tests.parallel.test_gradient_sync import counted
 
 _TWICE = next(case for case in sweep.CASES if case.name == "FSDP2 of gradients twice, recomputation")
 _DATA = next(case for case in sweep.CASES if case.name == "DP4")
+_PIPELINE = next(case for case in sweep.CASES if case.name == "PP2 interleaved x FSDP2, gradients once a step")
 _CPU = torch.device("cpu")
 
 
@@ -78,6 +80,10 @@ def _everything() -> dict[str, Any]:
     few = {"model.kv_channels": 2, "model.qk_layernorm": True, "model.normalization": "RMSNorm"}
     alone = sweep.play(sweep.configure(few, 1), Mesh())
     found["few"] = sweep.compare("GPT", "few rows", _on_data({**few, **fsdp}), alone)
+    found["pipeline"] = {
+        when: counted({**_PIPELINE.changes, "run.gradient_sync": when}, 4, sweep.mesh_of(_PIPELINE))
+        for when in ("micro-batch", "step")
+    }
     model, _, _ = build_parallel_model(config, mesh, _CPU, torch.bfloat16)
     found["held"] = sum(local(p).numel() for p in model.parameters()) / sum(p.numel() for p in model.parameters())
     found["stored"] = {str(p.dtype) for p in model.parameters()}
@@ -114,6 +120,13 @@ def test_evaluation_between_steps_and_zeros_in_gradients(results) -> None:
         assert found["evaluated"].passes
         counted, expected = found["zeros"]
         assert counted == pytest.approx(expected, rel=0.01)  # sums that cancel are zero or nearly so
+
+
+def test_stages_of_a_pipeline_add_up_gradients_once_a_step(results) -> None:
+    for found in results:  # two layers and what is left, once or in every micro-batch
+        reductions = {when: counts["_reduce_scatter_base_"] for when, counts in found["pipeline"].items()}
+        assert reductions["step"] == 3
+        assert reductions["micro-batch"] >= 4 * 3
 
 
 def test_some_processes_have_no_row_of_a_short_parameter(results) -> None:

@@ -22,15 +22,23 @@ _EXPERTS: dict[str, Any] = {
 }
 _SHARED_OUT = {**_EXPERTS, "model.expert_model_parallel_size": 2, "model.moe_token_dispatcher_type": "alltoall"}
 _WHOLE = {**_SHARED_OUT, **SEQUENCE, "model.expert_tensor_parallel_size": 1}
+_FSDP = {
+    **_SHARED_OUT,
+    "dist.use_torch_fsdp2": True,
+    "train.check_weight_hash_across_dp_replicas_interval": None,
+}
 _SOURCES: dict[str, tuple[int, dict[str, Any]]] = {
     "ep2": (2, _SHARED_OUT),
     "sharded": (4, {**_SHARED_OUT, **SHARDED}),
+    "fsdp": (4, _FSDP),
     "whole": (4, {**_WHOLE, **SHARDED}),
 }
 _MOVES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "ep2 to one": ("ep2", 1, _EXPERTS),
     "ep2 to ep2 x sharded dp2": ("ep2", 4, {**_SHARED_OUT, **SHARDED}),
     "ep2 x sharded dp2 to dp2": ("sharded", 2, _EXPERTS),
+    "ep2 x fsdp4 to one": ("fsdp", 1, _EXPERTS),
+    "ep2 to ep2 x fsdp2": ("ep2", 2, _FSDP),
     "ep2 x tp2 of whole experts x sharded dp2 to one": ("whole", 1, _EXPERTS),
     "ep2 to ep2 x tp2 of whole experts": ("ep2", 2, _WHOLE),
 }

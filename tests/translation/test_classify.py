@@ -135,6 +135,16 @@ def test_what_overrides_cannot_carry_is_said() -> None:
     assert "mixed_precision.fp8" in notes
 
 
+def test_values_and_settings_that_bridge_has_not() -> None:
+    found = bridged("--bf16", "--fp8-format", "e4m3", "--fp8-recipe", "rowwise", "--gradient-sync", "step")
+    verdicts = {verdict.option.written.flag: verdict for verdict in found.verdicts}
+    assert verdicts["--fp8-recipe"].kind == "blocking"
+    assert verdicts["--fp8-recipe"].reason == "changes the run, and Megatron Bridge has no counterpart"
+    assert verdicts["--gradient-sync"].kind == "waived"
+    assert "run.gradient_sync" not in found.assignments
+    assert verdict(bridged("--bf16", "--fp8-recipe", "tensorwise"), "--fp8-recipe")[0] != "blocking"
+
+
 def test_a_missing_size_keeps_the_recipes() -> None:
     translation = to_lockstep(read_flags(plain("--num-layers 2 --hidden-size 8".split())), RECIPE)
     assert "train.micro_batch_size" not in translation.assignments

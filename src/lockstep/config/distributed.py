@@ -132,7 +132,7 @@ class DDPConfig(MegatronFSDP, Section):
     keep_fp8_transpose_cache: bool = opt(
         False,
         "--keep-fp8-transpose-cache",
-        refused="of narrow formats only float8 with a scale for each tensor is supported",
+        refused="of narrow formats only float8 with a scale for each tensor or row is supported",
     )
     enable_full_sharding_in_hsdp: bool = opt(
         False,

@@ -269,7 +269,8 @@ def sharing_problems(c: ConfigContainer, replicas: int, name: Callable[[str], st
             yield f"{label} does not divide the {sharers} tensor- and data-parallel processes; use a divisor"
     elif replicas % size:
         yield f"{label} does not divide the {replicas} data-parallel processes; use a divisor, or start more"
-    if shards_weights(c):
-        yield f"{label} with sharded weights is not supported; use --use-distributed-optimizer instead of them"
+    if shards_weights(c) and (whole or c.peft.scheme is not None):
+        beside = "adapters and " if c.peft.scheme is not None else ""
+        yield f"{label} with {beside}sharded weights is not supported; use --use-distributed-optimizer instead of them"
     if c.ddp.num_distributed_optimizer_instances > 1:
         yield f"{label} with {name('ddp.num_distributed_optimizer_instances')} is not supported; drop one"

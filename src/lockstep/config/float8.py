@@ -19,11 +19,23 @@ def float8_problems(c: ConfigContainer, name: Callable[[str], str]) -> Iterator[
     if precision.fp8 is None:
         if precision.first_last_layers_bf16:
             yield f"{name('mixed_precision.first_last_layers_bf16')} has no effect without {asked}; drop it"
+        if precision.fp8_param_gather:
+            yield f"{name('mixed_precision.fp8_param_gather')} has no effect without {asked}; drop it"
         return
     recipe = precision.fp8_recipe
-    if recipe != "tensorwise":
+    if recipe in _SCALED_ELSEWHERE:
         why = _SCALED_ELSEWHERE[recipe]
-        yield f"{name('mixed_precision.fp8_recipe')} = {recipe} {why}, and is not supported; use tensorwise"
+        yield f"{name('mixed_precision.fp8_recipe')} = {recipe} {why}, and is not supported; use tensorwise or rowwise"
+    elif recipe == "rowwise" and precision.fp8 != "e4m3":
+        yield (
+            f"{name('mixed_precision.fp8_recipe')} = rowwise has gradients in e4m3 too, and {asked} = {precision.fp8} "
+            "has them in e5m2; use e4m3"
+        )
+    elif recipe == "rowwise" and precision.fp8_param_gather:
+        yield (
+            f"{name('mixed_precision.fp8_param_gather')} does not work with {name('mixed_precision.fp8_recipe')} = "
+            "rowwise: the two products of a weight scale it along different rows; drop one"
+        )
     if not precision.bf16:
         yield f"{asked} = {precision.fp8} needs mixed_precision.bf16 (--bf16); add that"
     for path, present in (("model.num_moe_experts", model.num_moe_experts), ("peft.scheme", c.peft.scheme)):

@@ -234,10 +234,12 @@ class ModelExecution(Section):
         effect="speed",
     )
     fp8_interval: int = opt(
-        1, "--fp8-interval", refused="of narrow formats only float8 with a scale for each tensor is supported"
+        1, "--fp8-interval", refused="of narrow formats only float8 with a scale for each tensor or row is supported"
     )
     fp8_output_proj: bool = opt(
-        False, "--fp8-output-proj", refused="of narrow formats only float8 with a scale for each tensor is supported"
+        False,
+        "--fp8-output-proj",
+        refused="of narrow formats only float8 with a scale for each tensor or row is supported",
     )
     cuda_graph_warmup_steps: int = opt(
         3,

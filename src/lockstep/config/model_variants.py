@@ -434,12 +434,12 @@ class OtherExecution(Section):
     fp8_quantizer_factory: str | None = opt(
         None,
         "--fp8-quantizer-factory",
-        refused="of narrow formats only float8 with a scale for each tensor is supported",
+        refused="of narrow formats only float8 with a scale for each tensor or row is supported",
     )
     fp4_quantizer_factory: str | None = opt(
         None,
         "--fp4-quantizer-factory",
-        refused="of narrow formats only float8 with a scale for each tensor is supported",
+        refused="of narrow formats only float8 with a scale for each tensor or row is supported",
     )
     gtp_remat_opt_in_modules: list[str] = opt(
         [], "--gtp-remat-opt-in-modules", refused="this way of executing the model is not supported", effect="speed"

@@ -14,7 +14,7 @@ _BACKGROUND = (
 
 @dataclass(kw_only=True)
 class RunConfig(Section):
-    """What only Lockstep has: the run directory, the device, and what is compiled."""
+    """What only Lockstep has: the run directory, the device, what is compiled, and when gradients are added up."""
 
     section_name: ClassVar[str] = "run"
 
@@ -35,6 +35,13 @@ class RunConfig(Section):
         "--cuda-graphs",
         help="Launch forward and backward pass of a micro-batch as one CUDA graph; auto does so for small models on "
         "one GPU.",
+        effect="speed",
+    )
+    gradient_sync: Literal["auto", "micro-batch", "step"] = opt(
+        "auto",
+        "--gradient-sync",
+        help="Add gradients of sharded weights up over processes after every micro-batch, or once a step, which keeps "
+        "them whole in between; auto does the latter on GPUs where they take at most a tenth of the memory.",
         effect="speed",
     )
 

@@ -27,8 +27,11 @@ def sharding_problems(c: ConfigContainer, replicas: int, name: Callable[[str], s
     """Yield what is wrong with how ``replicas`` processes with the same weights share out; ``name`` names a field."""
     yield from _contradictions(c, name)
     yield from _without_effect(c, name)
+    if not shards_weights(c):
+        yield from _of_sharded_weights(c, name)
     if shards_weights(c) and replicas > 1:
         yield from _of_whole_weights(c, name)
+    yield from _float8_gather(c, replicas, name)
     instances, path = c.ddp.num_distributed_optimizer_instances, "ddp.num_distributed_optimizer_instances"
     if instances < 1:
         yield f"{name(path)} = {instances}: give 1 or more"
@@ -39,6 +42,16 @@ def sharding_problems(c: ConfigContainer, replicas: int, name: Callable[[str], s
             f"{name(path)} = {instances} does not divide the {replicas} processes that have the same weights; "
             f"use a divisor of {replicas}"
         )
+
+
+def _float8_gather(c: ConfigContainer, replicas: int, name: Callable[[str], str]) -> Iterator[str]:
+    precision, path = c.mixed_precision, "mixed_precision.fp8_param_gather"
+    if not precision.fp8_param_gather or precision.fp8 is None:
+        return
+    if not shards_weights(c):
+        yield f"{name(path)} is for sharded weights (--use-torch-fsdp2); whole ones travel in BF16; drop it"
+    elif replicas // max(1, c.ddp.num_distributed_optimizer_instances) == 1:
+        yield f"{name(path)} has no effect where one process has all weights; drop it"
 
 
 def _contradictions(c: ConfigContainer, name: Callable[[str], str]) -> Iterator[str]:
@@ -64,6 +77,14 @@ def _without_effect(c: ConfigContainer, name: Callable[[str], str]) -> Iterator[
         yield (
             f"{name(path)} = {strategy} has no effect without dist.use_megatron_fsdp (--use-megatron-fsdp); "
             "add that or drop this"
+        )
+
+
+def _of_sharded_weights(c: ConfigContainer, name: Callable[[str], str]) -> Iterator[str]:
+    if c.run.gradient_sync == "micro-batch":
+        yield (
+            f"{name('run.gradient_sync')} = micro-batch is for sharded weights (--use-torch-fsdp2); gradients of whole "
+            "ones are added up once a step; drop it"
         )
 
 

@@ -320,10 +320,11 @@ class MixedPrecisionConfig(Section):
         "--fp8-format",
         help="Multiply in float8 in the linears of the layers: hybrid has gradients in e5m2, all else is e4m3.",
     )
-    fp8_recipe: Literal["tensorwise", "delayed", "mxfp8", "blockwise", "custom"] = opt(
+    fp8_recipe: Literal["tensorwise", "rowwise", "delayed", "mxfp8", "blockwise", "custom"] = opt(
         "delayed",
         "--fp8-recipe",
-        help="How float8 operands are scaled; tensorwise: by the largest element that they have now.",
+        help="How float8 operands are scaled; tensorwise: by the largest element that they have now; rowwise (not "
+        "in Megatron-LM): each row by its own, with all operands in e4m3.",
     )
     fp8_margin: int = opt(0, "--fp8-margin", refused=_DELAYED_SCALING)
     fp8_amax_history_len: int = opt(1, "--fp8-amax-history-len", refused=_DELAYED_SCALING)
@@ -341,10 +342,12 @@ class MixedPrecisionConfig(Section):
         1, "--num-layers-at-end-in-bf16", help="How many last layers --first-last-layers-bf16 keeps out."
     )
     fp4: Literal["e2m1"] | None = opt(
-        None, "--fp4-format", refused="of narrow formats only float8 with a scale for each tensor is supported"
+        None, "--fp4-format", refused="of narrow formats only float8 with a scale for each tensor or row is supported"
     )
     fp4_recipe: Literal["nvfp4", "custom"] = opt(
-        "nvfp4", "--fp4-recipe", refused="of narrow formats only float8 with a scale for each tensor is supported"
+        "nvfp4",
+        "--fp4-recipe",
+        refused="of narrow formats only float8 with a scale for each tensor or row is supported",
     )
     loss_scale: float | None = opt(None, "--loss-scale", help="Static loss scale; dynamic when unset.")
     initial_loss_scale: float = opt(4294967296.0, "--initial-loss-scale", help="First dynamic loss scale.")
@@ -356,18 +359,22 @@ class MixedPrecisionConfig(Section):
     reuse_grad_buf_for_mxfp8_param_ag: bool = opt(
         False,
         "--reuse-grad-buf-for-mxfp8-param-ag",
-        refused="of narrow formats only float8 with a scale for each tensor is supported",
+        refused="of narrow formats only float8 with a scale for each tensor or row is supported",
     )
     fp4_param_gather: bool = opt(
-        False, "--fp4-param-gather", refused="of narrow formats only float8 with a scale for each tensor is supported"
+        False,
+        "--fp4-param-gather",
+        refused="of narrow formats only float8 with a scale for each tensor or row is supported",
     )
     fp8_param_gather: bool = opt(
-        False, "--fp8-param-gather", refused="of narrow formats only float8 with a scale for each tensor is supported"
+        False,
+        "--fp8-param-gather",
+        help="Gather sharded weights of linears that multiply in float8 in that format, from FP32.",
     )
     te_precision_config_file: str | None = opt(
         None,
         "--te-precision-config-file",
-        refused="of narrow formats only float8 with a scale for each tensor is supported",
+        refused="of narrow formats only float8 with a scale for each tensor or row is supported",
     )
 
 

@@ -187,9 +187,11 @@ class Experts(nn.Module):
             {str(each): Expert(config, dtype=dtype, device=device) for each in range(number)}
         )
 
-    def forward(self, rows: Rows) -> Tensor:
-        """Return the output [r, h] of each row."""
-        tokens, weights = rows.tokens, rows.weights
+    def forward(self, tokens: Tensor, weights: Tensor, rows: Rows) -> Tensor:
+        """Return the output [r, h] of each row.
+
+        Tokens and weights are those of the rows, given apart so that hooks see what has gradients.
+        """
         if self.weighs_input:
             tokens = (tokens * weights[:, None]).to(tokens.dtype)
             weights = torch.ones_like(weights)
@@ -298,7 +300,7 @@ class MixtureOfExperts(nn.Module):
         """Return the output [b, s, h] for x [b, s, h], and no bias; `losses` takes what the router adds to the loss."""
         assignment = self.router(self.dispatcher.seen(x), losses)
         rows = self.dispatcher.dispatch(x, assignment)
-        output = self.dispatcher.combine(self.experts(rows), rows)
+        output = self.dispatcher.combine(self.experts(rows.tokens, rows.weights, rows), rows)
         return output if self.shared_experts is None else output + self._shared(self.shared_experts, x), None
 
     def compile(self, compiled: Compiler) -> None:

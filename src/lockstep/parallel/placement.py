@@ -13,6 +13,7 @@ import torch
 from lockstep.config.model import ModelConfig
 from lockstep.config.peft import PEFTConfig
 from lockstep.models.init import in_order
+from lockstep.parallel.fsdp import shards_of
 from lockstep.parallel.mesh import Axis, Mesh
 from lockstep.parallel.plan import WORD_EMBEDDINGS, Shard, is_expert, shard_of
 from lockstep.peft.apply import whole_adapters
@@ -171,10 +172,9 @@ class Placement:
         self.shapes: dict[str, Shape] = {name: tuple(p.shape) for name, p in in_order(whole)}
         self._all = self.shapes | {name: tuple(buffer.shape) for name, buffer in whole.named_buffers()}
 
-    @property
-    def shards(self) -> Axis:
-        """The processes over which weights are sharded, where they are."""
-        return self._mesh.shards
+    def shards_of(self, name: str) -> Axis:
+        """Return the processes over which a parameter is sharded, where weights are."""
+        return shards_of(name, self._mesh)
 
     def placed(self, name: str, tensor: torch.Tensor, span: tuple[int, int] | None = None) -> Placed:
         """Return a tensor of the parameter or buffer ``name``, or of its elements ``span`` here, with its place."""

@@ -141,7 +141,7 @@ def set_magnitudes(
             part = part_of(name, lengths, config.model, mesh)
             if is_sharded(parts.model):
                 owner, _, leaf = name.rpartition(".")
-                keeper(mesh.shards)(parts.model.get_submodule(owner), leaf, part)
+                keeper(parts.model, mesh)(parts.model.get_submodule(owner), leaf, part)
             else:
                 named[name].copy_(part)
 

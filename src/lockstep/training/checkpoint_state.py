@@ -27,7 +27,7 @@ def model_tensors(model: GPTModel, placement: Placement) -> dict[str, Placed]:
     The tensors are the model's own but for those of sharded weights, which `take_model_tensors` takes back.
     """
     if is_sharded(model):
-        own = own_weights(model, placement.shards)
+        own = own_weights(model, placement.shards_of)
         placed = {MODEL + name: placement.placed(name, *rows) for name, rows in own.items()}
         return placed | {MODEL + name: placement.placed(name, buffer) for name, buffer in model.named_buffers()}
     # state_dict waits for weights that are still on their way from other processes; named_parameters would not.

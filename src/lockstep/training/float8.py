@@ -1,8 +1,11 @@
-"""Float8 products of the linears in the layers, by torchao: each operand is scaled by its own largest element.
+"""Float8 products of the linears in the layers, by torchao: operands are scaled by their own largest elements.
+
+Each has one scale, or each of its rows, which is what a product adds up over.
 
 Weights, activations between products, norms, attention, embedding, output layer and losses stay in BF16.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +18,7 @@ from lockstep.errors import UserError
 from lockstep.models import GPTModel
 from lockstep.models.layers import Linear
 
-_CAPABILITY = (8, 9)  # the first NVIDIA GPUs with float8 products
+_CAPABILITY = {"tensorwise": (8, 9), "rowwise": (9, 0)}  # of the first NVIDIA GPUs with such float8 products
 _MULTIPLE = 16  # of which the products take sizes
 
 Product = Callable[[Tensor, Tensor], Tensor]
@@ -37,14 +40,16 @@ def describe_float8(config: ConfigContainer) -> str:
     if not layers:
         return "none"
     formats = "e4m3" if precision.fp8 == "e4m3" else "e4m3, gradients e5m2"
+    travel = "kept in FP32 and gathered in e4m3" if precision.fp8_param_gather else "kept and gathered in BF16"
+    powers = " and rounded down to powers of two" if precision.fp8_recipe == "rowwise" else ""
     return (
         f"linears of {len(layers)} of {total} layers, {formats}, scaled by {precision.fp8_recipe} maxima of the same "
-        "step; weights are kept and gathered in BF16 (torchao)"
+        f"step{powers}; weights are {travel} (torchao)"
     )
 
 
-def _check_device(device: torch.device) -> None:
-    """Check that a device has float8 products; the meta device stands for a GPU that has them.
+def _check_device(device: torch.device, recipe: str = "tensorwise") -> None:
+    """Check that a device has float8 products of operands so scaled; the meta device stands for a GPU that has them.
 
     Raises:
         UserError: it has not.
@@ -53,11 +58,12 @@ def _check_device(device: torch.device) -> None:
         return
     if device.type != "cuda":
         raise UserError(f"mixed_precision.fp8 (--fp8-format) needs a GPU, and this run is on {device}; drop it")
-    found = torch.cuda.get_device_capability(device)
-    if found < _CAPABILITY:
+    found, needed = torch.cuda.get_device_capability(device), _CAPABILITY[recipe]
+    if found < needed:
+        remedy = "drop it" if found < _CAPABILITY["tensorwise"] else "use tensorwise"
         raise UserError(
-            f"mixed_precision.fp8 (--fp8-format) needs a GPU of compute capability {_CAPABILITY[0]}.{_CAPABILITY[1]} "
-            f"or later, and {torch.cuda.get_device_name(device)} has {found[0]}.{found[1]}; drop it"
+            f"mixed_precision.fp8_recipe (--fp8-recipe) = {recipe} needs a GPU of compute capability {needed[0]}."
+            f"{needed[1]} or later, and {torch.cuda.get_device_name(device)} has {found[0]}.{found[1]}; {remedy}"
         )
 
 
@@ -73,7 +79,7 @@ def use_float8(model: GPTModel, config: ConfigContainer, device: torch.device, *
     if not layers:
         return
     if not emulate:
-        _check_device(device)
+        _check_device(device, config.mixed_precision.fp8_recipe)
     product = float8_product(config.mixed_precision, emulate=emulate)
     for number, layer in model.decoder.layers.items():
         if int(number) not in layers:
@@ -99,23 +105,39 @@ def float8_product(precision: MixedPrecisionConfig, *, emulate: bool = False) ->
     Raises:
         UserError: torchao is not installed.
     """
-    torchao, matmul, mm_config, scaled_mm = _imported()
+    torchao, matmul, _, _ = _imported()
     # With this, which finds nothing to convert, torchao keeps the compiler from code that stores wrong float8 numbers.
     torchao.convert_to_float8_training(nn.Identity())
-    gradient = torchao.CastConfig(target_dtype=torch.float8_e4m3fn) if precision.fp8 == "e4m3" else torchao.CastConfig()
-    scaling = torchao.Float8LinearConfig(cast_config_grad_output=gradient, emulate=emulate)
-    accumulation = mm_config(
-        *(
-            scaled_mm(emulate, gemm.use_fast_accum, False, False)
-            for gemm in (scaling.gemm_config_output, scaling.gemm_config_grad_input, scaling.gemm_config_grad_weight)
-        )
-    )
+    settings = scaling(precision, emulate=emulate)
+    products = accumulation(settings)
 
     def product(x: Tensor, weight: Tensor) -> Tensor:
-        result: Tensor = matmul.apply(x, weight.t(), accumulation, scaling)
+        result: Tensor = matmul.apply(x, weight.t(), products, settings)
         return result
 
     return product
+
+
+def scaling(precision: MixedPrecisionConfig, *, emulate: bool = False) -> Any:
+    """Return torchao's settings of how operands are scaled and rounded.
+
+    Raises:
+        UserError: torchao is not installed.
+    """
+    torchao, *_ = _imported()
+    settings = torchao.Float8LinearConfig.from_recipe_name(precision.fp8_recipe)
+    if precision.fp8 == "e4m3":
+        gradient = dataclasses.replace(settings.cast_config_grad_output, target_dtype=torch.float8_e4m3fn)
+        of_gradients = ("cast_config_grad_output", "cast_config_grad_output_for_grad_weight")
+        settings = dataclasses.replace(settings, **dict.fromkeys(of_gradients, gradient))
+    return dataclasses.replace(settings, emulate=emulate)
+
+
+def accumulation(settings: Any) -> Any:
+    """Return torchao's settings of how the three products of a linear add up."""
+    _, _, mm_config, scaled_mm = _imported()
+    gemms = (settings.gemm_config_output, settings.gemm_config_grad_input, settings.gemm_config_grad_weight)
+    return mm_config(*(scaled_mm(settings.emulate, gemm.use_fast_accum, False, False) for gemm in gemms))
 
 
 def _imported() -> tuple[Any, Any, Any, Any]:

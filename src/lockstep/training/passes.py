@@ -13,7 +13,7 @@ from lockstep.models import DropoutStreams
 from lockstep.models.ops import widened
 from lockstep.models.router import RouterLosses
 from lockstep.parallel import Axis
-from lockstep.parallel.fsdp import release
+from lockstep.parallel.fsdp import add_up_gradients, release
 from lockstep.training.feed import Batch
 from lockstep.training.routing import Routing
 
@@ -44,11 +44,24 @@ class Passes(Protocol):
 
 
 class WholePasses:
-    """Passes of a model all of whose layers are on this process: one micro-batch after the other."""
+    """Passes of a model all of whose layers are on this process: one micro-batch after the other.
 
-    def __init__(self, model: nn.Module, dropout: DropoutStreams | None = None, replicas: Axis | None = None) -> None:
+    Sharded gradients are added up over processes in the last backward pass only where ``sync_once``. ``prepare`` is
+    called before the passes of a batch.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dropout: DropoutStreams | None = None,
+        replicas: Axis | None = None,
+        sync_once: bool = False,
+        prepare: Callable[[], None] | None = None,
+    ) -> None:
         self.model = model
         self.dropout = dropout
+        self._sync_once = sync_once
+        self._prepare = prepare
         self.routing = Routing(model, replicas or Axis())
 
     def train(
@@ -56,8 +69,12 @@ class WholePasses:
     ) -> torch.Tensor:
         """Run forward and backward passes; see ``Passes``."""
         self.model.train()
-        sums = []
+        if self._prepare is not None:
+            self._prepare()
+        sums: list[torch.Tensor] = []
+        count = len(batch) // micro_batch_size
         for micro_batch in batch.split(micro_batch_size):
+            add_up_gradients(self.model, not self._sync_once or len(sums) == count - 1)
             noted = self.routing.begin(router_weight)
             loss_sum, tokens = self.loss(micro_batch, self.dropout, noted)
             objective(loss_sum, tokens).backward()
@@ -70,6 +87,8 @@ class WholePasses:
     def evaluate(self, batch: Batch, micro_batch_size: int) -> torch.Tensor:
         """Run forward passes without dropout; see ``Passes``."""
         self.model.eval()
+        if self._prepare is not None:
+            self._prepare()
         sums = [torch.stack(self.loss(part, None)) for part in batch.split(micro_batch_size)]
         release(self.model)
         return torch.stack(sums)

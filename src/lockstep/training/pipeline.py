@@ -3,7 +3,7 @@
 Shapes: m micro-batches, b samples of a micro-batch, s tokens of a sample, h hidden.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,19 +17,31 @@ from lockstep.models.decoder import Span
 from lockstep.models.layers import required
 from lockstep.models.ops import widened
 from lockstep.parallel import Mesh
-from lockstep.parallel.fsdp import release
+from lockstep.parallel.fsdp import add_up_gradients, release
 from lockstep.training.feed import Batch
 from lockstep.training.passes import Objective, masked_sum
 from lockstep.training.routing import Routing
 
 
 class PipelinePasses:
-    """Passes of a model of which this process has some stages (``spans``): 1F1B, interleaved where it has several."""
+    """Passes of a model of which this process has some stages (``spans``): 1F1B, interleaved where it has several.
+
+    Sharded gradients are added up over processes in the last backward pass of each layer only where ``sync_once``.
+    ``prepare`` is called before the passes of a batch.
+    """
 
     def __init__(
-        self, model: GPTModel, spans: Sequence[Span], mesh: Mesh, dropout: DropoutStreams | None = None
+        self,
+        model: GPTModel,
+        spans: Sequence[Span],
+        mesh: Mesh,
+        dropout: DropoutStreams | None = None,
+        sync_once: bool = False,
+        prepare: Callable[[], None] | None = None,
     ) -> None:
         self._model = model
+        self._sync_once = sync_once
+        self._prepare = prepare
         self._mesh = mesh
         self._stages = [_Stage(model, span) for span in spans]
         self.dropout = dropout
@@ -41,11 +53,32 @@ class PipelinePasses:
         self._model.train()
         for stage in self._stages:
             stage.routing, stage.router_weight = self.routing, router_weight
+        add_up_gradients(self._model, not self._sync_once)
+        if self._sync_once:
+            self._expect_backward_passes(len(batch) // micro_batch_size)
         sums = self._run(batch, micro_batch_size, objective, self.dropout)
         for stage in self._stages:
-            stage.routing = None
+            stage.routing = stage.on_backward = None
         self.routing.finish()
         return sums
+
+    def _expect_backward_passes(self, count: int) -> None:
+        """Have gradients added up from where the last of so many backward passes of a stage begins, or of all stages.
+
+        What is not in a layer may belong to several stages.
+        """
+        left = dict.fromkeys(self._stages, count)
+
+        def begin(stage: _Stage) -> None:
+            left[stage] -= 1
+            if not left[stage]:
+                for number in stage.span.layers:
+                    add_up_gradients(self._model.decoder.layers[str(number)], True)
+            if not any(left.values()):
+                add_up_gradients(self._model, True, recurse=False)
+
+        for stage in self._stages:
+            stage.on_backward = partial(begin, stage)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, micro_batch_size: int) -> Tensor:
@@ -56,6 +89,8 @@ class PipelinePasses:
     def _run(
         self, batch: Batch, micro_batch_size: int, objective: Objective | None, dropout: DropoutStreams | None
     ) -> Tensor:
+        if self._prepare is not None:
+            self._prepare()
         count = len(batch) // micro_batch_size
         for stage in self._stages:
             stage.objective, stage.dropout, stage.sums, stage.means = objective, dropout, [], []
@@ -123,6 +158,10 @@ def _given(output: Tensor, _: Tensor) -> Tensor:
     return output
 
 
+def _call(job: Callable[[], None], _: Tensor) -> None:
+    job()
+
+
 class _Stage(nn.Module):
     """A run of layers as a module of its own, for the duration of the passes of a batch."""
 
@@ -134,6 +173,7 @@ class _Stage(nn.Module):
         self.dropout: DropoutStreams | None = None
         self.routing: Routing | None = None
         self.router_weight = 0.0
+        self.on_backward: Callable[[], None] | None = None
         self.sums: list[Tensor] = []
         self.means: list[Tensor] = []
 
@@ -147,7 +187,25 @@ class _Stage(nn.Module):
         rotary_positions: Tensor | None = None,
         valid_tokens: Tensor | None = None,
     ) -> Tensor:
-        """Return the residual stream [b, s, h] for the next stage, or after the last one the objective (scalar)."""
+        """Return the residual stream [b, s, h] for the next stage, or after the last one the objective (scalar).
+
+        ``on_backward`` is called when the backward pass of what is returned begins.
+        """
+        result = self._result(x, position_ids, labels, loss_mask, document_ids, rotary_positions, valid_tokens)
+        if self.on_backward is not None:
+            result.register_hook(partial(_call, self.on_backward))
+        return result
+
+    def _result(
+        self,
+        x: Tensor,
+        position_ids: Tensor,
+        labels: Tensor,
+        loss_mask: Tensor,
+        document_ids: Tensor | None,
+        rotary_positions: Tensor | None,
+        valid_tokens: Tensor | None,
+    ) -> Tensor:
         noted = None if self.routing is None else self.routing.begin(self.router_weight)
         output = self._model(
             x,

@@ -165,6 +165,7 @@ def _complete_record(
         "parameters": parameters,
         "compile": parts.compilation,
         "cuda_graphs": parts.graphs,
+        "gradient_sync": parts.gradient_sync,
         "layout": mesh.describe() | _sharding(config, mesh),
     }
     writer.update(
@@ -176,6 +177,8 @@ def _complete_record(
     say(f"precision: {features['precision']}, matrix products: {features['matmul']}")
     say(f"attention: {features['attention']}, compilation: {features['compile']}")
     say(f"CUDA graphs: {features['cuda_graphs']}")
+    if mesh.replicas.size > 1:
+        say(f"gradients are added up over processes {features['gradient_sync']}")
     say(f"float8: {features['float8']}")
 
 

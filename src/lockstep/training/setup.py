@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -35,6 +35,8 @@ from lockstep.training.evaluate import Evaluator, Split
 from lockstep.training.exits import ExitRule
 from lockstep.training.feed import Feed, sample_order
 from lockstep.training.float8 import use_float8
+from lockstep.training.float8_gather import float8_storage, scale_setter
+from lockstep.training.gradient_sync import GradientSync, choose_gradient_sync, memory_of
 from lockstep.training.graphs import GraphedPasses, choose_graphs
 from lockstep.training.loop import Trainer
 from lockstep.training.optimizer import Optimizer
@@ -50,8 +52,8 @@ from lockstep.training.switch import Switch
 class Parts:
     """Everything that was built: ``trainer`` is None without training, ``evaluator`` without evaluation.
 
-    ``base`` names the frozen weights that adapters are trained for, None without adapters; ``compilation`` and
-    ``graphs`` say what is compiled and captured.
+    ``base`` names the frozen weights that adapters are trained for, None without adapters; ``compilation``, ``graphs``
+    and ``gradient_sync`` say what is compiled and captured, and when gradients are added up over processes.
 
     ``initial_weights`` is the fingerprint of the whole model, taken on the process that keeps the record.
     """
@@ -66,6 +68,7 @@ class Parts:
     evaluator: Evaluator | None
     compilation: str
     graphs: str
+    gradient_sync: str
     base: dict[str, Any] | None = None
 
 
@@ -100,15 +103,15 @@ def build(
     compilation = choose_compilation(config, device, operations)
     if compilation.on:
         compile_blocks(model)
-    passes = build_passes(config, model, spans, mesh, device)
+    sync = choose_gradient_sync(config, model, mesh, memory_of(device))
+    passes = build_passes(config, model, spans, mesh, device, sync)
     graphs = choose_graphs(config, device, mesh, flops * batches.micro_batch_size)
     trainer = None
     if not config.validation.skip_train and train_iters > 0:
         trainer = build_trainer(config, model, passes, datasets, mesh, graphs)
     evaluator = build_evaluator(config, passes, datasets, device, mesh, exit_rule)
-    return Parts(
-        tokenizer, datasets, model, prints, train_iters, flops, trainer, evaluator, str(compilation), str(graphs)
-    )
+    chosen = str(compilation), str(graphs), str(sync)
+    return Parts(tokenizer, datasets, model, prints, train_iters, flops, trainer, evaluator, *chosen)
 
 
 def set_vocab_size(config: ConfigContainer, tokens: int) -> None:
@@ -180,7 +183,7 @@ def build_parallel_model(
     part = partial(part_of, config=config.model, mesh=mesh)
     if sharding is not None:
         model.to_empty(device=device)
-    keep = {} if sharding is None else {"keep": keeper(mesh.shards)}
+    keep = {} if sharding is None else {"keep": keeper(model, mesh)}
     fingerprint = fingerprint and mesh.leads
     fill(model, prints.added(weights) if fingerprint else weights, part, **keep)
     return model, spans, prints.result() if fingerprint else {}
@@ -194,19 +197,32 @@ def _weight_sharding(
         return None
     low = config.ddp.grad_reduce_in_fp32 is False
     reduce_dtype = dtype if low or dtype == torch.float64 else torch.float32
-    return WeightSharding(reduce_dtype, sharding_strategy(config) == "optim_grads", device.type)
+    sharding = WeightSharding(reduce_dtype, sharding_strategy(config) == "optim_grads", device.type)
+    if not config.mixed_precision.fp8_param_gather:
+        return sharding
+    return replace(sharding, kept=float8_storage(config, mesh.shards))
 
 
 def build_passes(
-    config: ConfigContainer, model: GPTModel, spans: Sequence[Span], mesh: Mesh, device: torch.device
+    config: ConfigContainer,
+    model: GPTModel,
+    spans: Sequence[Span],
+    mesh: Mesh,
+    device: torch.device,
+    sync: GradientSync | None = None,
 ) -> Passes:
-    """Build what runs the model over micro-batches: in a pipeline where there is one, on a part of every sequence."""
+    """Build what runs the model over micro-batches: in a pipeline where there is one, on a part of every sequence.
+
+    Gradients are added up when ``sync`` says, or else when the tree does.
+    """
+    sync = sync or choose_gradient_sync(config, model, mesh, memory_of(device))
     assert config.model.num_attention_heads is not None, "a resolved tree has heads"
     dropout = LayoutDropoutStreams(config.rng.seed, device, mesh, config.model.num_attention_heads)
     draw_from(model, dropout)
-    passes: Passes = WholePasses(model, dropout, mesh.replicas)
+    prepare = scale_setter(model, mesh.shards)
+    passes: Passes = WholePasses(model, dropout, mesh.replicas, sync.once_a_step, prepare)
     if mesh.pp.size > 1:
-        passes = PipelinePasses(model, spans, mesh, dropout)
+        passes = PipelinePasses(model, spans, mesh, dropout, sync.once_a_step, prepare)
     return ContextPasses(passes, mesh.cp) if mesh.cp.size > 1 else passes
 
 

@@ -5,6 +5,7 @@ gets the sum of the gradients of its parts, updates them, and receives the updat
 weights are sharded themselves, its shards are its part.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -16,7 +17,7 @@ from lockstep.config.sharding import sharding_strategy
 from lockstep.models import GPTModel
 from lockstep.models.ops import widened
 from lockstep.parallel.buckets import Bucket, Reduction, bucket_size
-from lockstep.parallel.fsdp import is_sharded, local, span_of
+from lockstep.parallel.fsdp import is_sharded, local, shards_of, span_of
 from lockstep.parallel.gradients import is_shared
 from lockstep.parallel.mesh import Axis, Mesh
 from lockstep.parallel.plan import is_expert
@@ -143,16 +144,19 @@ def _wait(needed: list[_Weights], *_: object) -> None:
 class FullyShardedMainWeights(MainWeights):
     """Main weights that are this process's rows of a model's sharded parameters, and share their memory.
 
-    Gradients are already added up over ``shards``; ``instances`` have the same rows, and add up in ``reduce_dtype``.
+    ``axis_of`` tells over which processes a parameter is sharded, and its gradient already added up; ``instances`` have
+    the same rows, and add up in ``reduce_dtype``.
     """
 
     sharded = True
 
-    def __init__(self, model: nn.Module, shards: Axis, instances: Axis, reduce_dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: nn.Module, axis_of: Callable[[str], Axis], instances: Axis, reduce_dtype: torch.dtype
+    ) -> None:
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.names = [name for name, _ in named]
         self.model_params = [p for _, p in named]
-        self._shards = shards
+        self._axis_of = axis_of
         self._instances = instances
         self._reduce_dtype = reduce_dtype
         self._copies = compute_dtype(model).itemsize < self.model_params[0].dtype.itemsize
@@ -163,7 +167,7 @@ class FullyShardedMainWeights(MainWeights):
         self.main_names, self.main_shapes, self.main_params = [], [], []
         self.main_spans = []
         for name, param in zip(self.names, self.model_params, strict=True):
-            begin, end = span_of(param, self._shards)
+            begin, end = span_of(param, self._axis_of(name))
             if begin < end:
                 self.main_spans.append((begin, end))
                 self.main_names.append(name)
@@ -210,7 +214,7 @@ def build_main_weights(model: nn.Module, config: ConfigContainer, mesh: Mesh) ->
     grad_dtype = torch.float32 if config.ddp.grad_reduce_in_fp32 is not False else model_dtype
     if is_sharded(model):
         reduce_dtype = torch.float64 if model_dtype == torch.float64 else grad_dtype
-        return FullyShardedMainWeights(model, mesh.shards, mesh.instances, reduce_dtype)
+        return FullyShardedMainWeights(model, partial(shards_of, mesh=mesh), mesh.instances, reduce_dtype)
     shared_out = mesh.shards.size > 1 and sharding_strategy(config) == "optim"
     axis = mesh.shards if shared_out else mesh.replicas
     elements = sum(p.numel() for p in model.parameters() if p.requires_grad)

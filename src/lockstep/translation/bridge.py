@@ -69,8 +69,17 @@ _NONE = {
     "ft.ft_num_warmup_iters",
     "run.dir",
     "run.device",
+    "run.compile",
+    "run.cuda_graphs",
+    "run.gradient_sync",
 }
 """Paths of the tree that have no key in Bridge; fault_injector is a section that it has not."""
+
+VALUES_WITHOUT_KEY: tuple[tuple[str, Any], ...] = (
+    ("model.activation_func", "openai_gelu"),
+    ("mixed_precision.fp8_recipe", "rowwise"),
+)
+"""Paths with values of theirs that Bridge does not take."""
 
 FORMER: tuple[tuple[str, str, str], ...] = (
     ("dataset.seq_length", "dataset.sequence_length", "0.3"),

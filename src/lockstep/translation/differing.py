@@ -66,6 +66,7 @@ REASONS: dict[str, str] = {
     "mixed_precision.num_layers_at_end_in_bf16": "changes which layers stay out of FP8",
     "ddp.grad_reduce_in_fp32": "changes the precision in which gradients are added up",
     "ddp.use_distributed_optimizer": "shards the optimizer, which adds up gradients in another order",
+    "run.gradient_sync": "adds up gradients in another order",
     "ddp.average_in_collective": "changes where gradients are averaged",
     "rerun_state_machine.rerun_mode": "decides whether a suspicious result is computed again",
     "rng.seed": "seeds weights, dropout and data",

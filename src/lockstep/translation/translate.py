@@ -198,7 +198,7 @@ def _bridge_side(here: ConfigContainer, there: Mapping[str, Any], version: str) 
     def keys(path: str, value: Any) -> tuple[str, ...]:
         if here.dataset.sft and path in bridge.NOT_OF_FINE_TUNING:
             return ()
-        return () if (path, value) == ("model.activation_func", "openai_gelu") else bridge.keys(path, version)
+        return () if (path, value) in bridge.VALUES_WITHOUT_KEY else bridge.keys(path, version)
 
     learned = here.model.position_embedding_type == "learned_absolute"
     rows = here.model.seq_length if learned else ...
