@@ -12,15 +12,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["LOCKSTEP_CORE"] = "main"
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep tests that share what a fixture makes for their module in one worker: it is made once."""
-    for item in items:
-        known = getattr(item, "_fixtureinfo").name2fixturedefs.values()  # noqa: B009
-        if any(definition.scope == "module" for definitions in known for definition in definitions):
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
-
-
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Return the folder of reference data beside the repository; a user's clone has none."""

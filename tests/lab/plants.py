@@ -150,8 +150,8 @@ def low_router(forward: Any, ctx: Any, *arguments: Any) -> torch.Tensor:
     return logits.bfloat16().float() if logits.dtype == torch.float32 else logits
 
 
-def without_the_last_expert(forward: Any, self: Any, rows: Any) -> torch.Tensor:
-    output = forward(self, rows)
+def without_the_last_expert(forward: Any, self: Any, tokens: Any, weights: Any, rows: Any) -> torch.Tensor:
+    output = forward(self, tokens, weights, rows)
     return torch.cat([output[: rows.ends[-2]], torch.zeros_like(output[rows.ends[-2] :])])
 
 

@@ -227,7 +227,7 @@ def _where_to_look(found: Findings, outside: Mismatch) -> str:
     else:
         place = f"the update of iteration {outside.iteration - 1} and earlier: the losses up to it are inside the band"
     text = f"Look first at {place}; the notes name the code, packages and devices that differ."
-    if not outside.key:
+    if not outside.key and found.a.run and found.b.run:
         paths = " ".join(shlex.quote(str(side.path)) for side in (found.a, found.b))
         text += f" `lockstep localise {paths}` runs both again and names the first tensor that differs."
     return text
