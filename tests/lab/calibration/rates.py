@@ -1,8 +1,8 @@
 """Both error rates of the measured band, by its factor: ``python -m tests.lab.calibration.rates``.
 
 Clean pairs are runs that may differ by rounding only and that the band was not made from: other perturbations, other
-micro-batch sizes, the repeat. Faults are those of ``tests/lab/faults.py`` that one process can have. A pair is called
-a bug where any loss or gradient norm lies outside the band.
+micro-batch sizes, the repeat. Faults are those of ``tests/lab/faults.py`` that one process can have in one run. A pair
+is called a bug where any loss or gradient norm lies outside the band.
 """
 
 import contextlib
@@ -62,7 +62,7 @@ def main() -> None:
             clean_pairs += len(clean)
             planted = {}
             for name, fault in FAULTS.items():
-                if fault.processes == 1 and fault.kind == kind:
+                if fault.processes == 1 and fault.kind == kind and not fault.trains_first:
                     try:
                         with fault.plant():
                             planted[name] = curve({**settings, **fault.layout})
