@@ -36,7 +36,7 @@ th { background: #eef1f4; font-weight: 600 } tr:last-child td { border-bottom: 0
 .numbers td:last-child, .numbers th:last-child { text-align: left }
 .numbers td:first-child { white-space: normal }
 .text td:last-child, .walk td:last-child { overflow-wrap: anywhere; min-width: 11em }
-.walk td:nth-child(-n+3) { white-space: nowrap }
+.walk td:nth-child(-n+3), .stages td:nth-child(2) { white-space: nowrap }
 th[scope="row"] { width: 19em; border-bottom: 1px solid #e8ecf0 } tr:last-child th[scope="row"] { border-bottom: 0 }
 .inside td { background: #fff8e1 } .outside td, .differs td { background: #fdecea } .unknown td { background: #fff8e1 }
 .idle td, .idle th { color: #66717d } code { font-size: 13px; overflow-wrap: anywhere }
@@ -164,7 +164,7 @@ def _commands(*sides: Side) -> str:
 def _compared(found: Comparison) -> str:
     title, headings = "What was compared, in this order", ("Compared", "Result", "Finding")
     rows = [(stage.name, STATES[stage.state], "; ".join([stage.detail, *stage.evidence])) for stage in found.stages]
-    return section(title, table(title, headings, rows, [stage.state for stage in found.stages]))
+    return section(title, table(title, headings, rows, [stage.state for stage in found.stages], "text stages"))
 
 
 def _config(found: Comparison) -> str:
