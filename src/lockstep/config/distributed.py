@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from lockstep.config.fields import opt
+from lockstep.config.reasons import NARROW_FORMATS
 from lockstep.config.section import Section
 from lockstep.config.variants import Communicators, MegatronFSDP
 
@@ -132,7 +133,7 @@ class DDPConfig(MegatronFSDP, Section):
     keep_fp8_transpose_cache: bool = opt(
         False,
         "--keep-fp8-transpose-cache",
-        refused="of narrow formats only float8 with a scale for each tensor or row is supported",
+        refused=NARROW_FORMATS,
     )
     enable_full_sharding_in_hsdp: bool = opt(
         False,

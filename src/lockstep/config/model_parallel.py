@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lockstep.config.fields import opt
+from lockstep.config.reasons import NARROW_FORMATS, OWN_GRAPHS
 from lockstep.config.section import Section
 
 _OF_TP_OVERLAP = "it is a part of tp_comm_overlap, which is refused"
@@ -233,29 +234,27 @@ class ModelExecution(Section):
         "unset.",
         effect="speed",
     )
-    fp8_interval: int = opt(
-        1, "--fp8-interval", refused="of narrow formats only float8 with a scale for each tensor or row is supported"
-    )
+    fp8_interval: int = opt(1, "--fp8-interval", refused=NARROW_FORMATS)
     fp8_output_proj: bool = opt(
         False,
         "--fp8-output-proj",
-        refused="of narrow formats only float8 with a scale for each tensor or row is supported",
+        refused=NARROW_FORMATS,
     )
     cuda_graph_warmup_steps: int = opt(
         3,
         "--cuda-graph-warmup-steps",
-        holds="Lockstep captures graphs of its own where they pay; see --cuda-graphs",
+        holds=OWN_GRAPHS,
         effect="speed",
     )
     cuda_graph_impl: Literal["none", "local", "transformer_engine", "full_iteration"] = opt(
         "none",
         "--cuda-graph-impl",
-        holds="Lockstep captures graphs of its own where they pay; see --cuda-graphs",
+        holds=OWN_GRAPHS,
         effect="speed",
     )
     cuda_graph_modules: list[str] = opt(
         [],
         "--cuda-graph-modules",
-        holds="Lockstep captures graphs of its own where they pay; see --cuda-graphs",
+        holds=OWN_GRAPHS,
         effect="speed",
     )

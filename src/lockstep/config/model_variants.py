@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lockstep.config.fields import opt
+from lockstep.config.reasons import NARROW_FORMATS
 from lockstep.config.section import Section
 
 
@@ -434,12 +435,12 @@ class OtherExecution(Section):
     fp8_quantizer_factory: str | None = opt(
         None,
         "--fp8-quantizer-factory",
-        refused="of narrow formats only float8 with a scale for each tensor or row is supported",
+        refused=NARROW_FORMATS,
     )
     fp4_quantizer_factory: str | None = opt(
         None,
         "--fp4-quantizer-factory",
-        refused="of narrow formats only float8 with a scale for each tensor or row is supported",
+        refused=NARROW_FORMATS,
     )
     gtp_remat_opt_in_modules: list[str] = opt(
         [], "--gtp-remat-opt-in-modules", refused="this way of executing the model is not supported", effect="speed"

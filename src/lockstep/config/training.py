@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from lockstep.config.fields import opt
+from lockstep.config.reasons import NARROW_FORMATS, OWN_GRAPHS
 from lockstep.config.section import Section
 from lockstep.config.variants import GpuChecks, InferenceRNG
 
@@ -198,7 +199,7 @@ class OptimizerConfig(Section):
     optimizer_cuda_graph: bool = opt(
         False,
         "--optimizer-cuda-graph",
-        holds="Lockstep captures graphs of its own where they pay; see --cuda-graphs",
+        holds=OWN_GRAPHS,
         effect="speed",
     )
     optimizer_offload_fraction: float = opt(
@@ -341,13 +342,11 @@ class MixedPrecisionConfig(Section):
     num_layers_at_end_in_bf16: int = opt(
         1, "--num-layers-at-end-in-bf16", help="How many last layers --first-last-layers-bf16 keeps out."
     )
-    fp4: Literal["e2m1"] | None = opt(
-        None, "--fp4-format", refused="of narrow formats only float8 with a scale for each tensor or row is supported"
-    )
+    fp4: Literal["e2m1"] | None = opt(None, "--fp4-format", refused=NARROW_FORMATS)
     fp4_recipe: Literal["nvfp4", "custom"] = opt(
         "nvfp4",
         "--fp4-recipe",
-        refused="of narrow formats only float8 with a scale for each tensor or row is supported",
+        refused=NARROW_FORMATS,
     )
     loss_scale: float | None = opt(None, "--loss-scale", help="Static loss scale; dynamic when unset.")
     initial_loss_scale: float = opt(4294967296.0, "--initial-loss-scale", help="First dynamic loss scale.")
@@ -359,12 +358,12 @@ class MixedPrecisionConfig(Section):
     reuse_grad_buf_for_mxfp8_param_ag: bool = opt(
         False,
         "--reuse-grad-buf-for-mxfp8-param-ag",
-        refused="of narrow formats only float8 with a scale for each tensor or row is supported",
+        refused=NARROW_FORMATS,
     )
     fp4_param_gather: bool = opt(
         False,
         "--fp4-param-gather",
-        refused="of narrow formats only float8 with a scale for each tensor or row is supported",
+        refused=NARROW_FORMATS,
     )
     fp8_param_gather: bool = opt(
         False,
@@ -374,7 +373,7 @@ class MixedPrecisionConfig(Section):
     te_precision_config_file: str | None = opt(
         None,
         "--te-precision-config-file",
-        refused="of narrow formats only float8 with a scale for each tensor or row is supported",
+        refused=NARROW_FORMATS,
     )
 
 

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from lockstep.config.reasons import OWN_GRAPHS
+
 
 @dataclass(frozen=True)
 class Composite:
@@ -78,11 +80,11 @@ COMPOSITES: tuple[Composite, ...] = (
         refused="deprecated in Megatron-LM; give --recompute-granularity selective --recompute-modules moe",
     ),
     Composite("--moe-enable-deepep", refused="the flex dispatcher is not supported"),
-    Composite("--enable-cuda-graph", holds="Lockstep captures graphs of its own where they pay; see --cuda-graphs"),
-    Composite("--external-cuda-graph", holds="Lockstep captures graphs of its own where they pay; see --cuda-graphs"),
+    Composite("--enable-cuda-graph", holds=OWN_GRAPHS),
+    Composite("--external-cuda-graph", holds=OWN_GRAPHS),
     Composite(
         "--cuda-graph-scope",
-        holds="Lockstep captures graphs of its own where they pay; see --cuda-graphs",
+        holds=OWN_GRAPHS,
         takes_value=True,
     ),
 )
