@@ -81,6 +81,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "accumulate": {"train.global_batch_size": 8},
     "rowwise": {"mixed_precision.fp8": "e4m3", "mixed_precision.fp8_recipe": "rowwise"},
     "fp8": {"mixed_precision.fp8": "hybrid", "mixed_precision.fp8_recipe": "tensorwise"},
+    "fp8gather": {"mixed_precision.fp8_param_gather": True},
     "tp2": {"model.tensor_model_parallel_size": 2, "model.sequence_parallel": True},
     "cp2": {"model.context_parallel_size": 2},
     "8layers": {"model.num_layers": 8},
