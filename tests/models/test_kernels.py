@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lockstep.models.attention import Attention, AttentionContext
+from lockstep.models.flash4 import is_installed
 from lockstep.models.kernels import Kernel, fused_attention
 from lockstep.models.mask import CausalMask, hidden_positions
 from lockstep.parallel.context import SequencePart
@@ -110,7 +111,7 @@ def test_cudnn_refuses_what_it_cannot_do() -> None:
 @pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["one document", "documents"])
 @pytest.mark.parametrize("sequence", [None, part(0), part(1)], ids=["whole", "first", "second"])
 @pytest.mark.parametrize(("groups", "width", "value_width"), [(4, 64, 64), (1, 128, 128), (4, 192, 128), (2, 36, 36)])
-@pytest.mark.parametrize("kernel", ["cudnn", "flash"])
+@pytest.mark.parametrize("kernel", ["cudnn", "flash", "flash4"])
 def test_gpu_kernels_stay_near_float64(kernel, groups, width, value_width, sequence, documents) -> None:
     length, device = 512, torch.device("cuda")
     ids = None if documents is None else documents.repeat_interleave(22, dim=1)[:, :length].contiguous().to(device)
@@ -118,6 +119,8 @@ def test_gpu_kernels_stay_near_float64(kernel, groups, width, value_width, seque
     mask = CausalMask(length, device, ids, sequence)
     if kernel == "cudnn" and (documents is not None or sequence is not None or width % 8 or width > 128):
         pytest.skip("not for cuDNN")
+    if kernel == "flash4" and not is_installed():
+        pytest.skip("no flash-attn-4")
     shapes = ((2, len(mask.positions), 4, width), (2, length, groups, width), (2, length, groups, value_width))
     tensors: Any = tuple(torch.randn(s, device=device).bfloat16().requires_grad_() for s in shapes)
     exact: Any = tuple(t.detach().double().requires_grad_() for t in tensors)

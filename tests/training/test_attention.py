@@ -7,7 +7,7 @@ from lockstep.config import ConfigContainer, Origin, resolve
 from lockstep.errors import UserError
 from lockstep.models import build_model
 from lockstep.models.attention import Attention
-from lockstep.training.attention import choose_attention, use_attention
+from lockstep.training.attention import _runs, choose_attention, use_attention
 
 CPU, GPU = torch.device("cpu"), torch.device("meta")  # which stands for a GPU that has all kernels
 
@@ -82,6 +82,70 @@ def test_a_trial_decides_about_heads(kernel, monkeypatch) -> None:
     assert choose_attention(configured(), GPU).kernel == "explicit"
     with pytest.raises(UserError, match="does not run on this GPU for heads of width 8"):
         choose_attention(configured(model__attention_backend="flash"), GPU)
+
+
+@pytest.fixture
+def hopper(monkeypatch) -> None:
+    """Have a GPU of capability 9.0 on which all kernels run, and FlashAttention-4."""
+    monkeypatch.setattr("lockstep.training.attention._runs", lambda *_: True)
+    monkeypatch.setattr("lockstep.training.attention.is_installed", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (9, 0))
+
+
+LONG = {"model__seq_length": 2048}
+
+
+@pytest.mark.parametrize(
+    ("changes", "kernel", "reason"),
+    [
+        (LONG, "flash4", "auto"),
+        ({}, "cudnn", "auto; FlashAttention-4 pays from sequences of 2048 tokens on"),
+        (LONG | {"model__context_parallel_size": 2}, "flash4", "auto"),
+        (LONG | {"dataset__reset_attention_mask": True}, "flash4", "auto"),
+        (LONG | {"model__flash_attention_version": 4}, "flash4", "auto"),
+        (LONG | {"model__flash_attention_version": 2}, "cudnn", "names"),
+        (LONG | {"model__deterministic_mode": True}, "flash", "cuDNN does not work in deterministic mode"),
+        ({"model__attention_backend": "flash"}, "flash4", "model.attention_backend=flash"),
+        ({"model__attention_backend": "flash", "model__flash_attention_version": 2}, "flash", "version=2"),
+        (LONG | {"model__attention_backend": "fused"}, "cudnn", "model.attention_backend=fused"),
+    ],
+)
+def test_choice_where_flash_attention_4_is_there(hopper, changes, kernel, reason) -> None:
+    choice = choose_attention(configured(**changes), torch.device("cuda"))
+    assert choice.kernel == kernel
+    assert reason in choice.reason
+
+
+@pytest.mark.parametrize(
+    ("patch", "reason"),
+    [
+        (("lockstep.training.attention.is_installed", lambda: False), "FlashAttention-4 is not installed"),
+        (("torch.cuda.get_device_capability", lambda _: (10, 0)), "FlashAttention-4 is not measured on this GPU"),
+    ],
+)
+def test_flash_attention_4_is_taken_where_it_was_measured(hopper, monkeypatch, patch, reason) -> None:
+    monkeypatch.setattr(*patch)
+    choice = choose_attention(configured(**LONG), torch.device("cuda"))
+    assert (choice.kernel, choice.reason) == ("cudnn", f"auto; {reason}")
+    with pytest.raises(UserError, match=f"{reason}; FlashAttention-2 is not what .* use model.flash_attention_version"):
+        choose_attention(
+            configured(model__attention_backend="flash", model__flash_attention_version=4), torch.device("cuda")
+        )
+
+
+def test_a_package_that_cannot_be_imported_is_an_error(monkeypatch) -> None:
+    def broken(*_: object) -> None:
+        raise ImportError("libcuda_something.so is not there")
+
+    monkeypatch.setattr("lockstep.training.attention.fused_attention", broken)
+    _runs.cache_clear()
+    with pytest.raises(UserError, match=r"FlashAttention-4 cannot be imported \(libcuda.*pip install 'lockstep-lm"):
+        _runs("flash4", 64, 64, torch.bfloat16, CPU)
+
+
+def test_there_is_no_version_3() -> None:
+    with pytest.raises(UserError, match=r"flash-attention-version.* = 3 is not supported; use 2 or 4"):
+        configured(model__flash_attention_version=3)
 
 
 @pytest.mark.parametrize(

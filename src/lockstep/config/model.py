@@ -52,12 +52,15 @@ class Architecture(Section):
     attention_backend: Literal["flash", "fused", "unfused", "local", "auto"] = opt(
         "auto",
         "--attention-backend",
-        help="What computes attention: fused is cuDNN's kernel, flash that of FlashAttention, unfused and local are "
+        help="What computes attention: fused is cuDNN's kernel, flash one of FlashAttention, unfused and local are "
         "explicit scores. auto takes explicit scores on a CPU, and on a GPU the fastest kernel that can do what is "
         "asked.",
     )
     flash_attention_version: Literal[2, 3, 4] | None = opt(
-        None, "--flash-attention-version", refused="this model option is not supported yet"
+        None,
+        "--flash-attention-version",
+        help="Which FlashAttention auto and flash may take: 2 is PyTorch's, 4 is the package flash-attn-4. Null is "
+        "either. There is no 3.",
     )
     softmax_type: Literal["vanilla", "off-by-one", "learnable"] = opt(
         "vanilla", "--softmax-type", refused="this model option is not supported yet"

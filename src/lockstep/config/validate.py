@@ -328,6 +328,8 @@ def _model(c: ConfigContainer) -> Iterator[str]:
         )
     if m.attention_backend in ("flash", "fused"):
         yield from _fused_attention(c)
+    if m.flash_attention_version == 3:
+        yield f"{_name(c, 'model.flash_attention_version')} = 3 is not supported; use 2 or 4"
     if m.transformer_impl == "inference_optimized":
         yield f"{_name(c, 'model.transformer_impl')} = inference_optimized: Lockstep trains; use local"
 

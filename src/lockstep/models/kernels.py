@@ -1,20 +1,23 @@
-"""Attention by PyTorch's fused kernels, whose memory grows with the sequence and not with its square.
+"""Attention by fused kernels, whose memory grows with the sequence and not with its square.
 
 Shape legend: b batch, s sequence (keys), q queries, n query heads, g key/value groups, d head dim, v channels of a
 value where these are not d.
 """
 
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from lockstep.models.flash4 import flash4
 from lockstep.models.mask import CausalMask
 
-Kernel = Literal["explicit", "cudnn", "flash", "sdpa"]
-"""`explicit` scores; cuDNN's kernel; that of FlashAttention; on a CPU PyTorch's scaled_dot_product_attention."""
+Kernel = Literal["explicit", "cudnn", "flash", "flash4", "sdpa"]
+"""`explicit` scores; cuDNN's kernel; those of FlashAttention-2, in PyTorch, and FlashAttention-4, a package; on a CPU
+PyTorch's scaled_dot_product_attention."""
 
 _ALIGNMENT = 8  # channels
 
@@ -29,7 +32,7 @@ def fused_attention(
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
     if kernel == "cudnn":
         return _cudnn(query, key, value, mask, scale)
-    of_run = _flash if kernel == "flash" else _sdpa
+    of_run = {"flash": _flash, "flash4": _flash4, "sdpa": _sdpa}[kernel]
     parts, first = [], 0
     for run in mask.runs:
         part, seen = slice(first, first + len(run)), slice(0, run.stop)
@@ -51,21 +54,47 @@ def _cudnn(query: Tensor, key: Tensor, value: Tensor, mask: CausalMask, scale: f
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, mask: CausalMask, run: range, scale: float) -> Tensor:
-    """Attend from the last len(run) positions of the keys; heads are filled up to one width that the kernel takes."""
-    batch, queries = query.shape[:2]
-    width = value.shape[-1]
-    padded = -(-max(query.shape[-1], width) // _ALIGNMENT) * _ALIGNMENT
-    query, key, value = (F.pad(x, (0, padded - x.shape[-1])) for x in (query, key, value))
-    query_begins = key_begins = None
+    """Attend by FlashAttention-2, which has heads of one width for keys and values."""
+    width = max(query.shape[-1], value.shape[-1])
+    return _from_last_keys(_flash2, (query, width), (key, width), (value, width), mask, run, scale)
+
+
+def _flash2(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
+    *segments, scale = rest
+    result: Tensor = torch.ops.aten._flash_attention_forward(
+        query, key, value, *segments, 0.0, True, False, scale=scale
+    )[0]
+    return result
+
+
+def _flash4(query: Tensor, key: Tensor, value: Tensor, mask: CausalMask, run: range, scale: float) -> Tensor:
+    wide, narrow = query.shape[-1], value.shape[-1]
+    return _from_last_keys(flash4, (query, wide), (key, wide), (value, narrow), mask, run, scale)
+
+
+def _from_last_keys(
+    attend: Callable[..., Tensor],
+    query: tuple[Tensor, int],
+    key: tuple[Tensor, int],
+    value: tuple[Tensor, int],
+    mask: CausalMask,
+    run: range,
+    scale: float,
+) -> Tensor:
+    """Attend from the last len(run) positions of the keys; heads are filled up to a width that the kernel takes.
+
+    Each tensor comes with the least width that it needs. Causal for these kernels: the last query sees the last key.
+    """
+    batch, queries = query[0].shape[:2]
+    channels = value[0].shape[-1]
+    tensors = [F.pad(x, (0, -(-width // _ALIGNMENT) * _ALIGNMENT - x.shape[-1])) for x, width in (query, key, value)]
+    begins: tuple[Tensor | None, Tensor | None] = None, None
     if mask.document_ids is not None:
         segments = mask.segments(run)
-        query_begins, key_begins = segments.queries, segments.keys
-        query, key, value = (x.flatten(0, 1) for x in (query, key, value))
-    # Causal for this kernel: the last query sees the last key.
-    result: Tensor = torch.ops.aten._flash_attention_forward(
-        query, key, value, query_begins, key_begins, queries, run.stop, 0.0, True, False, scale=scale
-    )[0]
-    return result.reshape(batch, queries, *result.shape[-2:])[..., :width]
+        begins = segments.queries, segments.keys
+        tensors = [x.flatten(0, 1) for x in tensors]
+    result = attend(*tensors, *begins, queries, run.stop, scale)
+    return result.reshape(batch, queries, *result.shape[-2:])[..., :channels]
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: CausalMask, run: range, scale: float) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lockstep.config.model import ModelConfig
 from lockstep.models.layers import Linear, required
 from lockstep.models.ops import widened
+from lockstep.models.swiglu import has_kernel, swiglu
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -57,11 +58,14 @@ class Nonlinearity:
         self.gated = config.gated_linear_unit
         self.fused = uses_fused_activation(config)
         self.activation = _ACTIVATIONS[config.activation_func]
+        self.swiglu = self.fused and self.gated and config.activation_func == "silu"
         if self.fused and config.activation_func == "gelu":
             self.activation = _gelu_tanh
 
     def __call__(self, inner: Tensor, bias: Tensor | None, weights: Tensor | None = None) -> Tensor:
         """Return the activation [..., f] of the inner tensor plus bias, times a weight for each row if given."""
+        if self.swiglu and bias is None and weights is None and has_kernel(inner):
+            return swiglu(inner)
         if self.fused and torch.compiler.is_compiling():  # which decides itself what is kept and what is fused
             result = _gated_activation(_biased(inner, bias), self.activation, self.gated)
             return (result if weights is None else result * widened(weights)[..., None]).to(inner.dtype)

@@ -22,9 +22,15 @@ PACKAGES = (
     "tensorboard",
     "wandb",
     "triton",
+    "torchao",
+    "flash-attn-4",
+    "nvidia-cutlass-dsl",
     "nvidia-cublas-cu12",
     "nvidia-cudnn-cu12",
     "nvidia-nccl-cu12",
+    "nvidia-cublas",
+    "nvidia-cudnn-cu13",
+    "nvidia-nccl-cu13",
 )
 VARIABLES = (
     "WORLD_SIZE",

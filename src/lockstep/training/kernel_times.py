@@ -13,7 +13,9 @@ import torch
 # The first that fits a kernel's name counts.
 _KINDS = {
     "communication": r"nccl",
-    "attention": r"sdpa|flash_(fwd|bwd)|fmha|flash::",
+    "attention": r"sdpa|flash_(fwd|bwd)|fmha|flash::|cudnn::fusion",
+    "activation": r"^_swiglu",
+    "loss": r"^_(log_sums|put_gradients)$",
     "matrix products": r"gemm|nvjet|xmma|cutlass",
     "optimizer and norms of gradients": r"multi_tensor|foreach|FusedAdam|reduce_kernel.*Norm|vector_norm",
     "copies for communication": r"split_with_sizes_copy|chunk_cat|CatArrayBatched",
