@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from lockstep.config import ConfigContainer
-from lockstep.config.experts import expert_layers
 from lockstep.models import GPTModel
 from lockstep.models.decoder import Layer
 from lockstep.models.mlp import MLP
@@ -28,8 +27,6 @@ def choose_compilation(config: ConfigContainer, device: torch.device, operations
     """
     pays = operations >= PAYING_OPERATIONS
     worth = pays, f"{'pays' if pays else 'does not pay'} for {operations:.1e} operations a process"
-    if any(expert_layers(config.model)):
-        worth = False, "not measured on layers with experts"
     return decide("run.compile", config.run.compile, "layer by layer", partial(_obstacle, config, device), worth)
 
 
