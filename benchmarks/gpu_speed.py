@@ -113,6 +113,7 @@ class Timing:
     losses: list[float]
     gpus: int = 1
     kernels_ms: dict[str, float] | None = None
+    floors_ms: dict[str, float] | None = None
 
 
 def configured(setting: str, compilation: str, changes: list[str], gpus: int = 1) -> ConfigContainer:
@@ -148,9 +149,18 @@ def configured(setting: str, compilation: str, changes: list[str], gpus: int = 1
     values["run.compile"] = compilation
     for change in named:
         values |= _CHANGES[change]
-    for path, value in [*values.items(), *(change.split("=", 1) for change in changes)]:
+    for path, value in [*values.items(), *(_changed(change) for change in changes)]:
         config.set(path, value, Origin("python"))
     return resolve(config, world_size=gpus)
+
+
+def _changed(change: str) -> tuple[str, Any]:
+    """Return path and value of KEY=VALUE: a number, true, false or null, else text."""
+    path, _, text = change.partition("=")
+    try:
+        return path, json.loads(text)
+    except ValueError:
+        return path, text
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
@@ -200,6 +210,10 @@ def measure(setting: str, config: ConfigContainer, steps: int, profile: Path | N
             _say(mesh, f"{setting}: step {number} {seconds[-1]:.3f} s, loss {losses[-1]:.5f}")
         peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
         kernels = profiled(lambda: take(0), profile, mesh.leads) if profile is not None else None
+        floors = None
+        if device.type == "cuda":
+            weights = sum(weight.numel() for weight in model.parameters())
+            floors = _floors(config, device, mesh, operations, weights)
     timed = seconds[3:]
     middle = statistics.median(timed)
     return Timing(
@@ -215,10 +229,11 @@ def measure(setting: str, config: ConfigContainer, steps: int, profile: Path | N
         round(samples * length / middle / mesh.world.size, 1),
         round(peak, 2),
         operations,
-        _floor(config, device, operations, samples / mesh.world.size) if device.type == "cuda" else None,
+        None if floors is None else round((floors["matrix products"] + floors["attention"]) / 1e3, 5),
         [round(loss, 5) for loss in losses],
         mesh.world.size,
         kernels,
+        floors,
     )
 
 
@@ -242,19 +257,40 @@ def _batch(config: ConfigContainer, seed: int, device: torch.device, mesh: Mesh)
     return Batch(text[:, :-1], text[:, 1:], torch.ones(positions.shape), positions).to(device)
 
 
-def _floor(config: ConfigContainer, device: torch.device, operations: float, samples: float) -> float | None:
-    """Return the seconds that products and attention need at this GPU's rates; None without a fused kernel."""
+def _floors(
+    config: ConfigContainer, device: torch.device, mesh: Mesh, operations: float, weights: int
+) -> dict[str, float] | None:
+    """Return the milliseconds that each kind of work needs at this GPU's rates; None without a fused kernel."""
     kernel = choose_attention(config, device).kernel
     if kernel == "explicit" or config.model.multi_latent_attention:
         return None
     model, dtype = config.model, params_dtype(config)
+    samples = required(config.train.global_batch_size) / mesh.world.size
     matrix = torch.randn(8192, 8192, device=device, dtype=dtype)
     product_s = _seconds(lambda: matrix @ matrix)
     attention_s = _attention_seconds(config, kernel, device) * required(model.num_layers) * samples
     # Causal scores count half: two products forward, four backward.
     width = required(model.num_attention_heads) * required(model.kv_channels)
     scores = 6 * required(model.num_layers) * width * required(model.seq_length) ** 2 * samples
-    return float(round((operations - scores) / (2 * 8192**3 / product_s) + attention_s, 5))
+    found = {"matrix products": (operations - scores) / (2 * 8192**3 / product_s), "attention": attention_s}
+    if mesh.dp.size == mesh.world.size > 1 and not config.dist.use_torch_fsdp2:
+        # Gradients are reduced and scattered, and weights gathered; a sum of all does both: as many bytes as gathers.
+        size = 2 + (4 if config.ddp.grad_reduce_in_fp32 else 2)
+        found["communication"] = weights * size / _gathered_bytes_a_second(device, mesh)
+    return {kind: round(seconds * 1e3, 2) for kind, seconds in found.items()}
+
+
+def _gathered_bytes_a_second(device: torch.device, mesh: Mesh) -> float:
+    """Return how many bytes of all processes together a gather brings to each in a second."""
+    part = torch.zeros(2**27, device=device, dtype=torch.uint8)
+    whole = torch.empty(2**27 * mesh.dp.size, device=device, dtype=torch.uint8)
+
+    def gather() -> None:
+        work = mesh.dp.begin_stacked(part, whole)
+        if work is not None:
+            work.wait()
+
+    return whole.numel() / _seconds(gather)
 
 
 def _attention_seconds(config: ConfigContainer, kernel: Kernel, device: torch.device) -> float:
