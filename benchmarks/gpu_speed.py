@@ -4,14 +4,17 @@
     python benchmarks/gpu_speed.py --gpus 2 --settings llama3_8b llama3_8b+fsdp llama3_8b+fp8 --profile profiles
 
 Every setting runs in processes of its own, one for each GPU, on random tokens, through the trainer's own step: forward
-and backward passes of all micro-batches, clipping, AdamW. What follows a + is a change: see _CHANGES. The floor is the
-time of its matrix products (in BF16) and attention at the rates that this GPU reaches on products of 8192 x 8192
-matrices, and with the kernel and heads of the setting. Tokens a second are those of one GPU.
+and backward passes of all micro-batches, clipping, AdamW. What follows a + is a change: see _CHANGES; +16micro makes a
+step of 16 micro-batches for each GPU. The floor is the time of its matrix products (in BF16) and attention at the rates
+that this GPU reaches on products of 8192 x 8192 matrices, and with the kernel and heads of the setting. Tokens a second
+are those of one GPU.
 """
 
 import argparse
+import contextlib
 import json
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -48,6 +51,8 @@ from lockstep.training.step import TrainStep
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
 
+# Steps before those that count.
+WARM_UP = 3
 # micro-batch size, global batch size, changes to the base
 _BATCHES = {"mb1": (1, 8), "mb2": (2, 8), "mb4": (4, 8)}
 _NO_RECOMPUTATION = {
@@ -78,7 +83,6 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "kept": {"ddp.torch_fsdp2_reshard_after_forward": False},
     "lowgrads": {"ddp.grad_reduce_in_fp32": False},
     "once": {"run.gradient_sync": "step"},
-    "accumulate": {"train.global_batch_size": 8},
     "rowwise": {"mixed_precision.fp8": "e4m3", "mixed_precision.fp8_recipe": "rowwise"},
     "fp8": {"mixed_precision.fp8": "hybrid", "mixed_precision.fp8_recipe": "tensorwise"},
     "fp8gather": {"mixed_precision.fp8_param_gather": True},
@@ -147,11 +151,25 @@ def configured(setting: str, compilation: str, changes: list[str], gpus: int = 1
         values = dict({"reference-pair": _PAIR, "reference-pair-plain": _plain(_PAIR), "tiny": _TINY}[name])
     values |= {"train.micro_batch_size": micro, "train.global_batch_size": whole, "train.train_iters": 100}
     values["run.compile"] = compilation
-    for change in named:
-        values |= _CHANGES[change]
+    values |= _named(named, micro, gpus)
     for path, value in [*values.items(), *(_changed(change) for change in changes)]:
         config.set(path, value, Origin("python"))
     return resolve(config, world_size=gpus)
+
+
+def _named(changes: list[str], micro_batch: int, gpus: int) -> dict[str, Any]:
+    """Return what named changes set; +16micro is 16 micro-batches for each data-parallel process."""
+    values: dict[str, Any] = {}
+    count = 0
+    for change in changes:
+        if re.fullmatch(r"\d+micro", change):
+            count = int(change.removesuffix("micro"))
+        else:
+            values |= _CHANGES[change]
+    if count:
+        sharing = values.get("model.tensor_model_parallel_size", 1) * values.get("model.context_parallel_size", 1)
+        values["train.global_batch_size"] = count * micro_batch * gpus // sharing
+    return values
 
 
 def _changed(change: str) -> tuple[str, Any]:
@@ -178,7 +196,7 @@ def gather_ahead(model: GPTModel, layers: int) -> None:
 
 
 def measure(setting: str, config: ConfigContainer, steps: int, profile: Path | None, ahead: int = 0) -> Timing:
-    """Take steps and time each; the first, which compiles, counts apart."""
+    """Take steps and time each; those of the warm-up, the first of which compiles, do not count."""
     device = choose_device("auto")
     with switches(config, device), start_processes(config, device) as mesh:
         model, spans, _ = build_parallel_model(config, mesh, device, params_dtype(config), fingerprint=False)
@@ -201,7 +219,7 @@ def measure(setting: str, config: ConfigContainer, steps: int, profile: Path | N
         losses, seconds = [], []
         _wait(device)
         started = time.perf_counter()
-        for number in range(steps + 3):
+        for number in range(WARM_UP + steps):
             # A step ends when its loss is known; weights may still be on their way to the next one.
             losses.append(take(number))
             ended = time.perf_counter()
@@ -209,12 +227,12 @@ def measure(setting: str, config: ConfigContainer, steps: int, profile: Path | N
             started = ended
             _say(mesh, f"{setting}: step {number} {seconds[-1]:.3f} s, loss {losses[-1]:.5f}")
         peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
-        kernels = profiled(lambda: take(0), profile, mesh.leads) if profile is not None else None
+        kernels = profiled(lambda: take(len(losses)), profile, mesh.leads) if profile is not None else None
         floors = None
         if device.type == "cuda":
             weights = sum(weight.numel() for weight in model.parameters())
             floors = _floors(config, device, mesh, operations, weights)
-    timed = seconds[3:]
+    timed = seconds[WARM_UP:]
     middle = statistics.median(timed)
     return Timing(
         setting,
@@ -247,12 +265,13 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _batch(config: ConfigContainer, seed: int, device: torch.device, mesh: Mesh) -> Batch:
-    """Return this process's micro-batches of random tokens."""
+def _batch(config: ConfigContainer, number: int, device: torch.device, mesh: Mesh) -> Batch:
+    """Return this process's micro-batches of random tokens in a step; the first two in a step of the warm-up."""
     samples, length = required(config.train.global_batch_size), required(config.model.seq_length)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(number)
     text = torch.randint(0, required(config.model.vocab_size), (samples, length + 1), generator=generator)
     text = text.unflatten(0, (-1, mesh.dp.size, required(config.train.micro_batch_size)))[:, mesh.dp.rank].flatten(0, 1)
+    text = text[: 2 * required(config.train.micro_batch_size)] if number < WARM_UP else text
     positions = torch.arange(length).repeat(len(text), 1)
     return Batch(text[:, :-1], text[:, 1:], torch.ones(positions.shape), positions).to(device)
 
@@ -341,7 +360,7 @@ def main() -> int:
     parser.add_argument(
         "--verbose", action="store_true", help="also print every step, losses, and kernels of a profile"
     )
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=8, help="steps that count, after those of the warm-up")
     parser.add_argument("--json", type=Path, help="also write what was found")
     parser.add_argument("--profile", type=Path, help="also write a profile of one step, into this folder")
     parser.add_argument(
@@ -398,12 +417,29 @@ def _output(command: list[str], timeout: float, verbose: bool) -> str:
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True) as process:
         try:
             output, error = process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+        except BaseException:
+            end(process.pid)
             raise
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command[:6], output, error)
     return output
+
+
+def end(process: int) -> None:
+    """Kill a process and all that descend from it: a launcher's workers have groups of their own."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # It ended meanwhile.
+            number, _, rest = stat.read_text().partition(" (")
+            parents[int(number)] = int(rest.rpartition(") ")[2].split()[1])
+    family = {process}
+    while more := {child for child, parent in parents.items() if parent in family} - family:
+        family |= more
+    for member in family:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(member, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -13,12 +13,22 @@ from typing import Any
 
 import torch
 
+# Steps before those that count.
+WARM_UP = 3
+
 
 @dataclass(frozen=True)
 class Job:
-    """A dense decoder, or a named family, and its batches; ``batch`` counts the samples of all GPUs."""
+    """A decoder, with latent attention where it has experts, and its batches; ``batch`` counts samples of all GPUs.
 
-    family: str
+    Attributes:
+        experts: how many each layer has, how many a token takes, the width of one, and how many all tokens take; None
+            of a dense decoder.
+        float8: the scaling of float8 linears, tensorwise or rowwise; None of a job in BF16.
+        recomputed: whether every layer is recomputed in the backward pass.
+        compiled: whether layers and loss are compiled.
+    """
+
     layers: int
     hidden: int
     ffn: int
@@ -30,64 +40,78 @@ class Job:
     micro_batch: int
     batch: int
     gpus: int
-    float8: bool
+    float8: str | None
     recomputed: bool
+    compiled: bool
+    experts: tuple[int, int, int, int] | None = None
 
     def tokens(self, number: int, rank: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Return inputs and labels of a process's micro-batches in a step: random, the same as ours."""
+        """Return inputs and labels of a process's micro-batches in a step: random, the same as ours.
+
+        A step of the warm-up has at most two.
+        """
         generator = torch.Generator().manual_seed(number)
         text = torch.randint(0, self.vocabulary, (self.batch, self.length + 1), generator=generator)
-        own = text.unflatten(0, (-1, self.gpus, self.micro_batch))[:, rank]
+        own = text.unflatten(0, (-1, self.gpus, self.micro_batch))[: 2 if number < WARM_UP else None, rank]
         return [(each[:, :-1].contiguous(), each[:, 1:].contiguous()) for each in own]
 
 
-def started() -> tuple[Job, int, Path | None]:
-    """Return the job of the command line, how many steps to time, and where a profile goes."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--job", required=True)
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--profile", type=Path)
-    options = parser.parse_args()
-    return Job(**json.loads(options.job)), options.steps, options.profile
+@dataclass(frozen=True)
+class Turn:
+    """A job, how many of its steps count, and where a profile of one more goes."""
 
+    job: Job
+    steps: int
+    profile: Path | None
 
-def report(job: Job, take: Callable[[int], float], steps: int, profile: Path | None, words: dict[str, str]) -> None:
-    """Take steps, each until its loss is known, and print what was found; the first three do not count."""
-    leads = int(os.environ.get("RANK") or 0) == 0
-    cuda = torch.cuda.is_available()
-    losses, seconds = [], []
-    if cuda:
-        torch.cuda.synchronize()
-    begun = time.perf_counter()
-    for number in range(steps + 3):
-        losses.append(take(number))
-        ended = time.perf_counter()
-        seconds.append(ended - begun)
-        begun = ended
+    @classmethod
+    def of_command_line(cls) -> "Turn":
+        """Return the turn that the command line asks for."""
+        parser = argparse.ArgumentParser()
+        parser.add_argument("--job", required=True)
+        parser.add_argument("--steps", type=int, default=8)
+        parser.add_argument("--profile", type=Path)
+        options = parser.parse_args()
+        return cls(Job(**json.loads(options.job)), options.steps, options.profile)
+
+    def report(self, take: Callable[[int], float], words: dict[str, str]) -> None:
+        """Take steps, each until its loss is known, and print what was found."""
+        job, cuda = self.job, torch.cuda.is_available()
+        leads = int(os.environ.get("RANK") or 0) == 0
+        losses, seconds = [], []
+        if cuda:
+            torch.cuda.synchronize()
+        begun = time.perf_counter()
+        for number in range(WARM_UP + self.steps):
+            losses.append(take(number))
+            ended = time.perf_counter()
+            seconds.append(ended - begun)
+            begun = ended
+            if leads:
+                print(f"step {number} {seconds[-1]:.3f} s, loss {losses[-1]:.5f}", file=sys.stderr, flush=True)
+        peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
+        kernels = self._profiled(lambda: take(len(losses)), leads)
+        timed = seconds[WARM_UP:]
+        middle = statistics.median(timed)
+        found: dict[str, Any] = {
+            "device": torch.cuda.get_device_name() if cuda else "cpu",
+            "torch": torch.__version__,
+            "gpus": job.gpus,
+            "first_step_s": round(seconds[0], 3),
+            "step_s": round(middle, 5),
+            "spread_s": round(max(timed) - min(timed), 5),
+            "tokens_per_s": round(job.batch * job.length / job.gpus / middle, 1),
+            "peak_gib": round(peak, 2),
+            "losses": [round(loss, 5) for loss in losses],
+            "kernels_ms": kernels,
+            "job": asdict(job),
+        }
         if leads:
-            print(f"step {number} {seconds[-1]:.3f} s, loss {losses[-1]:.5f}", file=sys.stderr, flush=True)
-    peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
-    kernels = _profiled(lambda: take(steps + 3), profile, leads)
-    middle = statistics.median(seconds[3:])
-    found: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if cuda else "cpu",
-        "torch": torch.__version__,
-        "first_step_s": round(seconds[0], 3),
-        "step_s": round(middle, 5),
-        "spread_s": round(max(seconds[3:]) - min(seconds[3:]), 5),
-        "tokens_per_s": round(job.batch * job.length / job.gpus / middle, 1),
-        "peak_gib": round(peak, 2),
-        "losses": [round(loss, 5) for loss in losses],
-        "kernels_ms": kernels,
-        "job": asdict(job),
-    }
-    if leads:
-        print(json.dumps(found | words), flush=True)
+            print(json.dumps(found | words), flush=True)
 
+    def _profiled(self, step: Callable[[], object], leads: bool) -> dict[str, float] | None:
+        if self.profile is None:
+            return None
+        from lockstep.training.kernel_times import profiled
 
-def _profiled(step: Callable[[], object], path: Path | None, leads: bool) -> dict[str, float] | None:
-    if path is None:
-        return None
-    from lockstep.training.kernel_times import profiled
-
-    return profiled(step, path, leads)
+        return profiled(step, self.profile, leads)

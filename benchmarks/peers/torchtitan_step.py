@@ -1,17 +1,21 @@
 """torchtitan's own trainer on random tokens: its model, parallelism, compilation, loss, clipping and optimizer.
 
 Its options are those that make it fastest: model and loss compiled, no recomputation unless the job has it, fused
-AdamW; on several GPUs fully_shard, in float8 with weights gathered in float8 and their scales computed at once.
+AdamW; on several GPUs fully_shard, in float8 with weights gathered in float8 and their scales computed at once. What
+its configuration does not say is as it comes, such as when weights are gathered and gradients exchanged.
 """
 
 import dataclasses
 import importlib.metadata
+import os
 from tempfile import mkdtemp
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
-from benchmarks.peers.job import Job, report, started
+from benchmarks.peers.job import Job, Turn
+from benchmarks.peers.stand_ins import stand_in
 
 
 class Recorder:
@@ -46,6 +50,7 @@ def configured(job: Job) -> Any:
     """Return torchtitan's configuration of a job."""
     from torchtitan.config import JobConfig
 
+    cuda = torch.cuda.is_available()
     config = JobConfig()
     config.job.dump_folder = mkdtemp()
     config.model.name = "peer"
@@ -58,25 +63,44 @@ def configured(job: Job) -> Any:
     config.optimizer.weight_decay = 0.01
     config.lr_scheduler.warmup_steps = 0
     config.lr_scheduler.decay_ratio = 0.0
-    config.compile.enable = torch.cuda.is_available()
+    config.compile.enable = job.compiled
+    config.comm.trace_buf_size = 0
     config.activation_checkpoint.mode = "full" if job.recomputed else "none"
     if job.float8:
         config.model.converters = ["quantize.linear.float8"]
         float8 = config.quantize.linear.float8
-        float8.enable_fsdp_float8_all_gather = float8.precompute_float8_dynamic_scale_for_fsdp = True
         float8.filter_fqns = ["output"]
-    if job.family == "deepseek_v2_lite":
+        float8.emulate = not cuda
+        if job.float8 == "tensorwise":
+            float8.enable_fsdp_float8_all_gather = float8.precompute_float8_dynamic_scale_for_fsdp = job.gpus > 1
+        else:
+            float8.recipe_name = job.float8
+    if job.experts:
         config.parallelism.expert_parallel_degree = job.gpus
     return config
 
 
 def model_args(job: Job) -> Any:
     """Return torchtitan's description of the model."""
-    if job.family == "deepseek_v2_lite":
+    if job.experts:
         from torchtitan.models.deepseek_v3 import deepseekv3_args
 
+        count, each, width, shared = job.experts
+        base = deepseekv3_args["16B"]
         return dataclasses.replace(
-            deepseekv3_args["16B"], attn_type="sdpa", attn_mask_type="causal", n_layers=job.layers
+            base,
+            vocab_size=job.vocabulary,
+            dim=job.hidden,
+            inter_dim=job.ffn,
+            n_layers=job.layers,
+            n_heads=job.heads,
+            moe_inter_dim=width,
+            moe_args=dataclasses.replace(
+                base.moe_args, num_experts=count, top_k=each, num_shared_experts=shared // width
+            ),
+            # Its own choice, flex attention, is for documents apart.
+            attn_type="sdpa",
+            attn_mask_type="causal",
         )
     from torchtitan.models.llama3 import TransformerModelArgs
 
@@ -94,29 +118,54 @@ def model_args(job: Job) -> Any:
     )
 
 
-def main() -> None:
-    """Train and report."""
-    job, steps, profile = started()
+def prepared(job: Job) -> Any:
+    """Return torchtitan's trainer, which begins its processes' communication."""
+    stand_in()
+    cuda = torch.cuda.is_available()
+    if not cuda:
+        torch._utils._get_available_device_type = lambda: "cpu"  # A PyTorch that is built for GPUs says none.
     from torchtitan.protocols.train_spec import get_train_spec, register_train_spec
     from torchtitan.train import Trainer
 
-    spec = get_train_spec("deepseek_v3" if job.family == "deepseek_v2_lite" else "llama3")
+    if job.float8:
+        import torchtitan.components.quantization.float8  # noqa: F401  The converter registers itself.
+    if job.experts and not cuda:
+        from torchtitan.models.moe import kernels
+
+        kernels.fill_indices_wrapper = kernels.fill_indices_cpu
+        counted = torch.histc
+        torch.histc = lambda index, **named: counted(index.float(), **named).to(index.dtype)
+    spec = get_train_spec("deepseek_v3" if job.experts else "llama3")
     changes: dict[str, Any] = {"build_tokenizer_fn": None, "build_dataloader_fn": None}
     changes |= {"build_metrics_processor_fn": Recorder, "model_args": {"job": model_args(job)}}
+    # Only what saves checkpoints needs it.
+    changes["state_dict_adapter"] = None
     register_train_spec("peer", dataclasses.replace(spec, **changes))
     trainer = Trainer(configured(job))
-    rank = torch.distributed.get_rank()
+    for module in [] if cuda else trainer.model_parts[0].modules():
+        if isinstance(module, FSDPModule):
+            module.set_force_sum_reduction_for_comms(True)  # Gloo does not scale what it adds up.
+    return trainer
+
+
+def main() -> None:
+    """Train and report."""
+    turn = Turn.of_command_line()
+    rank = int(os.environ["RANK"])
+    trainer = prepared(turn.job)
 
     def take(number: int) -> float:
         trainer.step = number + 1
         trainer.gc_handler.run(trainer.step)
-        trainer.train_step(iter([({"input": text}, labels) for text, labels in job.tokens(number, rank)]))
+        batches = [({"input": text}, labels) for text, labels in turn.job.tokens(number, rank)]
+        trainer.gradient_accumulation_steps = len(batches)
+        trainer.train_step(iter(batches))
         losses: list[float] = trainer.metrics_processor.losses
         return losses[-1]
 
     version = importlib.metadata.version("torchtitan")
-    words = {"compilation": "layer by layer, loss" if trainer.job_config.compile.enable else "none"}
-    report(job, take, steps, profile, words | {"peer": f"torchtitan {version}"})
+    words = {"compilation": "layer by layer, loss" if turn.job.compiled else "none", "peer": f"torchtitan {version}"}
+    turn.report(take, words)
     trainer.close()
     torch.distributed.destroy_process_group()
 

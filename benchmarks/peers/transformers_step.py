@@ -4,11 +4,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.peers.job import Job, report, started
+from benchmarks.peers.job import Job, Turn
 
 
 def model_of(job: Job, device: torch.device) -> Any:
-    """Return the model with random FP32 weights, its layers compiled on a GPU."""
+    """Return the model with random FP32 weights, its layers compiled where the job's are."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -25,7 +25,7 @@ def model_of(job: Job, device: torch.device) -> Any:
     )
     with device:
         model = LlamaForCausalLM(config).float()
-    if device.type == "cuda":
+    if job.compiled:
         for layer in model.model.layers:
             layer.compile()
     return model
@@ -35,7 +35,8 @@ def main() -> None:
     """Train and report."""
     import transformers
 
-    job, steps, profile = started()
+    turn = Turn.of_command_line()
+    job = turn.job
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = model_of(job, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01, fused=True)
@@ -43,7 +44,7 @@ def main() -> None:
     def lost(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
 
-    loss_of = torch.compile(lost) if device.type == "cuda" else lost
+    loss_of = torch.compile(lost) if job.compiled else lost
 
     def take(number: int) -> float:
         total = torch.zeros((), device=device)
@@ -59,8 +60,8 @@ def main() -> None:
         return total.item()
 
     words = {"attention": str(model.config._attn_implementation)}
-    words |= {"compilation": "layer by layer, loss" if device.type == "cuda" else "none"}
-    report(job, take, steps, profile, words | {"peer": f"transformers {transformers.__version__}"})
+    words |= {"compilation": "layer by layer, loss" if job.compiled else "none"}
+    turn.report(take, words | {"peer": f"transformers {transformers.__version__}"})
 
 
 if __name__ == "__main__":
