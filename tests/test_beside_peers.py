@@ -142,6 +142,7 @@ def test_ending_a_launcher_ends_workers_that_have_sessions_of_their_own():
     worker = "import time; print('up', flush=True); time.sleep(600)"
     launcher = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {worker!r}], start_new_session=True)"
     with subprocess.Popen([sys.executable, "-c", launcher], stdout=subprocess.PIPE, start_new_session=True) as process:
+        assert process.stdout is not None
         assert process.stdout.readline() == b"up\n"
         gpu_speed.end(process.pid)
         # The worker has the other end too: it closes when both are gone.
@@ -155,10 +156,8 @@ def test_a_stand_in_has_every_name_and_can_be_a_base(monkeypatch):
     monkeypatch.delitem(sys.modules, "no_such_package.part")
     monkeypatch.delitem(sys.modules, "no_such_package")
 
-    class Loader(module.Loader, Stateful):
-        pass
-
-    assert isinstance(Loader("any", argument=1), Loader)
+    loader = type("Loader", (module.Loader, Stateful), {})
+    assert isinstance(loader("any", argument=1), loader)
     assert module.registry.Registry[int]().__class__.__name__ == "Registry"
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module("no_such_package_either")

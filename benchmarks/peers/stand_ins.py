@@ -49,4 +49,4 @@ class StandIns:
 
 def stand_in() -> None:
     """Have the packages stood in for from now on, whether they are installed or not."""
-    sys.meta_path.insert(0, StandIns(NOT_USED))  # type: ignore[arg-type]
+    sys.meta_path.insert(0, StandIns(NOT_USED))
