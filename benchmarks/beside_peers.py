@@ -56,7 +56,7 @@ _COMPILED = "blocks" if torch.cuda.is_available() else "none"
 _UNTIED = "model.share_embeddings_and_output_weights=false"
 # What changes how ours runs, and not what is trained, or what a peer is given as well; and micro-batches.
 _SHARED_CHANGES = {"fsdp", "kept", "lowgrads", "once", "alltoall", "allgather", "ep2", "kept-activations"}
-_SHARED_CHANGES |= {"rowwise", "fp8", "6layers", "8layers"}
+_SHARED_CHANGES |= {"rowwise", "fp8", "fp8gather", "6layers", "8layers"}
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def turn(who: str, setting: Setting, options: argparse.Namespace) -> dict[str, A
                 raise
             reason = f"did not end in {options.timeout:.0f} s"
     for line in reversed(printed.read_text().splitlines()):
-        if line.startswith("{"):
+        if line.startswith("{") and '"step_s"' in line:
             found: dict[str, Any] = json.loads(line)
             return found | {"date": time.strftime("%Y-%m-%d"), "turn_s": round(time.monotonic() - begun, 1)}
     return {"failed": reason or _reason(log.read_text()), "gpus": setting.gpus}
