@@ -23,12 +23,11 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import torch
 
 from lockstep.config import ConfigContainer, Origin, resolve
-from lockstep.models import GPTModel
 from lockstep.models.flops import flops_per_sequence
 from lockstep.models.kernels import Kernel, fused_attention
 from lockstep.models.layers import required
@@ -47,9 +46,6 @@ from lockstep.training.optimizer import Optimizer
 from lockstep.training.precision import params_dtype
 from lockstep.training.setup import build_parallel_model, build_passes, graphed
 from lockstep.training.step import TrainStep
-
-if TYPE_CHECKING:
-    from torch.distributed.fsdp import FSDPModule
 
 # Steps before those that count.
 WARM_UP = 3
@@ -185,25 +181,13 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
     return values | {"model.hidden_dropout": 0.0, "model.attention_dropout": 0.0}
 
 
-def gather_ahead(model: GPTModel, layers: int) -> None:
-    """Have sharded weights gathered so many layers early, forward and backward; no setting of a run does so."""
-    order = [cast("FSDPModule", layer) for layer in model.decoder.layers.values()]
-    for number, layer in enumerate(order):
-        layer.set_modules_to_forward_prefetch(order[number + 1 : number + 1 + layers])
-        layer.set_modules_to_backward_prefetch(order[max(0, number - layers) : number][::-1])
-    cast("FSDPModule", model).set_modules_to_forward_prefetch(order[:layers])
-    cast("FSDPModule", model).set_modules_to_backward_prefetch(order[::-1][:layers])
-
-
-def measure(setting: str, config: ConfigContainer, steps: int, profile: Path | None, ahead: int = 0) -> Timing:
+def measure(setting: str, config: ConfigContainer, steps: int, profile: Path | None) -> Timing:
     """Take steps and time each; those of the warm-up, the first of which compiles, do not count."""
     device = choose_device("auto")
     with switches(config, device), start_processes(config, device) as mesh:
         model, spans, _ = build_parallel_model(config, mesh, device, params_dtype(config), fingerprint=False)
         samples, length = required(config.train.global_batch_size), required(config.model.seq_length)
         operations = flops_per_sequence(config.model) * samples / mesh.world.size
-        if ahead:
-            gather_ahead(model, ahead)
         compilation = choose_compilation(config, device, operations * required(config.train.train_iters))
         if compilation.on:
             compile_blocks(model)
@@ -363,9 +347,6 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=8, help="steps that count, after those of the warm-up")
     parser.add_argument("--json", type=Path, help="also write what was found")
     parser.add_argument("--profile", type=Path, help="also write a profile of one step, into this folder")
-    parser.add_argument(
-        "--ahead", type=int, default=0, help="layers whose sharded weights are gathered early; 0 leaves it to PyTorch"
-    )
     parser.add_argument("--timeout", type=float, default=300, help="seconds for each setting")
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -373,7 +354,7 @@ def main() -> int:
         setting, compilation = options.settings[0], options.compile[0]
         profile = options.profile and options.profile / f"{setting}-{compilation}.txt"
         config = configured(setting, compilation, options.set, options.gpus)
-        found = measure(setting, config, options.steps, profile, options.ahead)
+        found = measure(setting, config, options.steps, profile)
         if int(os.environ.get("RANK") or 0) == 0:
             print(json.dumps(asdict(found)), flush=True)
         return 0
@@ -400,7 +381,7 @@ def _alone(options: argparse.Namespace, setting: str, compilation: str) -> Timin
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={options.gpus}"]
     command = [sys.executable, *(launcher if options.gpus > 1 else []), __file__, "--alone", "--settings", setting]
     command += ["--compile", compilation, "--gpus", str(options.gpus), "--steps", str(options.steps)]
-    command += ["--ahead", str(options.ahead), "--set", *options.set]
+    command += ["--set", *options.set]
     if options.profile:
         options.profile.mkdir(parents=True, exist_ok=True)
         command += ["--profile", str(options.profile)]
