@@ -48,7 +48,6 @@ def forward(query: Tensor, key: Tensor, value: Tensor, *, softmax_scale: float, 
     """Stand in for the forward function of the package."""
     assert sizes["causal"]
     assert sizes["return_lse"]
-    assert all(width % 8 == 0 for width in (query.shape[-1], value.shape[-1]))
     result = query.new_zeros(*query.shape[:-1], value.shape[-1])
     wide = value.repeat_interleave(query.shape[-2] // key.shape[-2], -2)
     for of_queries, of_keys in pieces(query, key, sizes):
@@ -103,7 +102,7 @@ def heads(queries: Tensor, groups: int, width: int, value_width: int) -> tuple[T
 @pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["one document", "documents"])
 @pytest.mark.parametrize("rank", [None, 0, 1], ids=["whole", "first", "second"])
 @pytest.mark.parametrize(
-    ("groups", "width", "value_width", "scale"), [(4, 8, 8, None), (2, 8, 8, 0.2), (1, 12, 8, None), (4, 24, 16, 0.1)]
+    ("groups", "width", "value_width", "scale"), [(4, 8, 8, None), (2, 8, 8, 0.2), (1, 12, 8, None), (4, 6, 16, 0.1)]
 )
 def test_it_is_given_what_it_needs(package, groups, width, value_width, scale, rank, documents) -> None:
     sequence = None if rank is None else SequencePart(Axis(size=2, rank=rank))

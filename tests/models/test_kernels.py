@@ -119,8 +119,8 @@ def test_gpu_kernels_stay_near_float64(kernel, groups, width, value_width, seque
     mask = CausalMask(length, device, ids, sequence)
     if kernel == "cudnn" and (documents is not None or sequence is not None or width % 8 or width > 128):
         pytest.skip("not for cuDNN")
-    if kernel == "flash4" and not is_installed():
-        pytest.skip("no flash-attn-4")
+    if kernel == "flash4" and (not is_installed() or width % 64):
+        pytest.skip("no flash-attn-4, or not for it")
     shapes = ((2, len(mask.positions), 4, width), (2, length, groups, width), (2, length, groups, value_width))
     tensors: Any = tuple(torch.randn(s, device=device).bfloat16().requires_grad_() for s in shapes)
     exact: Any = tuple(t.detach().double().requires_grad_() for t in tensors)

@@ -92,21 +92,22 @@ def hopper(monkeypatch) -> None:
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (9, 0))
 
 
-LONG = {"model__seq_length": 2048}
+LONG = {"model__seq_length": 2048, "model__hidden_size": 256}
 
 
 @pytest.mark.parametrize(
     ("changes", "kernel", "reason"),
     [
         (LONG, "flash4", "auto"),
-        ({}, "cudnn", "auto; FlashAttention-4 pays from sequences of 2048 tokens on"),
+        ({"model__hidden_size": 256}, "cudnn", "auto; FlashAttention-4 pays from sequences of 2048 tokens on"),
         (LONG | {"model__context_parallel_size": 2}, "flash4", "auto"),
         (LONG | {"dataset__reset_attention_mask": True}, "flash4", "auto"),
         (LONG | {"model__flash_attention_version": 4}, "flash4", "auto"),
         (LONG | {"model__flash_attention_version": 2}, "cudnn", "names"),
         (LONG | {"model__deterministic_mode": True}, "flash", "cuDNN does not work in deterministic mode"),
-        ({"model__attention_backend": "flash"}, "flash4", "model.attention_backend=flash"),
-        ({"model__attention_backend": "flash", "model__flash_attention_version": 2}, "flash", "version=2"),
+        ({"model__seq_length": 2048}, "cudnn", "FlashAttention-4 takes heads of 64, 128, 192 or 256 channels"),
+        ({"model__hidden_size": 256, "model__attention_backend": "flash"}, "flash4", "model.attention_backend=flash"),
+        (LONG | {"model__attention_backend": "flash", "model__flash_attention_version": 2}, "flash", "version=2"),
         (LONG | {"model__attention_backend": "fused"}, "cudnn", "model.attention_backend=fused"),
     ],
 )
@@ -129,7 +130,7 @@ def test_flash_attention_4_is_taken_where_it_was_measured(hopper, monkeypatch, p
     assert (choice.kernel, choice.reason) == ("cudnn", f"auto; {reason}")
     with pytest.raises(UserError, match=f"{reason}; FlashAttention-2 is not what .* use model.flash_attention_version"):
         choose_attention(
-            configured(model__attention_backend="flash", model__flash_attention_version=4), torch.device("cuda")
+            configured(model__attention_backend="flash", model__flash_attention_version=4, **LONG), torch.device("cuda")
         )
 
 

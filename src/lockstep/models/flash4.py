@@ -42,7 +42,7 @@ def flash4(
     """Return softmax(scale query key^T) value, [b, q, n, v], for query [b, q, n, d], key [b, s, g, d], value [.., v].
 
     Causal, and the last query sees the last key. ``query_begins`` and ``key_begins`` (int32) are where segments begin
-    whose longest have so many queries and keys. Widths of heads are multiples of 8.
+    whose longest have so many queries and keys. Widths of heads are multiples of 64.
     """
     result: Tensor = _forward(query, key, value, query_begins, key_begins, queries, keys, scale)[0]
     return result

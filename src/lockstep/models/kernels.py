@@ -54,9 +54,11 @@ def _cudnn(query: Tensor, key: Tensor, value: Tensor, mask: CausalMask, scale: f
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, mask: CausalMask, run: range, scale: float) -> Tensor:
-    """Attend by FlashAttention-2, which has heads of one width for keys and values."""
-    width = max(query.shape[-1], value.shape[-1])
-    return _from_last_keys(_flash2, (query, width), (key, width), (value, width), mask, run, scale)
+    """Attend by FlashAttention-2; heads are filled up to one width that it takes."""
+    width = value.shape[-1]
+    padded = -(-max(query.shape[-1], width) // _ALIGNMENT) * _ALIGNMENT
+    query, key, value = (F.pad(x, (0, padded - x.shape[-1])) for x in (query, key, value))
+    return _from_last_keys(_flash2, query, key, value, mask, run, scale)[..., :width]
 
 
 def _flash2(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
@@ -68,33 +70,27 @@ def _flash2(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
 
 
 def _flash4(query: Tensor, key: Tensor, value: Tensor, mask: CausalMask, run: range, scale: float) -> Tensor:
-    wide, narrow = query.shape[-1], value.shape[-1]
-    return _from_last_keys(flash4, (query, wide), (key, wide), (value, narrow), mask, run, scale)
+    return _from_last_keys(flash4, query, key, value, mask, run, scale)
 
 
 def _from_last_keys(
     attend: Callable[..., Tensor],
-    query: tuple[Tensor, int],
-    key: tuple[Tensor, int],
-    value: tuple[Tensor, int],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
     mask: CausalMask,
     run: range,
     scale: float,
 ) -> Tensor:
-    """Attend from the last len(run) positions of the keys; heads are filled up to a width that the kernel takes.
-
-    Each tensor comes with the least width that it needs. Causal for these kernels: the last query sees the last key.
-    """
-    batch, queries = query[0].shape[:2]
-    channels = value[0].shape[-1]
-    tensors = [F.pad(x, (0, -(-width // _ALIGNMENT) * _ALIGNMENT - x.shape[-1])) for x, width in (query, key, value)]
-    begins: tuple[Tensor | None, Tensor | None] = None, None
+    """Attend from the last len(run) positions of the keys; causal for these kernels is that the last query sees all."""
+    batch, queries = query.shape[:2]
+    query_begins = key_begins = None
     if mask.document_ids is not None:
         segments = mask.segments(run)
-        begins = segments.queries, segments.keys
-        tensors = [x.flatten(0, 1) for x in tensors]
-    result = attend(*tensors, *begins, queries, run.stop, scale)
-    return result.reshape(batch, queries, *result.shape[-2:])[..., :channels]
+        query_begins, key_begins = segments.queries, segments.keys
+        query, key, value = (x.flatten(0, 1) for x in (query, key, value))
+    result = attend(query, key, value, query_begins, key_begins, queries, run.stop, scale)
+    return result.reshape(batch, queries, *result.shape[-2:])
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: CausalMask, run: range, scale: float) -> Tensor:

@@ -25,6 +25,7 @@ _NAMES: dict[Kernel, str] = {
 }
 _IN_ORDER: tuple[Kernel, ...] = ("flash4", "cudnn", "flash")  # docs/performance.md has the measurement
 _FLASH4_CAPABILITY = 9, 0  # of the GPUs that it was measured on
+_FLASH4_WIDTHS = 64  # it was measured on heads of multiples of so many channels
 _LONG = 2048  # tokens of a sequence below which compiling FlashAttention-4 costs more than it saves
 _TRIAL_LENGTH = 128
 
@@ -83,6 +84,8 @@ def _obstacle(kernel: Kernel, config: ConfigContainer, device: torch.device, nam
         return None
     if config.model.deterministic_mode:
         return "does not work in deterministic mode"
+    if any(width % _FLASH4_WIDTHS for width in _widths(config.model)):
+        return f"takes heads of {_FLASH4_WIDTHS}, 128, 192 or 256 channels"
     if not named and required(config.model.seq_length) < _LONG:
         return f"pays from sequences of {_LONG} tokens on"
     if not is_installed():
