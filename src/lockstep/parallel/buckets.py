@@ -9,6 +9,7 @@ from torch import nn
 
 from lockstep.config import ConfigContainer
 from lockstep.parallel.mesh import Axis
+from lockstep.parallel.mixed import put
 
 
 @dataclass(frozen=True)
@@ -152,10 +153,7 @@ class GradientBuckets:
         assert isinstance(param, nn.Parameter), "hooks are registered on parameters only"
         assert self._expected is None or count < self._expected, "a parameter has more gradients than micro-batches"
         # The first micro-batch overwrites what the last step left, which spares zeroing.
-        if count:
-            self._views[param].add_(param.grad)
-        else:
-            self._views[param].copy_(param.grad)
+        put(self._views[param], param.grad, add=bool(count))
         param.grad = None
         self._arrived[param] = count + 1
         if count + 1 == self._expected:
@@ -170,10 +168,7 @@ class GradientBuckets:
     def put(self, grads: Sequence[torch.Tensor], overwrite: bool) -> None:
         """Add the gradient of every parameter, or overwrite what is there; this alone does not count as arrived."""
         for view, grad in zip(self._views.values(), grads, strict=True):
-            if overwrite:
-                view.copy_(grad)
-            else:
-                view.add_(grad)
+            put(view, grad, add=not overwrite)
 
     def arrived_all(self) -> None:
         """Count one gradient of every parameter as arrived, where nothing waits for single ones."""

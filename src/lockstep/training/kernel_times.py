@@ -15,6 +15,7 @@ _KINDS = {
     "communication": r"nccl",
     "attention": r"sdpa|flash_(fwd|bwd)|fmha|flash::|cudnn::fusion",
     "activation": r"^_swiglu",
+    "between dtypes": r"^_put$",
     "loss": r"^_(log_sums|put_gradients)$",
     "matrix products": r"gemm|nvjet|xmma|cutlass",
     "optimizer and norms of gradients": r"multi_tensor|foreach|FusedAdam|reduce_kernel.*Norm|vector_norm",

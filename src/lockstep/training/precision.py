@@ -10,6 +10,7 @@ from lockstep.config import ConfigContainer
 from lockstep.config.training import MixedPrecisionConfig
 from lockstep.models import GPTModel
 from lockstep.parallel.buckets import GradientBuckets, Reduction
+from lockstep.parallel.mixed import put
 
 
 def params_dtype(config: ConfigContainer) -> torch.dtype:
@@ -79,7 +80,7 @@ class MainWeights:
         """Round the main weights to the model's dtype."""
         for main, param in zip(self.main_params, self.model_params, strict=True):
             if main is not param:
-                param.copy_(main)
+                put(param, main)
 
     @torch.no_grad()
     def copy_from_model(self) -> None:

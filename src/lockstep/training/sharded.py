@@ -20,6 +20,7 @@ from lockstep.parallel.buckets import Bucket, Reduction, bucket_size
 from lockstep.parallel.fsdp import is_sharded, local, shards_of, span_of
 from lockstep.parallel.gradients import is_shared
 from lockstep.parallel.mesh import Axis, Mesh
+from lockstep.parallel.mixed import put
 from lockstep.parallel.plan import is_expert
 from lockstep.training.precision import MainWeights, compute_dtype
 
@@ -43,7 +44,7 @@ class _Weights:
 
     def gather(self) -> None:
         """Start to round the main weights of all processes into the model; they travel from where they arrive."""
-        self._part.copy_(self.main)
+        put(self._part, self.main)
         self._work = None if self._axis.group is None else self._axis.begin_stacked(self._part, self._whole)
 
     def wait(self) -> None:
