@@ -194,7 +194,7 @@ def measure(setting: str, config: ConfigContainer, steps: int, profile: Path | N
         micro = required(config.train.micro_batch_size)
         graphs = choose_graphs(config, device, mesh, flops_per_sequence(config.model) * micro)
         optimizer = Optimizer(model, config, mesh)
-        passes = graphed(build_passes(config, model, spans, mesh, device), optimizer, graphs)
+        passes = graphed(build_passes(config, model, spans, mesh, device), optimizer, graphs, mesh)
         step = TrainStep(passes, optimizer, dp=mesh.dp)
 
         def take(number: int) -> float:

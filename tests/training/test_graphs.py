@@ -1,6 +1,6 @@
 """CUDA graphs: when they are chosen or refused, and that a step of graphs is a step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -16,6 +16,8 @@ from lockstep.training.optimizer import Optimizer
 from lockstep.training.passes import WholePasses
 from lockstep.training.step import StepResult, TrainStep
 from tests.training.test_attention import configured
+
+Job = Callable[[], Sequence[torch.Tensor]]
 
 CPU, GPU = torch.device("cpu"), torch.device("meta")
 
@@ -45,19 +47,31 @@ def test_what_is_asked_for_and_does_not_work_is_an_error() -> None:
         choose_graphs(config, GPU, Mesh(world=Axis(size=2)), 1.0)
 
 
-class _Again:
+class Again:
     """Stands for a graph: runs the job again, on the same tensors."""
 
-    def __init__(self, job: Callable[[], torch.Tensor], result: torch.Tensor) -> None:
-        self._job, self._result = job, result
+    def __init__(self, job: Job, results: list[torch.Tensor]) -> None:
+        self._job: Job | None = job
+        self._results = results
 
     def replay(self) -> None:
-        self._result.copy_(self._job())
+        """Run the job, and fill what it returned the first time."""
+        assert self._job is not None, "a graph that was dropped does not run"
+        found = self._job()
+        if not self._results:
+            self._results += [torch.empty_like(tensor) for tensor in found]
+        for kept, new in zip(self._results, found, strict=True):
+            kept.copy_(new)
+
+    def reset(self) -> None:
+        """Drop the job."""
+        self._job = None
 
 
-def _capture(job: Callable[[], torch.Tensor]) -> tuple[_Again, torch.Tensor]:
-    result = torch.empty(2)
-    return _Again(job, result), result
+def capture_again(job: Job) -> tuple[Again, list[torch.Tensor]]:
+    """Stand for the capture of a job on a CPU."""
+    results: list[torch.Tensor] = []
+    return Again(job, results), results
 
 
 def _steps(device: torch.device, graphs: bool, dtype: torch.dtype) -> tuple[list[StepResult], list[torch.Tensor]]:
@@ -73,8 +87,8 @@ def _steps(device: torch.device, graphs: bool, dtype: torch.dtype) -> tuple[list
     model = build_model(config.model, seed=1, params_dtype=dtype, device=device)
     optimizer = Optimizer(model, config)
     passes = WholePasses(model, DropoutStreams(1, device))
-    capture = _capture if device.type == "cpu" else None
-    step = TrainStep(GraphedPasses(passes, optimizer.weights.gradients, capture) if graphs else passes, optimizer)
+    capture = capture_again if device.type == "cpu" else None
+    step = TrainStep(GraphedPasses(passes, optimizer.weights, capture) if graphs else passes, optimizer)
     results = []
     for number in range(4):
         tokens = torch.randint(0, 64, (4, 33), generator=torch.Generator().manual_seed(number))

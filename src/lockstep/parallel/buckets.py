@@ -1,6 +1,7 @@
 """Gradients end to end in buckets: added up over micro-batches, then over the processes that have the same weights."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -160,20 +161,21 @@ class GradientBuckets:
             self._of[param].missing -= 1
             self._start_whole()
 
-    @property
-    def params(self) -> list[nn.Parameter]:
-        """The parameters, in the order of the model."""
-        return list(self._views)
+    def stop_overlap(self) -> None:
+        """Start no bucket before all gradients of a step are there."""
+        self._overlap = False
 
-    def put(self, grads: Sequence[torch.Tensor], overwrite: bool) -> None:
-        """Add the gradient of every parameter, or overwrite what is there; this alone does not count as arrived."""
-        for view, grad in zip(self._views.values(), grads, strict=True):
-            put(view, grad, add=not overwrite)
+    @contextmanager
+    def noting(self, noted: set[torch.Tensor]) -> Iterator[None]:
+        """Within it put the parameters whose gradients arrive into ``noted``."""
+        before = dict(self._arrived)
+        yield
+        noted.update(param for param, count in self._arrived.items() if count > before.get(param, 0))
 
-    def arrived_all(self) -> None:
-        """Count one gradient of every parameter as arrived, where nothing waits for single ones."""
+    def arrived(self, params: Iterable[torch.Tensor]) -> None:
+        """Count a gradient of each of these parameters as arrived, where no hook was called for it."""
         assert self._expected is None, "overlap starts buckets by their own gradients"
-        for param in self._views:
+        for param in params:
             self._arrived[param] = self._arrived.get(param, 0) + 1
 
     def _start_whole(self) -> None:

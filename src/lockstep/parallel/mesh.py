@@ -6,8 +6,8 @@ group, and every operation on it returns its input: one process needs no group a
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -110,6 +110,7 @@ class Mesh:
         world: all processes.
         sequence_parallel: the residual stream is split over tp; on only where tp is more than one process.
         whole_experts: processes of tp have whole experts, and hand out their parts of the sequence.
+        closing: what is called before the process groups go, whatever has happened; it must not wait for a GPU.
     """
 
     dp: Axis = field(default_factory=Axis)
@@ -125,6 +126,7 @@ class Mesh:
     world: Axis = field(default_factory=Axis)
     sequence_parallel: bool = False
     whole_experts: bool = False
+    closing: ExitStack = field(default_factory=ExitStack, compare=False, repr=False)
 
     @property
     def experts_apart(self) -> bool:
@@ -189,7 +191,9 @@ def start_processes(
     """
     world_size = int(os.environ.get("WORLD_SIZE") or 1)
     if world_size == 1:
-        yield Mesh()
+        mesh = Mesh()
+        with mesh.closing:
+            yield mesh
         return
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
@@ -200,13 +204,16 @@ def start_processes(
     timeout = timedelta(minutes=config.dist.distributed_timeout_minutes)
     store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
     store.set_timeout(timeout)
+    closing = ExitStack()
     try:
         with join(store, rank, world_size, os.environ["MASTER_ADDR"], timeout.total_seconds(), on_loss):
             place = {"store": store, "rank": rank, "world_size": world_size}
             dist.init_process_group(backend, **place, timeout=timeout, device_id=device if backend == "nccl" else None)
             instances = config.ddp.num_distributed_optimizer_instances
-            yield build_mesh(config.model, device.type, config.dist.use_tp_pp_dp_mapping, instances)
+            mesh = build_mesh(config.model, device.type, config.dist.use_tp_pp_dp_mapping, instances)
+            yield replace(mesh, closing=closing)
     finally:
+        closing.close()
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -47,7 +47,7 @@ class WholePasses:
     """Passes of a model all of whose layers are on this process: one micro-batch after the other.
 
     Sharded gradients are added up over processes in the last backward pass only where ``sync_once``. ``prepare`` is
-    called before the passes of a batch.
+    called before the passes of a batch. ``given`` is what the model is given to draw from, by default ``dropout``.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class WholePasses:
         prepare: Callable[[], None] | None = None,
     ) -> None:
         self.model = model
-        self.dropout = dropout
+        self.dropout = self.given = dropout
         self._sync_once = sync_once
         self._prepare = prepare
         self.routing = Routing(model, replicas or Axis())
@@ -76,7 +76,7 @@ class WholePasses:
         for micro_batch in batch.split(micro_batch_size):
             add_up_gradients(self.model, not self._sync_once or len(sums) == count - 1)
             noted = self.routing.begin(router_weight)
-            loss_sum, tokens = self.loss(micro_batch, self.dropout, noted)
+            loss_sum, tokens = self.loss(micro_batch, self.given, noted)
             objective(loss_sum, tokens).backward()
             sums.append(torch.stack([loss_sum.detach(), tokens, *self.routing.means(noted)]))
         self.routing.finish()

@@ -75,6 +75,9 @@ class MainWeights:
         """Return the sum of the gradients of every main weight, in the dtype they were added up in."""
         return self._gradients.finish()
 
+    def wait(self) -> None:
+        """Wait until the model has its weights; a GPU waits, not the host."""
+
     @torch.no_grad()
     def copy_to_model(self) -> None:
         """Round the main weights to the model's dtype."""

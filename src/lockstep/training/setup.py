@@ -233,7 +233,7 @@ def build_trainer(
     batches = build_batch_schedule(config, mesh.dp.size)
     rate, decay = build_schedules(config)
     optimizer = Optimizer(model, config, mesh)
-    passes = graphed(passes, optimizer, graphs)
+    passes = graphed(passes, optimizer, graphs, mesh)
     return Trainer(
         feed=_feed(config, datasets.train, "train", batches.micro_batch_size, mesh),
         step=TrainStep(passes, optimizer, per_token=config.model.calculate_per_token_loss, dp=mesh.dp),
@@ -245,12 +245,14 @@ def build_trainer(
     )
 
 
-def graphed(passes: Passes, optimizer: Optimizer, graphs: Switch) -> Passes:
+def graphed(passes: Passes, optimizer: Optimizer, graphs: Switch, mesh: Mesh) -> Passes:
     """Return passes that run micro-batches as graphs where that was chosen."""
     if not graphs.on:
         return passes
-    assert isinstance(passes, WholePasses), "graphs are chosen for one process only"
-    return GraphedPasses(passes, optimizer.weights.gradients)
+    assert isinstance(passes, WholePasses), "graphs are chosen for whole models and sequences only"
+    result = GraphedPasses(passes, optimizer.weights)
+    mesh.closing.callback(result.release)  # A communicator that a graph has collectives of does not end.
+    return result
 
 
 def build_evaluator(

@@ -109,7 +109,7 @@ class ShardedMainWeights(MainWeights):
         for weights in reversed(self._weights):
             weights.gather()
         if not self._late_gather:
-            self._wait_for_all()
+            self.wait()
 
     @torch.no_grad()
     def copy_from_model(self) -> None:
@@ -117,7 +117,8 @@ class ShardedMainWeights(MainWeights):
         for weights in self._weights:
             weights.reload()
 
-    def _wait_for_all(self) -> None:
+    def wait(self) -> None:
+        """Wait until the model has the weights of all processes; a GPU waits, not the host."""
         for weights in self._weights:
             weights.wait()
 
