@@ -62,13 +62,15 @@ class _Run:
 
     def _capture(self, job: Job) -> tuple[Graph, list[torch.Tensor]]:
         """Stand for a capture, in which nothing may wait for what began outside, or begin what ends outside."""
-        weights = self.optimizer.weights
+        weights, gradients = self.optimizer.weights, self.optimizer.weights.gradients
 
         def watched() -> Sequence[torch.Tensor]:
             if isinstance(weights, ShardedMainWeights):
                 assert not any(each._work for each in weights._weights), "weights are on their way"
+            arrived = dict(gradients._arrived)
             found = job()
-            assert not any(bucket.started for bucket in weights.gradients.buckets), "a bucket was started"
+            gradients._arrived = arrived  # A graph calls no hooks.
+            assert not any(bucket.started for bucket in gradients.buckets), "a bucket was started"
             self.jobs += 1
             return found
 
