@@ -95,7 +95,10 @@ _CHANGES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Timing:
-    """What was found for a setting; tokens and operations are those of one GPU, ``kernels_ms`` those of a profile."""
+    """What was found for a setting; tokens and operations are those of one GPU, ``kernels_ms`` those of a profile.
+
+    ``reserved_gib`` is what is held at the end, with the memory of CUDA graphs, which the peak counts at capture only.
+    """
 
     setting: str
     device: str
@@ -114,6 +117,7 @@ class Timing:
     gpus: int = 1
     kernels_ms: dict[str, float] | None = None
     floors_ms: dict[str, float] | None = None
+    reserved_gib: float = 0.0
 
 
 def configured(setting: str, compilation: str, changes: list[str], gpus: int = 1) -> ConfigContainer:
@@ -211,6 +215,7 @@ def measure(setting: str, config: ConfigContainer, steps: int, profile: Path | N
             started = ended
             _say(mesh, f"{setting}: step {number} {seconds[-1]:.3f} s, loss {losses[-1]:.5f}")
         peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
+        reserved = torch.cuda.memory_reserved() / 2**30 if device.type == "cuda" else 0.0
         kernels = profiled(lambda: take(len(losses)), profile, mesh.leads) if profile is not None else None
         floors = None
         if device.type == "cuda":
@@ -232,10 +237,11 @@ def measure(setting: str, config: ConfigContainer, steps: int, profile: Path | N
         round(peak, 2),
         operations,
         None if floors is None else round((floors["matrix products"] + floors["attention"]) / 1e3, 5),
-        [round(loss, 5) for loss in losses],
+        losses,
         mesh.world.size,
         kernels,
         floors,
+        round(reserved, 2),
     )
 
 
@@ -368,7 +374,8 @@ def main() -> int:
             results += [] if result is None else [result]
             print(line(result) if result else f"| {setting} | {compilation} | failed |", flush=True)
             if result and options.verbose:
-                print(f"first step {result.first_step_s} s, losses {result.losses}, kernels {result.kernels_ms}")
+                print(f"first step {result.first_step_s} s, {result.reserved_gib} GiB held, {result.cuda_graphs}")
+                print(f"losses {result.losses}, kernels {result.kernels_ms}")
     if options.json:
         options.json.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n")
     if results:

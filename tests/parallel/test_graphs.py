@@ -8,7 +8,7 @@ import torch
 
 from lockstep.models.router import Router
 from lockstep.parallel import Mesh
-from lockstep.training.graphs import GraphedPasses, Graph
+from lockstep.training.graphs import Graph, GraphedPasses
 from lockstep.training.optimizer import Optimizer
 from lockstep.training.passes import WholePasses
 from lockstep.training.setup import build_parallel_model, build_passes
