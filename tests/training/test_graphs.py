@@ -161,25 +161,33 @@ def capture_again(job: Job) -> tuple[Again, list[torch.Tensor]]:
     return Again(job, results), results
 
 
-def _steps(device: torch.device, graphs: bool, dtype: torch.dtype) -> tuple[list[StepResult], list[torch.Tensor]]:
-    """Take steps of two micro-batches, with dropout; return what they found, and the weights."""
+_DROPOUT = {"model__attention_dropout": 0.1, "model__hidden_dropout": 0.1}
+_ROUTED = {
+    **_EXPERTS,
+    **_RECOMPUTATION,
+    "model__attention_backend": "unfused",
+    "model__moe_router_score_function": "sigmoid",
+    "model__moe_router_enable_expert_bias": True,
+    "model__moe_router_load_balancing_type": ["seq_aux_loss"],
+    "model__moe_aux_loss_coeff": [0.1],
+    "model__moe_z_loss_coeff": 0.1,
+}
+
+
+def _steps(
+    device: torch.device, graphs: bool, dtype: torch.dtype, changes: dict[str, Any]
+) -> tuple[list[StepResult], list[torch.Tensor]]:
+    """Take steps of two micro-batches; return what they found, and the weights with the biases of experts."""
     low = dtype == torch.bfloat16
-    config = configured(
-        model__attention_dropout=0.1,
-        model__hidden_dropout=0.1,
-        mixed_precision__bf16=low,
-        ddp__grad_reduce_in_fp32=True if low else None,
-    )
+    config = configured(mixed_precision__bf16=low, ddp__grad_reduce_in_fp32=True if low else None, **changes)
     config.set("model.vocab_size", 64, Origin("python"))
     model = build_model(config.model, seed=1, params_dtype=dtype, device=device)
     optimizer = Optimizer(model, config)
     passes = WholePasses(model, DropoutStreams(1, device))
     capture = capture_again if device.type == "cpu" else None
     step = TrainStep(GraphedPasses(passes, optimizer.weights, capture) if graphs else passes, optimizer)
-    results = []
-    for number in range(4):
-        results.append(step(_batch(number).to(device), 2, 1e-2, 0.1))
-    return results, [p.detach().clone() for p in model.parameters()]
+    results = [step(_batch(number).to(device), 2, 1e-2, 0.1) for number in range(4)]
+    return results, [tensor.detach().clone() for tensor in (*model.parameters(), *model.buffers())]
 
 
 def _batch(number: int) -> Batch:
@@ -189,16 +197,17 @@ def _batch(number: int) -> Batch:
     return Batch(tokens[:, :-1], tokens[:, 1:].contiguous(), mask, torch.arange(32).repeat(4, 1))
 
 
-def _assert_same(device: torch.device, dtype: torch.dtype) -> None:
-    (plain, weights), (graphed, found) = (_steps(device, graphs, dtype) for graphs in (False, True))
+def _assert_same(device: torch.device, dtype: torch.dtype, changes: dict[str, Any]) -> None:
+    (plain, weights), (graphed, found) = (_steps(device, graphs, dtype, changes) for graphs in (False, True))
     assert graphed == plain
     assert len({result.loss_sum for result in plain}) == 4
     for ours, theirs in zip(found, weights, strict=True):
         assert torch.equal(ours, theirs)
 
 
-def test_steps_of_graphs_are_those_without() -> None:
-    _assert_same(CPU, torch.float32)
+@pytest.mark.parametrize("changes", [_DROPOUT, _ROUTED], ids=["dropout", "experts"])
+def test_steps_of_graphs_are_those_without(changes) -> None:
+    _assert_same(CPU, torch.float32, changes)
 
 
 class _Seen(TrainStep):
@@ -318,5 +327,6 @@ def test_what_was_captured_is_dropped() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_steps_of_captured_graphs_are_those_without() -> None:
-    _assert_same(torch.device("cuda"), torch.bfloat16)
+@pytest.mark.parametrize("changes", [_DROPOUT, _ROUTED], ids=["dropout", "experts"])
+def test_steps_of_captured_graphs_are_those_without(changes) -> None:
+    _assert_same(torch.device("cuda"), torch.bfloat16, changes)

@@ -158,7 +158,7 @@ class GraphedPasses:
         self._weights = weights
         weights.gradients.stop_overlap()
         if not _has_dropout(inner.model):
-            # Recomputation rewinds what it is given, which no capture allows. The first steps go without it too, for what
+            # Recomputation rewinds what it is given, which no capture allows. The first steps go without it too: what
             # is compiled for them must serve the graphs.
             inner.given = None
         self._capture = capture or CudaCapture(inner.given)
