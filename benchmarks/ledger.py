@@ -10,6 +10,7 @@ import shlex
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -34,8 +35,8 @@ def _norms(self: Gradients, tensors: list[torch.Tensor]) -> tuple[torch.Tensor, 
     return self.norm(tensors), torch.zeros(len(KINDS), dtype=torch.float64)
 
 
-def _hashes(batch: Batch, *rest: object) -> Hashes:
-    return Hashes(batch_hash(batch.tokens, batch.labels), [])
+def _hashes(batch: Batch, *rest: object) -> Callable[[], Hashes]:
+    return lambda: Hashes(batch_hash(batch.tokens, batch.labels), [])
 
 
 def main() -> None:

@@ -112,14 +112,14 @@ def work(folder: Path, words: list[str]) -> int:
     from lockstep.training import loop
 
     resident: list[int] = []
-    iterate = loop.run_iteration
+    finish = loop.finish
 
     def watched(*args: Any) -> Any:
-        report = iterate(*args)
+        report = finish(*args)
         resident.append(torch.cuda.memory_allocated())
         return report
 
-    loop.run_iteration = watched  # type: ignore[assignment]
+    loop.finish = watched  # type: ignore[assignment]
     code = main(["pretrain-gpt", *words])
     found = {
         "measured_bytes": torch.cuda.max_memory_allocated(),

@@ -358,13 +358,13 @@ def test_settings_without_what_they_need_are_refused(configure) -> None:
 def test_a_signal_ends_the_iteration_saves_and_stops(configure, tmp_path, capsys, monkeypatch) -> None:
     root = tmp_path / "ckpt"
     before = signal.getsignal(signal.SIGUSR1)
-    step = TrainStep.__call__
+    launch = TrainStep.launch
 
     def signalled(self: TrainStep, *args: Any) -> Any:
         os.kill(os.getpid(), signal.SIGUSR1)
-        return step(self, *args)
+        return launch(self, *args)
 
-    monkeypatch.setattr(TrainStep, "__call__", signalled)
+    monkeypatch.setattr(TrainStep, "launch", signalled)
     changes = {"checkpoint.save": str(root), "checkpoint.save_interval": 100, "checkpoint.async_save": True}
     changes |= {"train.exit_signal_handler": True, "train.exit_signal": "SIGUSR1"}
     result = _run(configure(changes), tmp_path / "run")
@@ -377,19 +377,19 @@ def test_a_signal_ends_the_iteration_saves_and_stops(configure, tmp_path, capsys
 def test_a_save_in_the_background_is_not_touched_by_training(configure, tmp_path, monkeypatch) -> None:
     saving: dict[str, Any] = {"checkpoint.save_interval": 1, "train.train_iters": 2, "validation.eval_iters": 0}
     _run(configure({**saving, "checkpoint.save": str(tmp_path / "sync")}), tmp_path / "first")
-    trained, step, write = threading.Event(), TrainStep.__call__, checkpoint_storage.save_file
+    trained, launch, write = threading.Event(), TrainStep.launch, checkpoint_storage.save_file
 
     def stepping(self: TrainStep, *args: Any) -> Any:
-        result = step(self, *args)
+        launched = launch(self, *args)
         if (tmp_path / "async").exists() and any((tmp_path / "async").iterdir()):
             trained.set()
-        return result
+        return launched
 
     def waiting(tensors: dict[str, torch.Tensor], path: Path) -> None:
         assert trained.wait(30)
         write(tensors, path)
 
-    monkeypatch.setattr(TrainStep, "__call__", stepping)
+    monkeypatch.setattr(TrainStep, "launch", stepping)
     monkeypatch.setattr(checkpoint_storage, "save_file", waiting)
     saving |= {"checkpoint.save": str(tmp_path / "async"), "checkpoint.async_save": True}
     _run(configure(saving), tmp_path / "second")

@@ -257,12 +257,12 @@ def test_wandb_that_is_not_installed_is_refused(configure, tmp_path, monkeypatch
 
 def test_deterministic_mode_holds_during_the_run_only(configure, tmp_path, monkeypatch) -> None:
     seen = []
-    step = "lockstep.training.loop.run_iteration"
-    from lockstep.training.loop import run_iteration
+    step = "lockstep.training.loop.begin"
+    from lockstep.training.loop import begin
 
     def spy(*args: Any) -> Any:
         seen.append(torch.are_deterministic_algorithms_enabled())
-        return run_iteration(*args)
+        return begin(*args)
 
     monkeypatch.setattr(step, spy)
     _run(configure({"model.deterministic_mode": True}), tmp_path / "run")

@@ -113,13 +113,15 @@ class Gradients:
             sums = sums[:2] + experts
         return self._mesh.pp.sum_(sums[0] + self._mesh.tp.sum_(sums[1].clone()))
 
-    def count(self, counts: Sequence[int], device: torch.device) -> int:
-        """Return the sum of a count over all parameters, each counted once."""
-        return int(self._total(torch.tensor([sum(group) for group in self._sorted(counts)], device=device)))
+    def count(self, counts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the sum of a count, one integer scalar each, over all parameters, each counted once."""
+        nothing = torch.zeros_like(counts[0])
+        groups = self._sorted(counts)
+        return self._total(torch.stack([torch.stack(group).sum() if group else nothing for group in groups]))
 
-    def anywhere(self, flag: bool, device: torch.device) -> bool:
-        """Tell whether the flag is up on any process."""
-        return bool(self._mesh.world.highest_(torch.tensor(int(flag), device=device)).item())
+    def anywhere(self, flag: torch.Tensor) -> bool:
+        """Tell whether the flag, a scalar, is up on any process; waits for the device."""
+        return bool(self._mesh.world.highest_(flag.int()).item())
 
 
 def is_shared(name: str, config: ModelConfig, mesh: Mesh) -> bool:

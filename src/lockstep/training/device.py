@@ -1,4 +1,4 @@
-"""Choice of the device, and process-wide switches that hold for the duration of a run."""
+"""Choice of the device, process-wide switches for the duration of a run, and copies that nobody waits for."""
 
 import os
 import resource
@@ -75,6 +75,33 @@ def _full_bf16_reductions() -> Iterator[None]:
         yield
     finally:
         matmul.allow_bf16_reduced_precision_reduction = before
+
+
+def is_asynchronous(device: torch.device) -> bool:
+    """Tell whether a device works on what it was given while the host goes on."""
+    return device.type != "cpu"
+
+
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a tensor of the host on a device, without waiting for what the device does."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+class HostCopy:
+    """A copy of a tensor on its way to the host: of what it holds where the device's work is queued now."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._copy = tensor.to("cpu", non_blocking=True)
+        self._arrived: torch.cuda.Event | None = None
+        if tensor.device.type == "cuda":
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def read(self) -> torch.Tensor:
+        """Wait for the copy and return it."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._copy
 
 
 def peak_memory_bytes(device: torch.device) -> int:

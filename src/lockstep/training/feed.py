@@ -13,6 +13,7 @@ from lockstep.data.build import batch_hash, collate
 from lockstep.data.samplers import CyclicSampler, SequentialSampler
 from lockstep.errors import UserError
 from lockstep.parallel import Axis
+from lockstep.training.device import HostCopy, sent
 
 
 class Samples(Protocol):
@@ -45,9 +46,11 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on ``device``."""
-        if device.type == "cpu":
-            return self
-        return Batch(**{k: v.pin_memory().to(device, non_blocking=True) for k, v in self._tensors().items()})
+        return Batch(**{k: sent(v, device) for k, v in self._tensors().items()})
+
+    def pinned(self) -> "Batch":
+        """Return the batch in memory that a GPU takes it from while the host goes on."""
+        return Batch(**{k: v.pin_memory() for k, v in self._tensors().items()})
 
     def split(self, samples: int) -> Iterator["Batch"]:
         """Yield the batch in pieces of ``samples`` samples, in order."""
@@ -94,10 +97,12 @@ class Feed:
         self._shares = shares
         self._length = length
         self._indices = order(0)
+        self._ready: Batch | Exception | None = None
         self.taken = 0
 
     def seek(self, taken: int) -> None:
         """Go on after ``taken`` samples from the start of the order."""
+        assert self._ready is None, "no batch is prepared"
         if taken == self.taken:
             return
         # The first sample of the order leaves its mark on the masks of all later ones; see ``GPTDataset``.
@@ -106,12 +111,27 @@ class Feed:
         self._indices = self._order(taken)
         self.taken = taken
 
+    def prepare(self, micro_batches: int, device: torch.device) -> None:
+        """Take what ``next`` is to return early, while ``device`` works; what goes wrong is raised by ``next``."""
+        assert self._ready is None, "one batch is prepared at a time"
+        try:
+            batch = self._take(micro_batches)
+            self._ready = batch.pinned() if device.type == "cuda" else batch
+        except Exception as error:
+            self._ready = error
+
     def next(self, micro_batches: int) -> Batch:
         """Return the next ``micro_batches`` micro-batches as one batch.
 
         Raises:
             UserError: the data ends before them.
         """
+        ready, self._ready = self._ready, None
+        if isinstance(ready, Exception):
+            raise ready
+        return self._take(micro_batches) if ready is None else ready
+
+    def _take(self, micro_batches: int) -> Batch:
         samples: list[Any] = []
         start = self.taken
         for _ in range(micro_batches):
@@ -137,18 +157,24 @@ class Hashes:
     micro_batches: list[str]
 
 
-def batch_hashes(batch: Batch, micro_batch_size: int, dp: Axis, device: torch.device, learned: bool = False) -> Hashes:
-    """Hash the global batch of which every data-parallel process has its micro-batches.
+def batch_hashes(
+    batch: Batch, micro_batch_size: int, dp: Axis, device: torch.device, learned: bool = False
+) -> Callable[[], Hashes]:
+    """Return what hashes the global batch of which every data-parallel process has its micro-batches.
 
-    ``learned`` adds all labels that have a loss: in fine-tuning they do not follow from the tokens alone.
+    The processes exchange it here; the hashes are made, and waited for, when they are asked for. ``learned`` adds all
+    labels that have a loss: in fine-tuning they do not follow from the tokens alone.
     """
-    last = batch.labels.where(batch.loss_mask > 0, -1) if learned else batch.labels[:, -1:]
-    text = torch.cat([batch.tokens, last], dim=1)  # [b, s + 1 or 2 s]
     if dp.size == 1:
-        return _hashes(text, micro_batch_size)
-    micro_batches = text.unflatten(0, (-1, micro_batch_size)).to(device)
-    ordered = in_global_order(micro_batches, dp).flatten(0, 1).cpu()
-    return _hashes(ordered, micro_batch_size)
+        return lambda: _hashes(_text(batch, learned), micro_batch_size)
+    micro_batches = sent(_text(batch, learned), device).unflatten(0, (-1, micro_batch_size))
+    ordered = HostCopy(in_global_order(micro_batches, dp).flatten(0, 1))
+    return lambda: _hashes(ordered.read(), micro_batch_size)
+
+
+def _text(batch: Batch, learned: bool) -> torch.Tensor:
+    last = batch.labels.where(batch.loss_mask > 0, -1) if learned else batch.labels[:, -1:]
+    return torch.cat([batch.tokens, last], dim=1)  # [b, s + 1 or 2 s]
 
 
 def _hashes(text: torch.Tensor, micro_batch_size: int) -> Hashes:

@@ -24,14 +24,14 @@ _CLIP_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 class Update:
     """What one optimizer step did.
 
-    ``grad_norm`` is the global L2 norm before clipping (scalar tensor, so that a GPU need not be waited for);
-    ``grad_norms`` are those of each of ``KINDS``; ``num_zeros`` counts zero gradient elements where asked for. A step
-    that was skipped because gradients overflowed has none of them.
+    ``grad_norm`` is the global L2 norm before clipping; ``grad_norms`` are those of each of ``KINDS``; ``num_zeros``
+    counts zero gradient elements where asked for. They are tensors, so that a GPU need not be waited for. A step that
+    was skipped because gradients overflowed has none of them.
     """
 
     skipped: bool
     grad_norm: torch.Tensor | None
-    num_zeros: int | None
+    num_zeros: torch.Tensor | None
     grad_norms: torch.Tensor | None = None
 
 
@@ -149,22 +149,23 @@ class Optimizer:
                     self.weights.main_params[i].grad = None
 
     def _unscale(self, grads: WideGradients, scaler: LossScaler) -> bool:
-        """Divide the gradients by the loss scale, update the scale, and tell whether any gradient overflowed."""
+        """Divide the gradients by the loss scale, update the scale, and tell whether any gradient overflowed.
+
+        Only here a step waits for the device: the next scale, and whether weights move at all, depend on the answer.
+        """
         grads.multiply(1.0 / scaler.scale)
         highest = torch.stack([torch.linalg.vector_norm(grad, float("inf")) for grad in grads])
-        overflow = not torch.isfinite(torch.linalg.vector_norm(highest, float("inf"))).item()
-        overflow = self._gradients.anywhere(overflow, highest.device)
+        overflow = self._gradients.anywhere(~torch.isfinite(torch.linalg.vector_norm(highest, float("inf"))))
         scaler.update(overflow)
         return overflow
 
-    def _zeros(self, grads: WideGradients) -> int:
-        counts = [int(g.numel() - g.count_nonzero()) for g in grads.given]
-        return self._gradients.count(counts, grads.given[0].device)
+    def _zeros(self, grads: WideGradients) -> torch.Tensor:
+        return self._gradients.count([g.numel() - g.count_nonzero() for g in grads.given])
 
     @torch.no_grad()
-    def params_norm(self) -> float:
-        """Return the L2 norm of the main weights."""
-        return float(self._gradients.norm([p.detach() for p in self.weights.main_params]))
+    def params_norm(self) -> torch.Tensor:
+        """Return the L2 norm of the main weights, a scalar."""
+        return self._gradients.norm([p.detach() for p in self.weights.main_params])
 
 
 def _groups(weights: MainWeights, apply_wd_to_qk_layernorm: bool) -> list[dict[str, object]]:

@@ -122,6 +122,8 @@ def _checkpointed(config: ConfigContainer) -> bool:
 
 def _anywhere(mesh: Mesh, device: torch.device, flag: bool) -> bool:
     """Tell whether the flag is up on any process."""
+    if mesh.world.size == 1:
+        return flag
     return bool(mesh.world.highest_(torch.tensor(int(flag), device=device)).item())
 
 

@@ -4,13 +4,16 @@ Shapes: b samples of a micro-batch, s tokens of a sample.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
 from lockstep.models import DropoutStreams
 from lockstep.parallel import Axis
 from lockstep.parallel.kinds import KINDS
+from lockstep.training.device import HostCopy
 from lockstep.training.feed import Batch, in_global_order
 from lockstep.training.observe import Observer
 from lockstep.training.optimizer import Optimizer, Update
@@ -67,6 +70,50 @@ class StepResult:
         return self.loss_sum / self.valid_tokens if self.valid_tokens else math.nan
 
 
+@dataclass(frozen=True)
+class Launched:
+    """A step whose work the device has been given, and what is known of it by then; see ``StepResult``.
+
+    ``found`` are the sums of each of ``micro_batches`` and then what the optimizer measured, in FP64, on their way to
+    the host; ``divisors`` turns the valid tokens of micro-batches into what their losses were divided by.
+    """
+
+    skipped: bool
+    loss_scale: float
+    found: HostCopy
+    micro_batches: int
+    router_names: tuple[str, ...]
+    router_weight: float
+    divisors: Callable[[torch.Tensor], list[float]]
+    ranks: int
+
+    def result(self) -> StepResult:
+        """Wait for what the step found and return it."""
+        values = self.found.read()
+        sums, measured = values.tensor_split([self.micro_batches * (2 + len(self.router_names))])
+        losses, tokens, *added = sums.view(self.micro_batches, -1).T.tolist()
+        norm, norms, zeros = _measured(measured.tolist())
+        return StepResult(
+            loss_sum=math.fsum(losses) if all(map(math.isfinite, losses)) else sum(losses),
+            valid_tokens=int(sum(tokens)),
+            grad_norm=norm,
+            num_zeros=zeros,
+            skipped=self.skipped,
+            loss_scale=self.loss_scale,
+            router_losses={
+                name: math.fsum(values) / len(values) for name, values in zip(self.router_names, added, strict=True)
+            },
+            ledger=Ledger(
+                ranks=self.ranks,
+                loss_sums=losses,
+                tokens=[int(n) for n in tokens],
+                divisors=self.divisors(torch.tensor(tokens)),
+                router_weight=self.router_weight if added else None,
+                grad_norms=norms,
+            ),
+        )
+
+
 class TrainStep:
     """Runs steps of one model, through ``passes``, with one optimizer.
 
@@ -88,8 +135,20 @@ class TrainStep:
         """The streams that dropout masks are drawn from."""
         return self._passes.dropout
 
+    @property
+    def observed(self) -> bool:
+        """Whether anyone looks on."""
+        return type(self.observer) is not Observer or type(self.optimizer.observer) is not Observer
+
     def __call__(self, batch: Batch, micro_batch_size: int, lr: float, weight_decay: float) -> StepResult:
         """Take one step on this process's part of a global batch with a learning rate and weight decay."""
+        return self.launch(batch, micro_batch_size, lr, weight_decay).result()
+
+    def launch(self, batch: Batch, micro_batch_size: int, lr: float, weight_decay: float) -> Launched:
+        """Give the device the work of one step.
+
+        Nothing is read back, but for whether gradients overflowed where there is a loss scale.
+        """
         self.observer.begin(batch, micro_batch_size, lr, weight_decay)
         micro_batches = len(batch) // micro_batch_size
         self.optimizer.start_step(micro_batches)
@@ -109,28 +168,15 @@ class TrainStep:
         sums = in_global_order(found, self._dp)  # [micro-batches, 2 or more]
         factor = 1.0 / sums[:, 1].sum().clamp(min=1) if self._per_token else None
         update = self.optimizer.step(lr, weight_decay, factor)
-        # Only here does the host wait for a GPU: everything above was queued.
-        losses, tokens, *added = zip(*sums.tolist(), strict=True)
-        norm, norms = _read_norms(update)
-        return StepResult(
-            loss_sum=math.fsum(losses) if all(map(math.isfinite, losses)) else sum(losses),
-            valid_tokens=int(sum(tokens)),
-            grad_norm=norm,
-            num_zeros=update.num_zeros,
+        return Launched(
             skipped=update.skipped,
             loss_scale=self.optimizer.loss_scale,
-            router_losses={
-                name: math.fsum(values) / len(values)
-                for name, values in zip(self._passes.routing.names, added, strict=True)
-            },
-            ledger=Ledger(
-                ranks=self._dp.size,
-                loss_sums=list(losses),
-                tokens=[int(n) for n in tokens],
-                divisors=self._divisors_of(torch.tensor(tokens), count),
-                router_weight=router_weight if added else None,
-                grad_norms=norms,
-            ),
+            found=HostCopy(torch.cat([sums.double().flatten(), *_measurements(update)])),
+            micro_batches=len(sums),
+            router_names=self._passes.routing.names,
+            router_weight=router_weight,
+            divisors=partial(self._divisors_of, count=count),
+            ranks=self._dp.size,
         )
 
     def _divisors_of(self, tokens: torch.Tensor, count: int) -> list[float]:
@@ -144,9 +190,18 @@ def _divisors(tokens: torch.Tensor, count: int) -> tuple[torch.Tensor, int]:
     return tokens.clamp(min=1), count
 
 
-def _read_norms(update: Update) -> tuple[float | None, dict[str, float]]:
-    """Read the gradient norms in one copy; kinds without gradients are left out."""
+def _measurements(update: Update) -> list[torch.Tensor]:
+    """Return what an update measured as FP64 vectors; ``_measured`` reads them."""
     if update.grad_norm is None or update.grad_norms is None:
-        return None, {}
-    norm, *norms = torch.cat([update.grad_norm.double().reshape(1), update.grad_norms]).tolist()
-    return norm, {kind: value for kind, value in zip(KINDS, norms, strict=True) if value != 0}
+        return []
+    zeros = [] if update.num_zeros is None else [update.num_zeros.double().reshape(1)]
+    return [update.grad_norm.double().reshape(1), update.grad_norms, *zeros]
+
+
+def _measured(values: list[float]) -> tuple[float | None, dict[str, float], int | None]:
+    """Return the norm, that of each kind that has gradients, and the number of zeros where they were counted."""
+    if not values:
+        return None, {}, None
+    norm, norms, zeros = values[0], values[1 : 1 + len(KINDS)], values[1 + len(KINDS) :]
+    found = {kind: value for kind, value in zip(KINDS, norms, strict=True) if value != 0}
+    return norm, found, int(zeros[0]) if zeros else None
