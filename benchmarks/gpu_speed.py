@@ -4,10 +4,11 @@
     python benchmarks/gpu_speed.py --gpus 2 --settings llama3_8b llama3_8b+fsdp llama3_8b+fp8 --profile profiles
 
 Every setting runs in processes of its own, one for each GPU, on random tokens, through the trainer's own step: forward
-and backward passes of all micro-batches, clipping, AdamW. What follows a + is a change: see _CHANGES; +16micro makes a
-step of 16 micro-batches for each GPU. The floor is the time of its matrix products (in BF16) and attention at the rates
-that this GPU reaches on products of 8192 x 8192 matrices, and with the kernel and heads of the setting. Tokens a second
-are those of one GPU.
+and backward passes of all micro-batches, clipping, AdamW. As in a run, a step is launched before the results of the one
+before are read; the time of a step is the mean over all that count. What follows a + is a change: see _CHANGES; +16micro
+makes a step of 16 micro-batches for each GPU. The floor is the time of its matrix products (in BF16) and attention at the
+rates that this GPU reaches on products of 8192 x 8192 matrices, and with the kernel and heads of the setting. Tokens a
+second are those of one GPU.
 """
 
 import argparse
@@ -45,7 +46,7 @@ from lockstep.training.kernel_times import profiled
 from lockstep.training.optimizer import Optimizer
 from lockstep.training.precision import params_dtype
 from lockstep.training.setup import build_parallel_model, build_passes, graphed
-from lockstep.training.step import TrainStep
+from lockstep.training.step import Launched, TrainStep
 
 # Steps before those that count.
 WARM_UP = 3
@@ -186,7 +187,7 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure(setting: str, config: ConfigContainer, steps: int, profile: Path | None) -> Timing:
-    """Take steps and time each; those of the warm-up, the first of which compiles, do not count."""
+    """Take steps and time them from result to result; those of the warm-up, the first of which compiles, do not count."""
     device = choose_device("auto")
     with switches(config, device), start_processes(config, device) as mesh:
         model, spans, _ = build_parallel_model(config, mesh, device, params_dtype(config), fingerprint=False)
@@ -201,28 +202,35 @@ def measure(setting: str, config: ConfigContainer, steps: int, profile: Path | N
         passes = graphed(build_passes(config, model, spans, mesh, device), optimizer, graphs, mesh)
         step = TrainStep(passes, optimizer, dp=mesh.dp)
 
-        def take(number: int) -> float:
-            return step(_batch(config, number, device, mesh), micro, 1e-4, 0.01).lm_loss
+        def launch(number: int) -> Launched:
+            return step.launch(batches[number].to(device), micro, 1e-4, 0.01)
 
+        batches = [_batch(config, number, mesh) for number in range(WARM_UP + steps)]
+        if device.type == "cuda":
+            batches = [batch.pinned() for batch in batches]
         losses, seconds = [], []
+        queued: Launched | None = None
         _wait(device)
         started = time.perf_counter()
         for number in range(WARM_UP + steps):
+            running = queued or launch(number)
+            late = WARM_UP <= number < WARM_UP + steps - 1
+            queued = launch(number + 1) if late else None
             # A step ends when its loss is known; weights may still be on their way to the next one.
-            losses.append(take(number))
+            losses.append(running.result().lm_loss)
             ended = time.perf_counter()
             seconds.append(ended - started)
             started = ended
             _say(mesh, f"{setting}: step {number} {seconds[-1]:.3f} s, loss {losses[-1]:.5f}")
         peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
         reserved = torch.cuda.memory_reserved() / 2**30 if device.type == "cuda" else 0.0
-        kernels = profiled(lambda: take(len(losses)), profile, mesh.leads) if profile is not None else None
+        kernels = profiled(lambda: launch(number).result(), profile, mesh.leads) if profile is not None else None
         floors = None
         if device.type == "cuda":
             weights = sum(weight.numel() for weight in model.parameters())
             floors = _floors(config, device, mesh, operations, weights)
     timed = seconds[WARM_UP:]
-    middle = statistics.median(timed)
+    mean = statistics.fmean(timed)
     return Timing(
         setting,
         torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
@@ -231,9 +239,9 @@ def measure(setting: str, config: ConfigContainer, steps: int, profile: Path | N
         str(compilation),
         str(graphs),
         round(seconds[0], 3),
-        round(middle, 5),
+        round(mean, 5),
         round(max(timed) - min(timed), 5),
-        round(samples * length / middle / mesh.world.size, 1),
+        round(samples * length / mean / mesh.world.size, 1),
         round(peak, 2),
         operations,
         None if floors is None else round((floors["matrix products"] + floors["attention"]) / 1e3, 5),
@@ -255,15 +263,18 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _batch(config: ConfigContainer, number: int, device: torch.device, mesh: Mesh) -> Batch:
-    """Return this process's micro-batches of random tokens in a step; the first two in a step of the warm-up."""
+def _batch(config: ConfigContainer, number: int, mesh: Mesh) -> Batch:
+    """Return this process's micro-batches of random tokens in a step, on the host.
+
+    They are the first two in a step of the warm-up before its last, which may capture graphs for steps of this size.
+    """
     samples, length = required(config.train.global_batch_size), required(config.model.seq_length)
     generator = torch.Generator().manual_seed(number)
     text = torch.randint(0, required(config.model.vocab_size), (samples, length + 1), generator=generator)
     text = text.unflatten(0, (-1, mesh.dp.size, required(config.train.micro_batch_size)))[:, mesh.dp.rank].flatten(0, 1)
-    text = text[: 2 * required(config.train.micro_batch_size)] if number < WARM_UP else text
+    text = text[: 2 * required(config.train.micro_batch_size)] if number < WARM_UP - 1 else text
     positions = torch.arange(length).repeat(len(text), 1)
-    return Batch(text[:, :-1], text[:, 1:], torch.ones(positions.shape), positions).to(device)
+    return Batch(text[:, :-1], text[:, 1:], torch.ones(positions.shape), positions)
 
 
 def _floors(

@@ -74,8 +74,8 @@ class _TiledLoss(torch.autograd.Function):
             log_sums = torch.empty_like(target)
             for rows in tiles.rows:
                 logits = tiles.computed(rows, columns, keep=keep)
-                inside, position = _labels_inside(labels[rows], columns)
-                target[rows.start + inside] = logits[inside, position]
+                inside, position = _clamped(labels[rows] - columns.start, columns.stop - columns.start)
+                target[rows] = logits.gather(1, position[:, None])[:, 0].where(inside, target[rows])
                 log_sums[rows] = _log_sum_exp_(logits)
             tile_log_sums.append(log_sums)
         log_sum = torch.logsumexp(torch.stack(tile_log_sums), dim=0)
@@ -99,8 +99,8 @@ class _TiledLoss(torch.autograd.Function):
             product = None if products is None else products[: columns.stop - columns.start]
             for rows in tiles.rows:
                 gradient = tiles.kept_or_computed(rows, columns).sub_(log_sum[rows, None]).exp_()
-                inside, position = _labels_inside(labels[rows], columns)
-                gradient[inside, position] -= 1.0
+                inside, position = _clamped(labels[rows] - columns.start, columns.stop - columns.start)
+                gradient[tiles.numbers[: len(gradient)], position] -= inside.to(gradient.dtype)
                 gradient = tiles.rounded_(gradient.mul_(scale[rows]))
                 grad_hidden[rows].addmm_(gradient, tiles.weight32[columns])
                 if product is not None:
@@ -120,6 +120,7 @@ class _Tiles:
         width = max(1, min(vocab, tile_numbers // height))
         self.rows = [slice(start, min(start + height, tokens)) for start in range(0, tokens, height)]
         self.columns = [slice(start, min(start + width, vocab)) for start in range(0, vocab, width)]
+        self.numbers = torch.arange(height, device=hidden.device)
         self.dtype = hidden.dtype
         self.hidden32, self.weight32 = widened(hidden), widened(weight)
         self.buffer = self.hidden32.new_empty(height * width)
@@ -160,14 +161,8 @@ def _log_sum_exp_(logits: Tensor) -> Tensor:
     return logits.sub_(highest[:, None]).exp_().sum(dim=1).log_().add_(highest)
 
 
-def _labels_inside(labels: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-    """Return which rows have their label in these columns, and where in them."""
-    inside = ((labels >= columns.start) & (labels < columns.stop)).nonzero()[:, 0]
-    return inside, labels[inside] - columns.start
-
-
 def _clamped(labels: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
-    """Return which labels are rows of the weight, and all labels moved to the nearest row; a GPU is not waited for."""
+    """Return which labels are from 0 to below `vocab`, and all labels moved there; a GPU is not waited for."""
     return (labels >= 0) & (labels < vocab), labels.clamp(0, vocab - 1)
 
 

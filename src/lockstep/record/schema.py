@@ -57,6 +57,8 @@ class TrainLine:
         consumed_samples: samples taken by all iterations so far, this one included.
         batch_hash: hash of the global batch's token ids.
         skipped: no update was made (overflow under FP16).
+        seconds: from where the iteration began, or the results of the one before were known if that was later, to where
+            its own were known; evaluations and saves do not count.
         memory_bytes: peak memory of the device, or of the process on a CPU.
         router_losses: losses that routers of experts add, by name; left out of the line where there are none.
         ledger: what the sums are made of, by micro-batch and kind of parameter (``training.step.Ledger``, and

@@ -202,10 +202,14 @@ class CheckpointHook(Hook):
         except OSError as error:
             raise UserError(f"cannot write checkpoints to {self._root}: {error.strerror}") from None
 
+    def needs_state(self, iteration: int) -> bool:
+        """Tell whether a save follows."""
+        return iteration % self._interval == 0
+
     def after_iteration(self, progress: Progress, stopping: bool) -> None:
         """Save when it is time or the run stops."""
         self._trained = True
-        if progress.iteration % self._interval == 0 or stopping:
+        if self.needs_state(progress.iteration) or stopping:
             self._save(progress)
         if stopping:
             self._settle()

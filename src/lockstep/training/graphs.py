@@ -84,7 +84,7 @@ def _obstacle(config: ConfigContainer, device: torch.device, mesh: Mesh) -> str 
         return "with samples of several lengths"
     if config.mixed_precision.fp16:
         return "with a loss scale that changes"
-    # Elsewhere the loss asks the GPU which labels are in a tile.
+    # Other losses were not tried in graphs.
     if not config.mixed_precision.bf16 or matmul_mode(device, torch.bfloat16) != "native":
         return "without native BF16 products"
     return _obstacle_of_experts(config, device, mesh) if any(expert_layers(model)) else None

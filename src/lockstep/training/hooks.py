@@ -36,19 +36,25 @@ class RunInfo:
 class Progress:
     """How far a run is: completed iterations, consumed samples, evaluations, and the loss of the last iteration.
 
-    ``stepped_samples`` counts only samples of successful optimizer steps: the position in the schedules.
+    ``stepped_samples`` counts only samples of successful optimizer steps: the position in the schedules. The results of
+    the last iteration were known at ``known_at``, on the clock of ``time.perf_counter``.
     """
 
     iteration: int = 0
     consumed_samples: int = 0
     stepped_samples: int = 0
     lm_loss: float | None = None
+    known_at: float = 0.0
     evaluations: list[Evaluation] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class IterationReport:
-    """One finished iteration. ``lr`` and ``weight_decay`` were applied; ``next_lr`` is what the next one applies."""
+    """One finished iteration. ``lr`` and ``weight_decay`` were applied; ``next_lr`` is what the next one applies.
+
+    ``seconds`` go from where the iteration began, or the results of the one before were known if that was later, to
+    where its own were known.
+    """
 
     iteration: int
     consumed_samples: int
@@ -69,7 +75,15 @@ LEDGER_MICRO_BATCHES = 1024
 
 
 class Hook:
-    """Called by the loop at fixed points; every method does nothing unless a subclass overrides it."""
+    """Called by the loop at fixed points; every method does nothing unless a subclass overrides it.
+
+    On a GPU the next iteration may be on its way when an iteration is reported: a hook that looks at weights, at other
+    state, or at what the device does says so in ``needs_state``, in the same way on all processes.
+    """
+
+    def needs_state(self, iteration: int) -> bool:
+        """Tell whether the next iteration must not begin before everything after ``iteration`` is done."""
+        return False
 
     def on_start(self, info: RunInfo) -> None:
         """Set-up is done; the first iteration or evaluation follows."""

@@ -8,7 +8,7 @@ import torch
 
 from lockstep.parallel import Axis
 from lockstep.training.batches import BatchSchedule, evaluation_due
-from lockstep.training.device import HostCopy, peak_memory_bytes
+from lockstep.training.device import HostCopy, is_asynchronous, peak_memory_bytes
 from lockstep.training.evaluate import Evaluator, Split
 from lockstep.training.exits import ExitRule
 from lockstep.training.feed import Feed, Hashes, batch_hashes
@@ -63,19 +63,30 @@ def train(
     progress: Progress,
     exit_rule: ExitRule,
 ) -> str | None:
-    """Train to the last iteration; return the reason when the run stops before it."""
+    """Train to the last iteration; return the reason when the run stops before it.
+
+    While the device works on one iteration, the host reports the one before: hooks and ``progress`` do not see that the
+    next one has begun. It has not where something needs the state between the two, see ``due_now``.
+    """
+    ahead: Running | Exception | None = None
     while progress.iteration < info.train_iters:
         for hook in hooks:
             hook.before_step(progress.iteration + 1)
-        running = begin(info, trainer, progress)
+        if isinstance(ahead, Exception):
+            raise ahead
+        running = ahead or begin(info, trainer, progress)
         if running.iteration < info.train_iters:
             trainer.feed.prepare(trainer.batches.micro_batches_at(running.consumed_samples), info.device)
+        late = is_asynchronous(info.device) and not due_now(info, trainer, evaluator, hooks, running.iteration)
+        reason = exit_rule.reason(running.iteration) if late else None
+        ahead = begin_early(info, trainer, running) if late and reason is None else None
         report = finish(running, progress)
         for hook in hooks:
             hook.after_step(report)
-        if evaluator is not None and "valid" in evaluator.splits and evaluation_due(info.config, progress.iteration):
+        if evaluator is not None and validates_after(info, evaluator, progress.iteration):
             run_evaluation(evaluator, "valid", hooks, progress, final=False)
-        reason = exit_rule.reason(progress.iteration)
+        if not late:
+            reason = exit_rule.reason(progress.iteration)
         for hook in hooks:
             hook.after_iteration(progress, stopping=reason is not None)
         if reason is not None:
@@ -83,9 +94,34 @@ def train(
     return None
 
 
+def due_now(
+    info: RunInfo, trainer: Trainer, evaluator: Evaluator | None, hooks: Sequence[Hook], iteration: int
+) -> bool:
+    """Tell whether an iteration is to be reported before the next one begins; all processes give the same answer."""
+    return (
+        iteration >= info.train_iters
+        or validates_after(info, evaluator, iteration)
+        or trainer.step.observed
+        or any(hook.needs_state(iteration) for hook in hooks)
+    )
+
+
+def validates_after(info: RunInfo, evaluator: Evaluator | None, iteration: int) -> bool:
+    """Tell whether the validation split is evaluated after an iteration of training."""
+    return evaluator is not None and "valid" in evaluator.splits and evaluation_due(info.config, iteration)
+
+
 def run_iteration(info: RunInfo, trainer: Trainer, progress: Progress) -> IterationReport:
     """Take one step on the next global batch and move ``progress`` on."""
     return finish(begin(info, trainer, progress), progress)
+
+
+def begin_early(info: RunInfo, trainer: Trainer, after: Running) -> Running | Exception:
+    """Begin an iteration while the one before is not reported yet; what goes wrong waits until that is done."""
+    try:
+        return begin(info, trainer, after)
+    except Exception as error:
+        return error
 
 
 def begin(info: RunInfo, trainer: Trainer, after: Progress | Running) -> Running:
@@ -123,6 +159,7 @@ def finish(running: Running, progress: Progress) -> IterationReport:
     progress.consumed_samples = running.consumed_samples
     progress.stepped_samples = running.stepped_samples
     progress.lm_loss = result.lm_loss
+    since, progress.known_at = max(running.started, progress.known_at), time.perf_counter()
     return IterationReport(
         iteration=running.iteration,
         consumed_samples=running.consumed_samples,
@@ -134,7 +171,7 @@ def finish(running: Running, progress: Progress) -> IterationReport:
         params_norm=params_norm,
         batch_hash=hashes.batch,
         micro_batch_hashes=hashes.micro_batches,
-        seconds=time.perf_counter() - running.started,
+        seconds=progress.known_at - since,
         memory_bytes=running.memory_bytes,
     )
 

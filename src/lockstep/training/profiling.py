@@ -33,6 +33,10 @@ class ProfileHook(Hook):
         self._chosen = not self._config.profile_ranks or rank in self._config.profile_ranks
         self._file = info.run_dir / FOLDER / f"rank-{rank}.json.gz"
 
+    def needs_state(self, iteration: int) -> bool:
+        """Have the traced iterations, and the one to warm up, taken one by one."""
+        return self._first - 2 <= iteration <= self._last
+
     def before_step(self, iteration: int) -> None:
         """Start one iteration early, for the profiler to warm up, or in the middle of the span after a resume."""
         if not self._chosen or self._profiler is not None or not self._first - 1 <= iteration <= self._last:

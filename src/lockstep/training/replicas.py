@@ -21,13 +21,17 @@ class ReplicaCheck(Hook):
         self._mesh = mesh
         self._interval = interval
 
+    def needs_state(self, iteration: int) -> bool:
+        """Tell whether it is time."""
+        return iteration % self._interval == 0
+
     def after_step(self, report: IterationReport) -> None:
         """Compare when it is time.
 
         Raises:
             CommonError: weights differ, on all processes; names one with the first parameter that differs.
         """
-        if report.iteration % self._interval:
+        if not self.needs_state(report.iteration):
             return
         findings: list[str | None] = [None] * self._mesh.world.size
         dist.all_gather_object(findings, self._difference(), group=self._mesh.world.group)
