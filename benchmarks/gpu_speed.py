@@ -205,7 +205,8 @@ def measure(setting: str, config: ConfigContainer, steps: int, profile: Path | N
         def launch(number: int) -> Launched:
             return step.launch(batches[number].to(device), micro, 1e-4, 0.01)
 
-        batches = [_batch(config, number, mesh) for number in range(WARM_UP + steps)]
+        # Graphs are captured in the warm-up, for steps of the size that counts.
+        batches = [_batch(config, number, mesh, graphs.on) for number in range(WARM_UP + steps)]
         if device.type == "cuda":
             batches = [batch.pinned() for batch in batches]
         losses, seconds = [], []
@@ -263,16 +264,16 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _batch(config: ConfigContainer, number: int, mesh: Mesh) -> Batch:
+def _batch(config: ConfigContainer, number: int, mesh: Mesh, whole: bool = False) -> Batch:
     """Return this process's micro-batches of random tokens in a step, on the host.
 
-    They are the first two in a step of the warm-up before its last, which may capture graphs for steps of this size.
+    Those of a step of the warm-up are the first two, unless ``whole``.
     """
     samples, length = required(config.train.global_batch_size), required(config.model.seq_length)
     generator = torch.Generator().manual_seed(number)
     text = torch.randint(0, required(config.model.vocab_size), (samples, length + 1), generator=generator)
     text = text.unflatten(0, (-1, mesh.dp.size, required(config.train.micro_batch_size)))[:, mesh.dp.rank].flatten(0, 1)
-    text = text[: 2 * required(config.train.micro_batch_size)] if number < WARM_UP - 1 else text
+    text = text if whole or number >= WARM_UP else text[: 2 * required(config.train.micro_batch_size)]
     positions = torch.arange(length).repeat(len(text), 1)
     return Batch(text[:, :-1], text[:, 1:], torch.ones(positions.shape), positions)
 

@@ -32,7 +32,7 @@ def pair(name, *, tiny=False):
 @pytest.mark.parametrize("number", [0, gpu_speed.WARM_UP])
 def test_a_peer_gets_the_shape_and_tokens_of_our_configuration(number):
     job, config = pair("llama32_1b-mb1", tiny=True)
-    ours = gpu_speed._batch(config, number, torch.device("cpu"), Mesh())
+    ours = gpu_speed._batch(config, number, Mesh())
     texts, labels = (torch.cat(parts) for parts in zip(*job.tokens(number, 0), strict=True))
     assert texts.equal(ours.tokens)
     assert labels.equal(ours.labels)
@@ -43,7 +43,7 @@ def test_a_peer_gets_the_shape_and_tokens_of_our_configuration(number):
 def test_processes_get_the_tokens_that_ours_get():
     job, config = pair("llama3_8b")
     mesh = Mesh(dp=Axis(2, 1), world=Axis(2, 1))
-    ours = gpu_speed._batch(config, 0, torch.device("cpu"), mesh)
+    ours = gpu_speed._batch(config, 0, mesh)
     assert job.tokens(0, 1)[0][0].equal(ours.tokens)
 
 

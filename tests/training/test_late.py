@@ -141,8 +141,8 @@ def _send_a_signal(_: TrainStep) -> None:
 
 
 def _out_of_time_after_three(patch: Patch) -> None:
-    asked: list[int] = []
-    patch.setattr(ExitRule, "out_of_time", lambda _: asked.append(1) or len(asked) >= 3)
+    asked = itertools.count(1)
+    patch.setattr(ExitRule, "out_of_time", lambda _: next(asked) >= 3)
 
 
 _ALONE: dict[str, Any] = {"validation.eval_iters": 0, "train.train_iters": 5}

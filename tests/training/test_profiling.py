@@ -1,6 +1,7 @@
 """Traces: which iterations they hold, and that nothing else changes."""
 
 import gzip
+import itertools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,9 +13,10 @@ from torch.profiler import record_function
 
 from lockstep.config import ConfigContainer
 from lockstep.config.output import ProfilingConfig
-from lockstep.training import Command, run
+from lockstep.training import Command, loop, run
 from lockstep.training.kernel_times import summary
 from lockstep.training.profiling import ProfileHook
+from lockstep.training.step import TrainStep
 
 
 def names_in(file: Path) -> list[str]:
@@ -90,6 +92,23 @@ def test_a_run_with_a_trace_is_the_run_without(configure: Any, tmp_path: Path, c
     with gzip.open(tmp_path / "traced" / "torch_profile" / "rank-0.json.gz", "rt") as stream:
         assert "Input Dims" in stream.read()
     assert "profile written: torch_profile/rank-0.json.gz" in capsys.readouterr().out
+
+
+def test_traced_iterations_are_taken_one_by_one(configure: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    launch, numbers = TrainStep.launch, itertools.count(1)
+
+    def launched(*args: Any) -> Any:
+        with record_function(f"iteration {next(numbers)}"):
+            return launch(*args)
+
+    monkeypatch.setattr(TrainStep, "launch", launched)
+    monkeypatch.setattr(loop, "is_asynchronous", lambda _: True)
+    changes: dict[str, Any] = {"validation.eval_iters": 0, "train.train_iters": 7}
+    changes |= {"profiling.use_pytorch_profiler": True, "profiling.profile_step_start": 4}
+    config: ConfigContainer = configure({**changes, "profiling.profile_step_end": 6, "run.dir": str(tmp_path / "run")})
+    run(config, door="python", command=Command([]), name="tiny")
+    names = names_in(tmp_path / "run" / "torch_profile" / "rank-0.json.gz")
+    assert sorted({name for name in names if name.startswith("iteration ")}) == ["iteration 4", "iteration 5"]
 
 
 def test_kernels_by_kind_and_what_of_communication_nothing_hides() -> None:
