@@ -5,10 +5,10 @@
 
 Every setting runs in processes of its own, one for each GPU, on random tokens, through the trainer's own step: forward
 and backward passes of all micro-batches, clipping, AdamW. As in a run, a step is launched before the results of the one
-before are read; the time of a step is the mean over all that count. What follows a + is a change: see _CHANGES; +16micro
-makes a step of 16 micro-batches for each GPU. The floor is the time of its matrix products (in BF16) and attention at the
-rates that this GPU reaches on products of 8192 x 8192 matrices, and with the kernel and heads of the setting. Tokens a
-second are those of one GPU.
+before are read; the time of a step is the mean over all that count. What follows a + is a change: see _CHANGES;
++16micro makes a step of 16 micro-batches for each GPU. The floor is the time of its matrix products (in BF16) and
+attention at the rates that this GPU reaches on products of 8192 x 8192 matrices, and with the kernel and heads of the
+setting. Tokens a second are those of one GPU.
 """
 
 import argparse
@@ -187,7 +187,7 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure(setting: str, config: ConfigContainer, steps: int, profile: Path | None) -> Timing:
-    """Take steps and time them from result to result; those of the warm-up, the first of which compiles, do not count."""
+    """Take steps and time them from result to result; those of the warm-up, where layers are compiled, do not count."""
     device = choose_device("auto")
     with switches(config, device), start_processes(config, device) as mesh:
         model, spans, _ = build_parallel_model(config, mesh, device, params_dtype(config), fingerprint=False)

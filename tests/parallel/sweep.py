@@ -347,7 +347,7 @@ def play(
             factor = max(1.0, (norms[0] + 1e-6) / config.optimizer.clip_grad)
             grads = logical({name: grad * factor for name, grad in _grads(optimizer, mesh).items()}, config, mesh)
     weights = logical({name: _all_rows(tensor) for name, tensor in model.state_dict().items()}, config, mesh)
-    return Outcome(grads, [*norms, optimizer.params_norm()], weights, zeros, losses)
+    return Outcome(grads, [*norms, float(optimizer.params_norm())], weights, zeros, losses)
 
 
 def _grads(optimizer: Optimizer, mesh: Mesh) -> dict[str, torch.Tensor]:
