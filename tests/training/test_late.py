@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from lockstep.config import ConfigContainer
 from lockstep.errors import UserError
-from lockstep.training import Command, RunResult, feed, loop, run, setup
+from lockstep.training import Command, RunResult, exits, feed, loop, run, setup
 from lockstep.training.device import HostCopy
 from lockstep.training.exits import ExitRule
 from lockstep.training.hooks import Hook, IterationReport, Progress
@@ -294,11 +294,29 @@ _PARALLEL: dict[str, Any] = {
 
 
 def test_late_reading_changes_nothing_on_two_processes(tmp_path) -> None:
-    take([Turn(2, _train, (tmp_path, late)) for late in (False, True)])
+    turns = [Turn(2, _train, (tmp_path, late)) for late in (False, True)]
+    stops = [Turn(2, _stop_early, (tmp_path, late, signalled)) for late in (False, True) for signalled in (False, True)]
+    take([*turns, *stops])
+    for run_dir in ("signal-False", "signal-True", "time-False", "time-True"):
+        assert [line["iteration"] for line in recorded(tmp_path / run_dir)] == [1, 2, 3]
     now, late = (recorded(tmp_path / f"run-{late}") for late in (False, True))
     assert [line["iteration"] for line in now if line["kind"] == "train"] == [1, 2, 3, 4, 5, 6, 7]
     assert now == late
     assert _saved(tmp_path / "saves-False") == _saved(tmp_path / "saves-True") != {}
+
+
+def _stop_early(folder: Path, late: bool, signalled: bool) -> None:
+    """Train until one process gets a signal in the third step, or the first one's time is over then."""
+    changes = {**_PARALLEL, "validation.eval_iters": 0}
+    name = f"{'signal' if signalled else 'time'}-{late}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "is_asynchronous", lambda _: late)
+        if signalled and os.environ["RANK"] == "1":
+            _in_the_third(lambda _: os.kill(os.getpid(), signal.SIGTERM))(patch)
+        if not signalled and os.environ["RANK"] == "0":
+            asked = itertools.count(1)
+            patch.setattr(exits, "time", SimpleNamespace(monotonic=lambda: 1e9 if next(asked) >= 3 else 0.0))
+        assert train(changes, folder / name) == "stopped early"
 
 
 @pytest.mark.gpu

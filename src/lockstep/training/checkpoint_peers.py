@@ -1,10 +1,11 @@
-"""The processes that save and load checkpoints together, and how they come to one outcome."""
+"""The processes that save and load checkpoints together, and stop together, and how they come to one outcome."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from lockstep.errors import CommonError, UserError
@@ -15,7 +16,9 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Peers:
-    """All processes of a run, with a gloo group of their own: saving in the background does not mix with training.
+    """All processes of a run, with a gloo group of their own.
+
+    Saving in the background does not mix with training, and no GPU is waited for.
 
     A step that fails on one process fails on all: where it is the user's to mend, with one and the same error.
     """
@@ -60,6 +63,18 @@ class Peers:
         if failed:
             raise CommonError(failed[0][1]) from own
         return [result for _, result in outcomes]
+
+    def anywhere(self, flag: bool) -> bool:
+        """Tell whether a flag is up on any process."""
+        if self.group is None:
+            return flag
+        highest = torch.tensor(int(flag))
+        dist.all_reduce(highest, dist.ReduceOp.MAX, group=self.group)
+        return bool(highest)
+
+    def seen_by_leader(self, flag: bool) -> bool:
+        """Return the first process's flag on all."""
+        return self.anywhere(flag and self.leads)
 
     def by_leader(self, step: Callable[[], _T]) -> _T:
         """Run a step on the first process only; return its result on all.

@@ -76,9 +76,8 @@ def run(config: ConfigContainer, *, door: str, command: Command, name: str) -> R
         peers.by_leader(lambda: check_save_folder(config))
         base, source = open_base(config, peers), open_source(config, peers)
         limits = config.train.exit_interval, config.train.exit_duration_in_mins
-        exit_rule = ExitRule(
-            started, *limits, signal, agree=mesh.from_leader, anywhere=partial(_anywhere, mesh, device)
-        )
+        exits = Peers.of(mesh, timeout) if signal is not None or limits[1] is not None else Peers()
+        exit_rule = ExitRule(started, *limits, signal, agree=exits.seen_by_leader, anywhere=exits.anywhere)
         code = code_version() if mesh.leads else {}
         if mesh.leads:
             core = describe(code["core"], code["commit"], code["dirty"])
@@ -118,13 +117,6 @@ def run(config: ConfigContainer, *, door: str, command: Command, name: str) -> R
 def _checkpointed(config: ConfigContainer) -> bool:
     settings = config.checkpoint
     return any((settings.save, settings.load, settings.pretrained_checkpoint))
-
-
-def _anywhere(mesh: Mesh, device: torch.device, flag: bool) -> bool:
-    """Tell whether the flag is up on any process."""
-    if mesh.world.size == 1:
-        return flag
-    return bool(mesh.world.highest_(torch.tensor(int(flag), device=device)).item())
 
 
 def _start_record(
