@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -56,6 +55,11 @@ class Job:
         return [(each[:, :-1].contiguous(), each[:, 1:].contiguous()) for each in own]
 
 
+Batches = list[tuple[torch.Tensor, torch.Tensor]]
+Take = Callable[[int, Batches, bool], float]
+"""Takes the step of a number with its micro-batches; returns its loss where that is to be read, else anything."""
+
+
 @dataclass(frozen=True)
 class Turn:
     """A job, how many of its steps count, and where a profile of one more goes."""
@@ -74,33 +78,33 @@ class Turn:
         options = parser.parse_args()
         return cls(Job(**json.loads(options.job)), options.steps, options.profile)
 
-    def report(self, take: Callable[[int], float], words: dict[str, str]) -> None:
-        """Take steps, each until its loss is known, and print what was found."""
-        job, cuda = self.job, torch.cuda.is_available()
-        leads = int(os.environ.get("RANK") or 0) == 0
-        losses, seconds = [], []
+    def report(self, take: Take, words: dict[str, str]) -> None:
+        """Take steps and print what was found: the mean time of those that count, between which nothing is read."""
+        job, cuda, rank = self.job, torch.cuda.is_available(), int(os.environ.get("RANK") or 0)
+        leads, last = rank == 0, WARM_UP + self.steps - 1
+        batches = [job.tokens(number, rank) for number in range(last + 1)]
+        losses, ends = [], [0.0]
         if cuda:
             torch.cuda.synchronize()
         begun = time.perf_counter()
-        for number in range(WARM_UP + self.steps):
-            losses.append(take(number))
-            ended = time.perf_counter()
-            seconds.append(ended - begun)
-            begun = ended
-            if leads:
-                print(f"step {number} {seconds[-1]:.3f} s, loss {losses[-1]:.5f}", file=sys.stderr, flush=True)
+        for number, batch in enumerate(batches):
+            read = number < WARM_UP or number == last
+            loss = take(number, batch, read)
+            if read:
+                losses.append(loss)
+                ends.append(time.perf_counter() - begun)
+                if leads:
+                    print(f"step {number}: {ends[-1]:.3f} s so far, loss {loss:.5f}", file=sys.stderr, flush=True)
         peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
-        kernels = self._profiled(lambda: take(len(losses)), leads)
-        timed = seconds[WARM_UP:]
-        middle = statistics.median(timed)
+        kernels = self._profiled(lambda: take(last, batches[last], True), leads)
+        mean = (ends[-1] - ends[WARM_UP]) / self.steps
         found: dict[str, Any] = {
             "device": torch.cuda.get_device_name() if cuda else "cpu",
             "torch": torch.__version__,
             "gpus": job.gpus,
-            "first_step_s": round(seconds[0], 3),
-            "step_s": round(middle, 5),
-            "spread_s": round(max(timed) - min(timed), 5),
-            "tokens_per_s": round(job.batch * job.length / job.gpus / middle, 1),
+            "first_step_s": round(ends[1], 3),
+            "step_s": round(mean, 5),
+            "tokens_per_s": round(job.batch * job.length / job.gpus / mean, 1),
             "peak_gib": round(peak, 2),
             "losses": [round(loss, 5) for loss in losses],
             "kernels_ms": kernels,

@@ -7,25 +7,25 @@ its configuration does not say is as it comes, such as when weights are gathered
 
 import dataclasses
 import importlib.metadata
-import os
 from tempfile import mkdtemp
 from typing import Any
 
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from benchmarks.peers.job import Job, Turn
+from benchmarks.peers.job import Batches, Job, Turn
 from benchmarks.peers.stand_ins import stand_in
 
 
 class Recorder:
-    """Keeps the loss of every step where torchtitan would log it; leaves its peak of memory alone."""
+    """Keeps losses where torchtitan would log them; leaves its peak of memory alone."""
 
     def __init__(self, *_: Any) -> None:
         from torchtitan.tools.utils import NoColor
 
         self.color = NoColor()
         self.losses: list[float] = []
+        self.reads = True
         self.device_memory_monitor = self
         self.device_name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
         self.max_reserved_gib = self.max_reserved_pct = 0.0
@@ -35,8 +35,8 @@ class Recorder:
         return self
 
     def should_log(self, step: int) -> bool:
-        """Say that every step is logged, so that its loss is known when it ends."""
-        return True
+        """Tell whether the loss is to be known when the step ends."""
+        return self.reads
 
     def log(self, step: int, average: float, *_: Any, **__: Any) -> None:
         """Keep a loss."""
@@ -151,15 +151,14 @@ def prepared(job: Job) -> Any:
 def main() -> None:
     """Train and report."""
     turn = Turn.of_command_line()
-    rank = int(os.environ["RANK"])
     trainer = prepared(turn.job)
 
-    def take(number: int) -> float:
+    def take(number: int, batches: Batches, read: bool) -> float:
         trainer.step = number + 1
         trainer.gc_handler.run(trainer.step)
-        batches = [({"input": text}, labels) for text, labels in turn.job.tokens(number, rank)]
         trainer.gradient_accumulation_steps = len(batches)
-        trainer.train_step(iter(batches))
+        trainer.metrics_processor.reads = read
+        trainer.train_step(({"input": text}, labels) for text, labels in batches)
         losses: list[float] = trainer.metrics_processor.losses
         return losses[-1]
 

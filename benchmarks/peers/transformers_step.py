@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.peers.job import Job, Turn
+from benchmarks.peers.job import Batches, Job, Turn
 
 
 def model_of(job: Job, device: torch.device) -> Any:
@@ -46,9 +46,8 @@ def main() -> None:
 
     loss_of = torch.compile(lost) if job.compiled else lost
 
-    def take(number: int) -> float:
+    def take(_: int, batches: Batches, read: bool) -> float:
         total = torch.zeros((), device=device)
-        batches = job.tokens(number, 0)
         for text, labels in batches:
             with torch.autocast(device.type, torch.bfloat16):
                 loss = loss_of(model(text.to(device)).logits, labels.to(device)) / len(batches)
@@ -57,7 +56,7 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        return total.item()
+        return total.item() if read else 0.0
 
     words = {"attention": str(model.config._attn_implementation)}
     words |= {"compilation": "layer by layer, loss" if job.compiled else "none"}
