@@ -34,6 +34,14 @@ def test_a_gpu_that_has_no_more() -> None:
         raise torch.OutOfMemoryError("CUDA driver error\nmore of it")
 
 
+def test_graphs_are_told_of() -> None:
+    with (
+        pytest.raises(UserError, match="are free; --cuda-graphs none needs less, and `lockstep plan` tells"),
+        told_when_full(torch.device("cuda:0"), "training", graphs=True),
+    ):
+        raise torch.OutOfMemoryError(_CUDA)
+
+
 def test_other_errors_stay() -> None:
     with pytest.raises(RuntimeError, match="shapes"), told_when_full(CPU, "training"):
         raise RuntimeError("shapes")

@@ -16,8 +16,10 @@ _ON_GPU = re.compile(
 
 
 @contextlib.contextmanager
-def told_when_full(device: torch.device, doing: str) -> Iterator[None]:
+def told_when_full(device: torch.device, doing: str, *, graphs: bool = False) -> Iterator[None]:
     """Turn a failed allocation into an error that says how much was asked for, and while ``doing`` what.
+
+    ``graphs``: micro-batches are CUDA graphs, which hold memory of their own.
 
     Raises:
         UserError: memory has run out.
@@ -28,7 +30,8 @@ def told_when_full(device: torch.device, doing: str) -> Iterator[None]:
         told = _told(error)
         if told is None:
             raise
-        raise UserError(f"out of memory on {device} while {doing}: {told}; {_REMEDY}") from error
+        remedy = f"--cuda-graphs none needs less, and {_REMEDY}" if graphs else _REMEDY
+        raise UserError(f"out of memory on {device} while {doing}: {told}; {remedy}") from error
 
 
 def _told(error: BaseException) -> str | None:

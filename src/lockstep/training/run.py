@@ -257,7 +257,7 @@ def _go(info: RunInfo, parts: Parts, hooks: Sequence[Hook], exit_rule: ExitRule,
         for hook in hooks:
             hook.on_start(info)
         if parts.trainer is not None:
-            with told_when_full(info.device, "training"):
+            with told_when_full(info.device, "training", graphs=not parts.graphs.startswith("none")):
                 reason = train(info, parts.trainer, parts.evaluator, hooks, progress, exit_rule)
             say(timestamped(reason or "after training is done"))
             if reason is None:
