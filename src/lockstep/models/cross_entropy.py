@@ -7,14 +7,13 @@ that fit the cache are finished before the next ones are computed; this is most 
 Shape legend: t tokens (b * s), h hidden, v vocabulary.
 """
 
-import importlib.util
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from lockstep.models.ops import matmul_mode, widened
+from lockstep.models.ops import matmul_mode, runs_triton, widened
 
 _TILE_TOKENS = 2048
 _CPU_TILE_NUMBERS = 1 << 20  # 4 MiB of float32 logits at a time
@@ -46,7 +45,7 @@ def linear_cross_entropy(
     rows = hidden.reshape(-1, hidden.shape[-1])
     limit = tile_numbers or (_CPU_TILE_NUMBERS if rows.device.type == "cpu" else _GPU_TILE_NUMBERS)
     if _native(rows):
-        passes = _KernelPasses() if _has_kernels(rows.device) else _TiledPasses(limit)
+        passes = _KernelPasses() if runs_triton(rows.device) else _TiledPasses(limit)
         return _NativeLoss.apply(rows, weight, labels.reshape(-1) - first_row, passes, merge).view(labels.shape)
     low_precision = rows.dtype in (torch.bfloat16, torch.float16)
     keep = low_precision and torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad)
@@ -211,10 +210,6 @@ class _KernelPasses:
         from lockstep.models import loss_kernels
 
         loss_kernels.put_gradients(logits, log_sum, labels, grad)
-
-
-def _has_kernels(device: torch.device) -> bool:
-    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 class _NativeLoss(torch.autograd.Function):

@@ -8,6 +8,7 @@ Shape legend: b batch, s sequence, h hidden (input width), o output width, v voc
 """
 
 import functools
+import importlib.util
 import time
 from collections.abc import Callable
 from typing import Any, Literal
@@ -72,6 +73,14 @@ def _seconds(job: Callable[[], Tensor], device: torch.device) -> float:
     job()
     torch.cuda.synchronize(device)
     return time.perf_counter() - start
+
+
+_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def runs_triton(device: torch.device) -> bool:
+    """Tell whether Triton kernels run on a device."""
+    return _TRITON and device.type == "cuda"
 
 
 def widened(x: Tensor) -> Tensor:

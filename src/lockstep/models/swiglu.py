@@ -5,17 +5,15 @@ What PyTorch's compiler makes of the backward pass reads its inputs once for eac
 Shape legend: t tokens, f inner width of the MLP.
 """
 
-import importlib.util
-
 import torch
 from torch import Tensor
 
-_TRITON = importlib.util.find_spec("triton") is not None
+from lockstep.models.ops import runs_triton
 
 
 def has_kernel(inner: Tensor) -> bool:
     """Tell whether the kernels take a tensor: where they are, and not in float64."""
-    return inner.is_cuda and _TRITON and inner.dtype != torch.float64
+    return runs_triton(inner.device) and inner.dtype != torch.float64
 
 
 def swiglu(inner: Tensor) -> Tensor:

@@ -3,12 +3,11 @@
 PyTorch's own operations on two dtypes reach about half of it, so large ones take a kernel that finds the same bits.
 """
 
-import importlib.util
-
 import torch
 from torch import Tensor
 
-_TRITON = importlib.util.find_spec("triton") is not None
+from lockstep.models.ops import runs_triton
+
 _LARGE = 1 << 20  # elements from which the kernel saves more time than its launch takes
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -28,4 +27,4 @@ def put(target: Tensor, source: Tensor, add: bool = False) -> None:
 def _has_kernel(target: Tensor, source: Tensor) -> bool:
     mixed = target.dtype != source.dtype and {target.dtype, source.dtype} <= set(_DTYPES)
     whole = target.is_contiguous() and source.is_contiguous()
-    return _TRITON and target.is_cuda and source.is_cuda and mixed and whole and source.numel() >= _LARGE
+    return runs_triton(target.device) and source.is_cuda and mixed and whole and source.numel() >= _LARGE

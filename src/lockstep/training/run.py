@@ -39,6 +39,7 @@ from lockstep.training.device import choose_device, switches
 from lockstep.training.exits import ExitRule, ExitSignal
 from lockstep.training.float8 import describe_float8
 from lockstep.training.hooks import CacheHook, FiniteCheck, GarbageHook, Hook, Progress, RecordHook, RunInfo
+from lockstep.training.kernels import describe_kernels
 from lockstep.training.loop import run_evaluation, train
 from lockstep.training.memory import told_when_full
 from lockstep.training.precision import params_dtype
@@ -173,7 +174,7 @@ def _complete_record(
     say(f"CUDA graphs: {features['cuda_graphs']}")
     if mesh.replicas.size > 1:
         say(f"gradients are added up over processes {features['gradient_sync']}")
-    say(f"float8: {features['float8']}")
+    say(f"float8: {features['float8']}, own kernels: {features['kernels']}")
 
 
 def _sharding(config: ConfigContainer, mesh: Mesh) -> dict[str, Any]:
@@ -201,6 +202,7 @@ def _features(config: ConfigContainer, device: torch.device) -> dict[str, Any]:
         "matmul": str(matmul_mode(device, dtype)),
         "attention": str(choose_attention(config, device)),
         "float8": describe_float8(config),
+        "kernels": describe_kernels(config, device),
         "optimizer": {"adam": "torch.optim.AdamW (fused)", "sgd": "torch.optim.SGD (fused)"}[
             config.optimizer.optimizer
         ],
