@@ -8,6 +8,7 @@ segments are given, b and the sequence are one dimension.
 
 import importlib
 import importlib.util
+import warnings
 from functools import cache
 from typing import Any
 
@@ -26,6 +27,8 @@ def is_installed() -> bool:
 
 @cache
 def _package() -> Any:
+    # Said once for each kernel, of an argument that it does not need.
+    warnings.filterwarnings("ignore", message="Argument .* cannot be converted to a JitArgument")
     return importlib.import_module(_MODULE)
 
 
