@@ -29,11 +29,18 @@ def test_import_and_help_are_quick_and_leave_torch_alone() -> None:
     assert quickest[1] < 0.5
 
 
-def test_importing_the_trainer_leaves_what_one_process_does_not_need_alone() -> None:
-    slow = ["distributed.fsdp", "distributed.tensor", "distributed.checkpoint", "distributed.pipelining", "_dynamo"]
-    code = f"import sys, lockstep.training.run; print([m for m in {slow} if 'torch.' + m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+def test_a_run_imports_no_more_than_it_needs(tmp_path: Path) -> None:
+    """What of PyTorch is for compilers or several processes, and packages of other jobs, would slow every start."""
+    torch_parts = ("_dynamo", "_inductor", "distributed.checkpoint", "distributed.fsdp", "distributed.pipelining")
+    unneeded = [f"torch.{part}" for part in (*torch_parts, "distributed.tensor", "fx.experimental.symbolic_shapes")]
+    unneeded += ["sympy", "transformers", "tokenizers", "matplotlib", "rich", "hydra", "omegaconf", "yaml", "pandas"]
+    words = ["pretrain-gpt", *TINY, "--bf16", "--eval-iters", "1", "--max-position-embeddings", "8"]
+    code = (
+        f"import gc, sys; from lockstep.cli import main; code = main({words})\n"
+        f"print([name for name in {unneeded} if name in sys.modules], code, gc.get_freeze_count() > 50_000)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.splitlines()[-1] == "[] 0 True"
 
 
 def test_user_errors_become_one_message_and_a_code(capsys: pytest.CaptureFixture[str]) -> None:

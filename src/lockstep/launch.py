@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from lockstep.config import ConfigContainer, resolve
 from lockstep.config.show import format_tree
 from lockstep.errors import ConfigError
+from lockstep.lasting import lasting_imports
 from lockstep.megatron_lm.translate import flags_from_config
 from lockstep.recipes.translate import DEFAULT_RECIPE, overrides_from_config
 
@@ -37,7 +38,8 @@ def launch(
         if os.environ.get("RANK", "0") == "0":
             _show_samples(resolved, show_samples)
         return 0
-    from lockstep.training import Command, run
+    with lasting_imports():
+        from lockstep.training import Command, run
 
     command = Command(argv=list(argv), flags=_as_flags(config), overrides=_as_overrides(config, recipe))
     run(resolved, door=door, command=command, name=name)

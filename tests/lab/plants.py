@@ -260,7 +260,7 @@ def another_epsilon(build: Any, groups: Any, settings: Any) -> Any:
 
 @contextmanager
 def epsilon_in_the_update() -> Iterator[None]:
-    good = torch.optim.AdamW
+    good = optimizer.AdamW
 
     def step(self: Any, closure: Any = None) -> Any:
         before = [group["eps"] for group in self.param_groups]
@@ -273,7 +273,7 @@ def epsilon_in_the_update() -> Iterator[None]:
                 group["eps"] = eps
 
     kind = type("AdamW", (good,), {"step": step})
-    with mock.patch.object(optimizer.torch.optim, "AdamW", kind):
+    with mock.patch.object(optimizer, "AdamW", kind):
         yield
 
 

@@ -82,3 +82,12 @@ def test_embedding_gradient_adds_up_in_float32():
     (grad,) = torch.autograd.grad(rows, weight, torch.ones_like(rows))
     assert grad[2].tolist() == grad[5].tolist() == [600.0] * 4  # bfloat16 sums stop at 256
     assert not grad[[0, 1, 3, 4, 6]].any()
+
+
+def test_a_given_gradient_is_where_a_backward_pass_begins():
+    x, grad = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4)
+    (expected,) = torch.autograd.grad(x.exp(), x, grad)
+    objective = ops.given_gradient(x.exp(), grad)
+    assert objective.shape == ()
+    (found,) = torch.autograd.grad(objective, x)
+    assert torch.equal(found, expected)

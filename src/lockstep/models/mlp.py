@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lockstep.config.model import ModelConfig
 from lockstep.models.layers import Linear, required
-from lockstep.models.ops import widened
+from lockstep.models.ops import given_gradient, widened
 from lockstep.models.swiglu import has_kernel, swiglu
 
 Activation = Callable[[Tensor], Tensor]
@@ -127,7 +127,9 @@ class _FusedActivation(torch.autograd.Function):
         if weights is not None:
             grad_weights = (result.detach() * grad).sum(dim=-1).to(weights.dtype)
             grad = grad * widened(weights)[..., None]
-        (grad,) = torch.autograd.grad(result, total, grad.to(result.dtype))
+        with torch.enable_grad():
+            objective = given_gradient(result, grad.to(result.dtype))
+        (grad,) = torch.autograd.grad(objective, total)
         grad_x = grad.to(x.dtype)
         grad_bias = None if bias is None else grad_x.flatten(0, -2).sum(dim=0)
         return grad_x, grad_bias, grad_weights, None, None

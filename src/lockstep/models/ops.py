@@ -88,6 +88,25 @@ def widened(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def given_gradient(x: Tensor, grad: Tensor) -> Tensor:
+    """Return a scalar without a value whose backward pass begins at x with a gradient of x.
+
+    PyTorch's own way to begin with a gradient imports sympy, to compare shapes.
+    """
+    return _GivenGradient.apply(x, grad)
+
+
+class _GivenGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, grad: Tensor) -> Tensor:
+        ctx.given = grad
+        return x.new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.given, None
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x [..., h] times weight [o, h] transposed, rounded, then plus bias [o], rounded again.
 

@@ -14,6 +14,7 @@ from lockstep.models.flash4 import is_installed
 from lockstep.models.kernels import Kernel, fused_attention
 from lockstep.models.layers import required
 from lockstep.models.mask import CausalMask
+from lockstep.models.ops import given_gradient
 from lockstep.training.precision import params_dtype
 
 _NAMES: dict[Kernel, str] = {
@@ -168,7 +169,7 @@ def _runs(kernel: Kernel, key_width: int, value_width: int, dtype: torch.dtype, 
     try:
         with torch.enable_grad():
             result = fused_attention(kernel, query, key, value, CausalMask(_TRIAL_LENGTH, device), None)
-            result.backward(torch.ones_like(result))
+            given_gradient(result, torch.ones_like(result)).backward()
         torch.cuda.synchronize(device)
     except ImportError as error:
         raise UserError(

@@ -15,6 +15,7 @@ from lockstep.parallel.gradients import Gradients
 from lockstep.training.observe import Observer
 from lockstep.training.precision import LossScaler, MainWeights, build_loss_scaler
 from lockstep.training.sharded import build_main_weights
+from lockstep.training.update import SGD, AdamW
 
 _WIDE_ELEMENTS = 1 << 28  # 1 GiB of FP32 gradients
 _CLIP_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
@@ -179,6 +180,6 @@ def _groups(weights: MainWeights, apply_wd_to_qk_layernorm: bool) -> list[dict[s
 def _build(groups: list[dict[str, object]], settings: OptimizerConfig) -> torch.optim.Optimizer:
     # The learning rate and weight decay given here are placeholders: every step sets both.
     if settings.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=settings.sgd_momentum, fused=True)
+        return SGD(groups, lr=0.0, momentum=settings.sgd_momentum, fused=True)
     betas = (settings.adam_beta1, settings.adam_beta2)
-    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=settings.adam_eps, fused=True)
+    return AdamW(groups, lr=0.0, betas=betas, eps=settings.adam_eps, fused=True)
