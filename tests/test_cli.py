@@ -37,6 +37,8 @@ def test_a_run_imports_no_more_than_it_needs(tmp_path: Path) -> None:
     words = ["pretrain-gpt", *TINY, "--bf16", "--eval-iters", "1", "--max-position-embeddings", "8"]
     code = (
         f"import gc, sys; from lockstep.cli import main; code = main({words})\n"
+        "import torch; from lockstep.parallel.plan import Shard\n"
+        "Shard(0, blocks=2).part(torch.empty(8, 2, device='meta'), 2, 1)  # as tensor parallelism does\n"
         f"print([name for name in {unneeded} if name in sys.modules], code, gc.get_freeze_count() > 50_000)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)

@@ -21,8 +21,13 @@ class Shard:
 
     def part(self, whole: torch.Tensor, size: int, rank: int) -> torch.Tensor:
         """Return the part of one of ``size`` processes."""
-        blocks = whole.chunk(self.blocks, self.dim)
-        return torch.cat([block.tensor_split(size, self.dim)[rank] for block in blocks], self.dim)
+        pieces = [block.tensor_split(size, self.dim)[rank] for block in whole.chunk(self.blocks, self.dim)]
+        rows = [piece.shape[self.dim] for piece in pieces]
+        part = whole.new_empty((*whole.shape[: self.dim], sum(rows), *whole.shape[self.dim :][1:]))
+        # torch.cat would import PyTorch's compiler where the tensors are on the meta device.
+        for place, piece in zip(part.split(rows, self.dim), pieces, strict=True):
+            place.copy_(piece)
+        return part
 
     def whole(self, parts: list[torch.Tensor]) -> torch.Tensor:
         """Put the parts of all processes, in their order, together again."""
