@@ -1,7 +1,7 @@
 """PyTorch's optimizers without its compiler, which each of them imports as soon as it is made.
 
-The import keeps a compiler away from their methods, and takes as long as that of half of PyTorch. Lockstep compiles no
-optimizer: here the methods are PyTorch's own, as they are beneath.
+The import keeps the compiler away from their methods, and takes nearly as long as that of PyTorch itself. Lockstep
+compiles no optimizer: here the methods are PyTorch's own, as they are beneath.
 """
 
 import inspect
