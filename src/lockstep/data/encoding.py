@@ -23,7 +23,7 @@ _ENTRY_BYTES = 200  # of a piece in the cache, beside its characters and ids
 _S, _N = r"[^\S\x1c-\x1f]", r"[\S\x1c-\x1f]"
 _LINE_SAFE = r"[^\S\r\n\x1c-\x1f]"  # whitespace that ends no line
 
-_AFTER_WORDS = re.compile(rf"{_S}+(?={_S}{_N})|{_S}{_N}+|{_N}+|{_S}+")
+_AFTER_WORDS = re.compile(rf"{_S}?{_N}+|{_S}+(?={_S}{_N})|{_S}+")
 """GPT-2's words: of the whitespace before other characters only the last one can belong to the next word."""
 
 _TAIL = rf"(?:{_S}*[\r\n](?={_N})|{_S}+(?={_LINE_SAFE}{_N})|{_S}+\Z)"
@@ -99,7 +99,9 @@ class CachedPieces:
         self._whole = whole
         self._pieces = pattern.findall
         backend = whole.tokenizer.backend
-        self._added = _any_of(backend.get_added_tokens_decoder().values())
+        added = backend.get_added_tokens_decoder()
+        self._added = _any_of(added.values())
+        self._mark = next(((token.content, i) for i, token in sorted(added.items())), None)
         self._encode_batch = backend.encode_batch_fast
         before, after = _special_ids(whole.tokenizer)
         self._before, self._after = whole.pack([before, after])
@@ -122,9 +124,26 @@ class CachedPieces:
     def _learn(self, pieces: Iterable[str]) -> None:
         """Encode pieces that the cache does not have, but for those with an added token: it is cut out before words."""
         unknown = [piece for piece in pieces if piece not in self._cache and not self._added(piece)]
-        packed = self._whole.pack([ids.ids for ids in self._encode_batch(unknown, add_special_tokens=False)])
+        packed = self._whole.pack(self._ids_between_marks(unknown) or self._ids(unknown))
         self._cache.update(zip(unknown, packed, strict=True))
         self._held += sum(_ENTRY_BYTES + len(p) + len(b) for p, b in zip(unknown, packed, strict=True))
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        return [found.ids for found in self._encode_batch(texts, add_special_tokens=False)]
+
+    def _ids_between_marks(self, pieces: list[str]) -> list[list[int]] | None:
+        """Encode pieces as one text, an added token before each: the library takes longer for many texts.
+
+        Added tokens are cut out before all else, so that a piece between two of them stands alone. None where there is
+        no such token, or where another one takes a part of it and of a piece.
+        """
+        if self._mark is None:
+            return None
+        mark, mark_id = self._mark
+        (ids,) = self._ids(["".join(mark + piece for piece in pieces)])
+        marks = np.flatnonzero(np.array(ids, np.int64) == mark_id).tolist()
+        found = [ids[first + 1 : last] for first, last in pairwise([*marks, len(ids)])]
+        return found if len(found) == len(pieces) else None
 
     def _join(self, pieces: list[str]) -> bytes | None:
         try:

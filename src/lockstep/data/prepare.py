@@ -26,8 +26,8 @@ from lockstep.data.sidecar import Sidecar, write_sidecar
 from lockstep.data.tokenizers import Tokenizer, build_tokenizer
 from lockstep.errors import UserError
 
-_CHUNK_BYTES = 1 << 18
-_CHUNK_LINES = 256
+_CHUNK_BYTES = 1 << 17
+_CHUNK_LINES = 1024
 _PARALLELISM = "TOKENIZERS_PARALLELISM"
 _CHUNKS_IN_FLIGHT = 4  # a worker; bounds memory while keeping workers busy
 

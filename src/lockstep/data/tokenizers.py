@@ -15,6 +15,7 @@ _END_OF_TEXT = "<|endoftext|>"
 _IDENTITY_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 _CALLS = {"__call__", "_encode_plus", "_batch_encode_plus", "encode_plus", "batch_encode_plus"}
 """Methods of transformers that turn a text into ids; a class with its own may do more than the tokenizers library."""
+_GENERIC_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")  # before version 5 of transformers, and since
 _PROBE = "The quick brown fox, aged 37,\n\tdidn't re-read naïve 中文 tokenizers?! <|endoftext|> x=1;"
 
 
@@ -246,12 +247,23 @@ def _load_hugging_face(path: Path, trust_remote_code: bool) -> Any:
         if alone:
             return transformers.PreTrainedTokenizerFast(tokenizer_file=str(path))
         folder = path.parent if path.is_file() else path
+        if _is_generic(folder):
+            return transformers.PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
         return transformers.AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_remote_code
         )
     except Exception as error:  # the library raises bare Exception for malformed files
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"tokenizer {path} cannot be read: {reason}") from None
+
+
+def _is_generic(folder: Path) -> bool:
+    """Say whether AutoTokenizer must choose the class that reads tokenizer.json alone: asking it imports torch."""
+    config = folder / "tokenizer_config.json"
+    if (folder / "config.json").exists() or not (folder / "tokenizer.json").is_file() or not config.is_file():
+        return False
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    return settings.get("tokenizer_class") in _GENERIC_CLASSES and "auto_map" not in settings
 
 
 class GPT2BPETokenizer(Tokenizer):
