@@ -9,7 +9,7 @@ import hashlib
 import os
 import struct
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, islice
@@ -239,6 +239,15 @@ class WrittenFiles:
     idx_sha256: str
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the file system refuses, a full disk for one, into a ``UserError``."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; make room there or name another place") from None
+
+
 class IndexedDatasetWriter:
     """Streaming writer of a pair of token files; nothing appears under the final names before ``finalize``.
 
@@ -253,8 +262,9 @@ class IndexedDatasetWriter:
         self._bounds = array("q", [0])
         self._hash = hashlib.sha256()
         self._temporary = {path: Path(f"{path}.{os.getpid()}.tmp") for path in (bin_path(prefix), idx_path(prefix))}
-        bin_path(prefix).parent.mkdir(parents=True, exist_ok=True)
-        self._bin = self._temporary[bin_path(prefix)].open("w+b")
+        with writing(bin_path(prefix)):
+            bin_path(prefix).parent.mkdir(parents=True, exist_ok=True)
+            self._bin = self._temporary[bin_path(prefix)].open("w+b")
 
     def __enter__(self) -> "IndexedDatasetWriter":
         return self
@@ -291,16 +301,20 @@ class IndexedDatasetWriter:
         self._lengths.extend(other._lengths)
         self._bounds.extend(array("q", (np.frombuffer(other._bounds, np.int64)[1:] + offset).tolist()))
         self.num_tokens += other.num_tokens
-        other._bin.seek(0)
+        with writing(bin_path(other.prefix)):
+            other._bin.seek(0)
         while block := other._bin.read(_COPY_BYTES):
             self._write(block)
 
     def finalize(self) -> WrittenFiles:
         """Write the index and move both files to their final names."""
-        self._bin.close()
-        idx_hash = self._write_index(self._temporary[idx_path(self.prefix)])
+        with writing(bin_path(self.prefix)):
+            self._bin.close()
+        with writing(idx_path(self.prefix)):
+            idx_hash = self._write_index(self._temporary[idx_path(self.prefix)])
         for path, temporary in self._temporary.items():
-            os.replace(temporary, path)
+            with writing(path):
+                os.replace(temporary, path)
         return WrittenFiles(
             self.prefix,
             self.dtype.name,
@@ -313,13 +327,15 @@ class IndexedDatasetWriter:
 
     def discard(self) -> None:
         """Remove the temporary files; does nothing after ``finalize``."""
-        self._bin.close()
+        with contextlib.suppress(OSError):  # a full disk has no place for what is still buffered
+            self._bin.close()
         for temporary in self._temporary.values():
             with contextlib.suppress(FileNotFoundError):
                 temporary.unlink()
 
     def _write(self, data: bytes) -> None:
-        self._bin.write(data)
+        with writing(bin_path(self.prefix)):
+            self._bin.write(data)
         self._hash.update(data)
 
     def _write_index(self, path: Path) -> str:

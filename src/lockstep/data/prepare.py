@@ -5,7 +5,9 @@ import gzip
 import json
 import multiprocessing
 import os
+import signal
 import sys
+import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -163,6 +165,8 @@ def _parse(line: bytes, place: str) -> dict[str, Any]:
         raise UserError(
             f"{place} is not JSON: {error.msg} at column {error.colno}; correct or remove the line"
         ) from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists
+        raise UserError(f"{place} cannot be read as JSON ({error}); correct or remove the line") from None
     if not isinstance(document, dict):
         raise UserError(f"{place}: expected a JSON object, got {type(document).__name__}; correct or remove the line")
     return document
@@ -238,23 +242,34 @@ def _num_workers(options: PrepareOptions) -> int:
 
 
 def _read_chunks(paths: list[Path]) -> Iterator[Chunk]:
-    """Yield the lines of all files in chunks; ``read_bytes`` counts bytes of the files as they lie on disk."""
+    """Yield the lines of all files in chunks.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
     for path in paths:
-        with path.open("rb") as raw:
-            stream: BinaryIO = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw  # type: ignore[assignment]
-            first, seen, lines, size = 1, 0, [], 0
-            try:
-                for line in stream:
-                    lines.append(line)
-                    size += len(line)
-                    if size >= _CHUNK_BYTES or len(lines) >= _CHUNK_LINES:
-                        at = raw.tell() if stream is not raw else seen + size
-                        yield Chunk(str(path), first, lines, at - seen)
-                        first, seen, lines, size = first + len(lines), at, [], 0
-            except (gzip.BadGzipFile, EOFError) as error:
-                raise UserError(f"{path} is not a whole gzip file: {error}") from None
-            if lines:
-                yield Chunk(str(path), first, lines, path.stat().st_size - seen)
+        try:
+            yield from _chunks_of(path)
+        except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+            raise UserError(f"{path} is not a whole gzip file: {error}") from None
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _chunks_of(path: Path) -> Iterator[Chunk]:
+    """Yield the lines of a file in chunks; ``read_bytes`` counts bytes of the file as it lies on disk."""
+    with path.open("rb") as raw:
+        stream: BinaryIO = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw  # type: ignore[assignment]
+        first, seen, lines, size = 1, 0, [], 0
+        for line in stream:
+            lines.append(line)
+            size += len(line)
+            if size >= _CHUNK_BYTES or len(lines) >= _CHUNK_LINES:
+                at = raw.tell() if stream is not raw else seen + size
+                yield Chunk(str(path), first, lines, at - seen)
+                first, seen, lines, size = first + len(lines), at, [], 0
+        if lines:
+            yield Chunk(str(path), first, lines, path.stat().st_size - seen)
 
 
 class _Output:
@@ -296,6 +311,8 @@ _worker_encoder: Encoder
 
 def _start_worker(inherited: Encoder | None, options: PrepareOptions) -> None:
     global _worker_encoder
+    # Ctrl-C reaches all processes of a terminal: this one ends its chunk, and the first process says what happened.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     _worker_encoder = inherited or Encoder(build_tokenizer(options.tokenizer), options.json_keys, options.append_eod)
 
 

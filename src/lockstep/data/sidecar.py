@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lockstep.data.indexed import writing
 from lockstep.errors import UserError
 
 _VERSION = 1
@@ -31,8 +32,12 @@ def write_sidecar(sidecar: Sidecar) -> None:
     content = {"version": _VERSION, **asdict(sidecar)}
     content["files"] = {name: value for name, value in content["files"].items() if name != "prefix"}
     temporary = Path(f"{path}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, path)
+    try:
+        with writing(path):
+            temporary.write_text(json.dumps(content, indent=2) + "\n")
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_sidecar(prefix: str) -> Sidecar | None:
