@@ -1,6 +1,7 @@
 """The ids of many texts at once are those of each text alone, whatever cuts texts into words."""
 
 import json
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,37 @@ def test_the_cache_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     for i in range(100):
         encoder.encode([f"a{i} 1{i}"])
         assert len(encoder._cache) <= 40
+
+
+@pytest.mark.parametrize("alphabet", ["abcdefghij", "\u4e00\u4e01\u4e02\u4e03\u4e04\u4e05\u4e06\u4e07\u4e08\u4e09"])
+def test_words_that_never_come_back_do_not_eat_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alphabet: str
+) -> None:
+    monkeypatch.setattr(encoding, "_CACHE_BYTES", 1 << 20)
+    encoder = text_encoder(save(tmp_path, pre_tokenizers.ByteLevel(add_prefix_space=False)), UINT16)
+    digits, most = str.maketrans("0123456789", alphabet), 0
+    tracemalloc.start()
+    for first in range(0, 30_000, 500):
+        encoder.encode([" ".join(str(i) for i in range(first, first + 500)).translate(digits)])
+        most = max(most, tracemalloc.get_traced_memory()[0])
+    tracemalloc.stop()
+    assert most < 1.5 * (1 << 20)
+
+
+@pytest.mark.parametrize("token", [f"a{END}", f"{END}a"])
+def test_an_added_token_around_the_one_that_parts_pieces(tmp_path: Path, token: str) -> None:
+    tokenizer = save(tmp_path, pre_tokenizers.ByteLevel(add_prefix_space=False), added(content=token))
+    encoder = text_encoder(tokenizer, UINT16)
+    assert isinstance(encoder, CachedPieces)
+    texts = ["1 a", "a 1", f"1 {token} 1"]
+    assert ids(encoder.encode(texts)) == expected(tokenizer, texts)
+
+
+def test_pieces_where_no_token_parts_them(tokenizer: HuggingFaceTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = text_encoder(tokenizer, UINT16)
+    monkeypatch.setattr(encoder, "_mark", None)
+    texts = ["a 1, a", f" a {END}"]
+    assert ids(encoder.encode(texts)) == expected(tokenizer, texts)
 
 
 def test_ids_outside_the_vocabulary(tmp_path: Path) -> None:

@@ -2,7 +2,11 @@ import gzip
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+import re
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -127,6 +131,8 @@ def test_sidecar_records_tokenizer_and_hashes(tmp_path: Path) -> None:
         ([{"text": 5}], "line 1: 'text' must be a text or a list of texts, got int"),
         ([{"text": "1"}, {"text": "to be"}], "line 2: NullTokenizer reads numbers"),
         ([{"text": "1 100"}], "line 1: token id 100 is not in the vocabulary of 100 tokens"),
+        (["[" * 100_000], r"line 1 cannot be read as JSON \(.*recursion.*\); correct or remove the line"),
+        (['{"text": "1", "id": ' + "1" * 5000 + "}"], r"line 1 cannot be read as JSON \(.*digits.*\); correct"),
         ([], r"corpus\.jsonl is empty: no document has a token under key 'text'"),
         ([{"text": []}], "is empty"),
     ],
@@ -138,6 +144,80 @@ def test_bad_input_names_the_line_and_leaves_nothing(
     path = corpus(tmp_path, lines)
     with pytest.raises(UserError, match=message):
         prepare(PrepareOptions(path, str(tmp_path / "out"), NULL, workers=workers))
+    assert [p.name for p in tmp_path.iterdir()] == ["corpus.jsonl"]
+
+
+@pytest.fixture
+def largest_file() -> Iterator[Callable[[int], None]]:
+    """Return what limits the size of files: the system refuses to write more, as where a disk is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(
+    ("documents", "length", "size", "refused", "left"),
+    [
+        pytest.param(2, 9000, 4096, "out_text_document.bin", [], id="tokens"),
+        pytest.param(1, 3000, 4096, "out_text_document.bin", [], id="last tokens"),
+        pytest.param(600, 1, 4096, "out_text_document.idx", [], id="index"),
+        pytest.param(1, 1, 200, "out_text_document.lockstep.json", ["bin", "idx"], id="note"),
+    ],
+)
+def test_a_full_disk_is_one_message_and_leaves_nothing_half_written(
+    tmp_path: Path,
+    largest_file: Callable[[int], None],
+    documents: int,
+    length: int,
+    size: int,
+    refused: str,
+    left: list[str],
+) -> None:
+    path = corpus(tmp_path, [{"text": " ".join(["1"] * length)}] * documents)
+    largest_file(size)
+    with pytest.raises(UserError, match=f"cannot write .*/{re.escape(refused)}: File too large; make room there"):
+        prepare(PrepareOptions(path, str(tmp_path / "out"), NULL, workers=1))
+    names = {p.name for p in tmp_path.iterdir()}
+    assert names == {"corpus.jsonl", *(f"out_text_document.{end}" for end in left)}
+
+
+def test_a_place_that_cannot_be_written_to(tmp_path: Path) -> None:
+    path = corpus(tmp_path, [{"text": "1"}])
+    with pytest.raises(UserError, match=r"cannot write .*out_text_document\.bin: Not a directory"):
+        prepare(PrepareOptions(path, f"{path}/folder/out", NULL, workers=1))
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot read /proc/self/mem: Input/output error"):  # its first page is nobody's
+        prepare(PrepareOptions("/proc/self/mem", str(tmp_path / "out"), NULL, workers=2))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("damage", [lambda whole: whole[:-9], lambda whole: whole[:20] + b"\xff" * 20 + whole[40:]])
+def test_a_damaged_gzip_file(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    path = tmp_path / "corpus.jsonl.gz"
+    path.write_bytes(damage(gzip.compress(b"".join(b'{"text": "%d"}\n' % i for i in range(99)))))
+    with pytest.raises(UserError, match=r"corpus\.jsonl\.gz is not a whole gzip file"):
+        prepare(PrepareOptions(str(path), str(tmp_path / "out"), NULL, workers=1))
+
+
+INTERRUPTED = """
+import os, signal, sys
+from lockstep.data.cli import preprocess_main
+from lockstep.data.progress import PrepareProgress
+PrepareProgress.advance = lambda *_: os.killpg(0, signal.SIGINT)
+sys.exit(preprocess_main())
+"""
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_ctrl_c_is_one_line_and_leaves_nothing(tmp_path: Path, workers: str) -> None:
+    path = corpus(tmp_path, [{"text": "1"}])
+    words = ["--input", path, "--output-prefix", str(tmp_path / "out"), "--workers", workers]
+    words += ["--tokenizer-type", "NullTokenizer", "--vocab-size", "100"]
+    command = [sys.executable, "-c", INTERRUPTED, *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, start_new_session=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
     assert [p.name for p in tmp_path.iterdir()] == ["corpus.jsonl"]
 
 

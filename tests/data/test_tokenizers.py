@@ -1,4 +1,7 @@
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +11,7 @@ from lockstep.data.tokenizers import (
     GPT2BPETokenizer,
     HuggingFaceTokenizer,
     NullTokenizer,
+    _is_generic,
     build_tokenizer,
     padded_vocab_size,
 )
@@ -72,6 +76,36 @@ def test_hugging_face_folder_and_file_are_one_tokenizer(bpe: Path) -> None:
     assert folder.detokenize(folder.tokenize(TEXT)) == TEXT
     file = HuggingFaceTokenizer(str(bpe / "tokenizer.json"))
     assert file.identity() == folder.identity()
+
+
+WITHOUT_TORCH = """
+import sys
+from lockstep.data.tokenizers import HuggingFaceTokenizer
+HuggingFaceTokenizer(sys.argv[1])
+print("torch" in sys.modules)
+"""
+
+
+def test_a_folder_of_the_generic_class_is_read_without_torch(bpe: Path) -> None:
+    command = [sys.executable, "-c", WITHOUT_TORCH, str(bpe)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+@pytest.mark.parametrize("of_a_model", [False, True])
+def test_a_folder_is_read_as_auto_tokenizer_reads_it(bpe: Path, tmp_path: Path, of_a_model: bool) -> None:
+    import transformers
+
+    folder = shutil.copytree(bpe, tmp_path / "tokenizer")
+    added = {str(i): {"content": f"<{i}>", "special": i > 300} for i in (300, 301)}
+    settings = json.loads((bpe / "tokenizer_config.json").read_text()) | {"added_tokens_decoder": added}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    if of_a_model:
+        (folder / "config.json").write_text('{"model_type": "gpt2"}')
+    assert _is_generic(folder) is not of_a_model
+    ours, theirs = HuggingFaceTokenizer(str(folder)), transformers.AutoTokenizer.from_pretrained(folder)
+    assert type(ours._tokenizer) is type(theirs)
+    assert (ours._tokenizer.get_vocab(), ours.eod) == (theirs.get_vocab(), theirs.eos_token_id)
+    assert ours.tokenize(f"{TEXT} <300><301>") == theirs(f"{TEXT} <300><301>").input_ids
 
 
 def test_a_lone_tokenizer_json_has_no_end_of_document(bpe: Path, tmp_path: Path) -> None:

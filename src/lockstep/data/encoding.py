@@ -8,7 +8,7 @@ frequent pieces are looked up. All other texts go through the tokenizer whole.
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, chain
 from typing import Any, Protocol
 
 import numpy as np
@@ -75,11 +75,15 @@ class WholeTexts:
             flat = np.fromiter(chain.from_iterable(ids), np.int64, ends[-1])
         except OverflowError:
             self._refuse(chain.from_iterable(ids))
-        if len(flat) and not 0 <= flat.min() <= flat.max() < self.tokenizer.vocab_size:
-            self._refuse(flat.tolist())
-        packed = flat.astype(self._dtype).tobytes()
+        return self.cut(flat, ends[:-1], ends[1:])
+
+    def cut(self, ids: np.ndarray, firsts: Sequence[int], lasts: Sequence[int]) -> list[bytes]:
+        """Return stretches of ids as bytes; see ``pack``."""
+        if len(ids) and not 0 <= ids.min() <= ids.max() < self.tokenizer.vocab_size:
+            self._refuse(ids.tolist())
+        packed = ids.astype(self._dtype).tobytes()
         size = self._dtype.itemsize
-        return [packed[size * first : size * last] for first, last in pairwise(ends)]
+        return [packed[size * first : size * last] for first, last in zip(firsts, lasts, strict=True)]
 
     def _refuse(self, ids: Any) -> None:
         size = self.tokenizer.vocab_size
@@ -124,14 +128,14 @@ class CachedPieces:
     def _learn(self, pieces: Iterable[str]) -> None:
         """Encode pieces that the cache does not have, but for those with an added token: it is cut out before words."""
         unknown = [piece for piece in pieces if piece not in self._cache and not self._added(piece)]
-        packed = self._whole.pack(self._ids_between_marks(unknown) or self._ids(unknown))
+        packed = self._encode_between_marks(unknown) or self._whole.pack(self._ids(unknown))
         self._cache.update(zip(unknown, packed, strict=True))
-        self._held += sum(_ENTRY_BYTES + len(p) + len(b) for p, b in zip(unknown, packed, strict=True))
+        self._held += _ENTRY_BYTES * len(unknown) + sum(map(len, unknown)) + sum(map(len, packed))
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         return [found.ids for found in self._encode_batch(texts, add_special_tokens=False)]
 
-    def _ids_between_marks(self, pieces: list[str]) -> list[list[int]] | None:
+    def _encode_between_marks(self, pieces: list[str]) -> list[bytes] | None:
         """Encode pieces as one text, an added token before each: the library takes longer for many texts.
 
         Added tokens are cut out before all else, so that a piece between two of them stands alone. None where there is
@@ -140,10 +144,11 @@ class CachedPieces:
         if self._mark is None:
             return None
         mark, mark_id = self._mark
-        (ids,) = self._ids(["".join(mark + piece for piece in pieces)])
-        marks = np.flatnonzero(np.array(ids, np.int64) == mark_id).tolist()
-        found = [ids[first + 1 : last] for first, last in pairwise([*marks, len(ids)])]
-        return found if len(found) == len(pieces) else None
+        ids = np.array(self._ids(["".join(mark + piece for piece in pieces)])[0], np.int64)
+        marks = np.flatnonzero(ids == mark_id).tolist()
+        if len(marks) != len(pieces):
+            return None
+        return self._whole.cut(ids, [at + 1 for at in marks], [*marks, len(ids)][1:])
 
     def _join(self, pieces: list[str]) -> bytes | None:
         try:

@@ -311,8 +311,6 @@ _worker_encoder: Encoder
 
 def _start_worker(inherited: Encoder | None, options: PrepareOptions) -> None:
     global _worker_encoder
-    # Ctrl-C reaches all processes of a terminal: this one ends its chunk, and the first process says what happened.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     _worker_encoder = inherited or Encoder(build_tokenizer(options.tokenizer), options.json_keys, options.append_eod)
 
 
@@ -339,7 +337,10 @@ class _Encoding:
         self._parallel = os.environ.get(_PARALLELISM)
         os.environ[_PARALLELISM] = "false"
         if self._pool is not None:
+            # Ctrl-C reaches all processes of a terminal: workers end their chunk, this one says what happened.
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             self._pool.submit(os.getpid)  # start the processes now, before a progress bar starts its thread
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         return self
 
     def __exit__(self, *exc: object) -> None:
