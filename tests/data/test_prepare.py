@@ -158,7 +158,8 @@ def largest_file() -> Iterator[Callable[[int], None]]:
 @pytest.mark.parametrize(
     ("documents", "length", "size", "refused", "left"),
     [
-        pytest.param(2, 9000, 4096, "out_text_document.bin", [], id="tokens"),
+        pytest.param(1, 9000, 4096, "out_text_document.bin", [], id="tokens"),
+        pytest.param(2, 3000, 4096, "out_text_document.bin", [], id="tokens that were held back"),
         pytest.param(1, 3000, 4096, "out_text_document.bin", [], id="last tokens"),
         pytest.param(600, 1, 4096, "out_text_document.idx", [], id="index"),
         pytest.param(1, 1, 200, "out_text_document.lockstep.json", ["bin", "idx"], id="note"),
@@ -166,6 +167,7 @@ def largest_file() -> Iterator[Callable[[int], None]]:
 )
 def test_a_full_disk_is_one_message_and_leaves_nothing_half_written(
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     largest_file: Callable[[int], None],
     documents: int,
     length: int,
@@ -174,6 +176,7 @@ def test_a_full_disk_is_one_message_and_leaves_nothing_half_written(
     left: list[str],
 ) -> None:
     path = corpus(tmp_path, [{"text": " ".join(["1"] * length)}] * documents)
+    monkeypatch.setattr(prepare_module, "_CHUNK_LINES", 1)
     largest_file(size)
     with pytest.raises(UserError, match=f"cannot write .*/{re.escape(refused)}: File too large; make room there"):
         prepare(PrepareOptions(path, str(tmp_path / "out"), NULL, workers=1))
