@@ -78,7 +78,7 @@ def repeat(source: Path, size: int, target: Path) -> None:
 
 
 def renew(source: Path, size: int, target: Path) -> None:
-    """Write a file over and over as ``repeat``, each copy with words shuffled within a document and letters exchanged."""
+    """Write a file over and over as ``repeat``, each copy with words shuffled in documents and letters exchanged."""
     documents = [json.loads(line) for line in source.read_bytes().splitlines()]
     words = [re.split(r"(\s+)", document["text"]) for document in documents]  # words, and between them whitespace
     rng, letters = random.Random(0), string.ascii_lowercase
