@@ -13,6 +13,7 @@ from torch._dynamo.backends.debugging import aot_eager
 from lockstep.config import Origin
 from lockstep.errors import UserError
 from lockstep.models import DropoutStreams, build_model
+from lockstep.models.layers import required
 from lockstep.parallel import Mesh
 from lockstep.parallel import mesh as mesh_module
 from lockstep.parallel.mesh import Axis
@@ -89,7 +90,7 @@ def test_choice_with_experts_and_on_several_processes(changes, mesh, reason) -> 
 
 def test_auto_takes_what_was_measured() -> None:
     config, mesh = configured(**_EXPERTS), Mesh(world=_TWO, replicas=_TWO, ep=_TWO)
-    most = graphs.SMALL_LAYER_WITH_EXPERTS * config.model.num_layers
+    most = graphs.SMALL_LAYER_WITH_EXPERTS * required(config.model.num_layers)
     assert choose_graphs(config, GPU, mesh, 0.9 * most).on
     assert not choose_graphs(config, GPU, mesh, 1.1 * most).on
     assert not choose_graphs(configured(), GPU, Mesh(), 0.9 * most).on
