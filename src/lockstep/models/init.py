@@ -26,6 +26,7 @@ from torch import Tensor
 
 from lockstep.config.model import ModelConfig
 from lockstep.models.decoder import GPTModel
+from lockstep.models.expert_weights import Rooms
 from lockstep.models.layers import required
 from lockstep.models.philox import CudaNormalGenerator
 
@@ -69,14 +70,16 @@ def fill(
     model: torch.nn.Module,
     weights: Iterator[tuple[str, Tensor]],
     part: Part = lambda _, whole: whole,
-    keep: Keep = _replace,
+    keep: Keep | None = None,
 ) -> None:
     """Give the parameters of a model on the meta device their values, and so its device.
 
     `weights` are the values of a whole model; the model may lack some of them, and have a `part` of the others.
-    Buffers, the biases of experts, start at zero.
+    Without `keep` a parameter is its value, but the experts of a linear lie in one tensor, end to end. Buffers, the
+    biases of experts, start at zero.
     """
     missing = dict(model.named_parameters())
+    rooms = Rooms(missing)
     device = torch.device("cpu")
     for name, whole in weights:
         parameter = missing.pop(name, None)
@@ -85,7 +88,10 @@ def fill(
         value = part(name, whole)
         assert value.shape == parameter.shape, f"{name}: {value.shape} for {parameter.shape}"
         owner, _, leaf = name.rpartition(".")
-        keep(model.get_submodule(owner), leaf, value)
+        if keep is None:
+            _replace(model.get_submodule(owner), leaf, rooms.placed(name, value))
+        else:
+            keep(model.get_submodule(owner), leaf, value)
         device = value.device
     assert not missing, f"no value for {list(missing)}"
     for name, buffer in list(model.named_buffers()):

@@ -15,6 +15,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from lockstep.config.model import ModelConfig
+from lockstep.models.expert_weights import as_one
 from lockstep.models.layers import Linear, required
 from lockstep.models.mlp import MLP, Nonlinearity
 from lockstep.models.ops import linear, matmul_mode, widened
@@ -216,7 +217,7 @@ class Experts(nn.Module):
     def _grouped(self, experts: list[Expert], tokens: Tensor, weights: Tensor, rows: Rows) -> Tensor:
         """Multiply all experts at once; a grouped product leaves rows after the last end unwritten, and reads none."""
         first, second = (
-            torch.stack([getattr(expert, name).weight for expert in experts]).transpose(1, 2)
+            as_one([getattr(expert, name).weight for expert in experts]).transpose(1, 2)
             for name in ("linear_fc1", "linear_fc2")
         )
 

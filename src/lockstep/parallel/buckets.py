@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lockstep.config import ConfigContainer
+from lockstep.models.expert_weights import runs_of_experts
 from lockstep.parallel.mesh import Axis
 from lockstep.parallel.mixed import put
 
@@ -19,7 +20,7 @@ class Reduction:
 
     Attributes:
         axis: the processes that have the same weights.
-        bucket_size: elements after which a bucket is full; parameters are never cut.
+        bucket_size: elements after which a bucket is full; neither parameters nor the experts of a linear are cut.
         multiple: each process's part of a bucket is filled up to a multiple of so many elements.
         overlap: start a bucket as soon as its gradients are there, while backward passes go on.
         late: tells by the name of a parameter whether something must be added to its gradients after the last backward
@@ -107,7 +108,8 @@ class GradientBuckets:
     """The gradients of the parameters of a model, added up in ``dtype``.
 
     Hooks take them after each backward pass. A bucket has parameters of one axis. Buckets follow the parameters
-    backwards, by the last one of each, late ones last, and are reduced in this order on every process. With overlap, a
+    backwards, by the last one of each, late ones last, and are reduced in this order on every process; the experts of a
+    linear stay together, by number. With overlap, a
     bucket is started when its last gradient is there; the rest at the end. This changes when sums are taken, and not
     which.
     """
@@ -118,16 +120,18 @@ class GradientBuckets:
         self._overlap = reduction.overlap and reduction.axis.size > 1  # the axis of most, and the longest
         self._sharded = sharded
         self.buckets: list[Bucket] = []
-        place = {param: number for number, (_, param) in enumerate(reversed(named))}
+        units = list(_units_backwards(named))
+        place = {param: number for number, (_, param) in enumerate(pair for unit in units for pair in unit)}
         for late in (False, True):
             runs: list[tuple[Axis, list[nn.Parameter]]] = []
-            of_axis: dict[int, tuple[Axis, list[nn.Parameter]]] = {}
-            for name, param in reversed(named):
+            of_axis: dict[int, tuple[Axis, list[list[nn.Parameter]]]] = {}
+            for unit in units:
+                name = unit[0][0]
                 if reduction.late(name) is late:
                     axis = reduction.axis if reduction.axis_of is None else reduction.axis_of(name)
-                    of_axis.setdefault(id(axis), (axis, []))[1].append(param)
-            for axis, params in of_axis.values():
-                runs += [(axis, run) for run in _runs(params, reduction.bucket_size)]
+                    of_axis.setdefault(id(axis), (axis, []))[1].append([param for _, param in unit])
+            for axis, of_it in of_axis.values():
+                runs += [(axis, run) for run in _runs(of_it, reduction.bucket_size)]
             runs.sort(key=lambda pair: place[pair[1][-1]])
             self.buckets += [Bucket(run, dtype, reduction, late, axis) for axis, run in runs]
         self._of = {p: bucket for bucket in self.buckets for p in bucket.params}
@@ -203,11 +207,29 @@ class GradientBuckets:
         return list(self._views.values())
 
 
-def _runs(params: Sequence[nn.Parameter], size: int) -> Iterator[list[nn.Parameter]]:
-    """Cut parameters into runs of at least so many elements each, but for the last."""
+Named = tuple[str, nn.Parameter]
+
+
+def _units_backwards(named: Sequence[Named]) -> Iterator[list[Named]]:
+    """Yield what is not cut, backwards: a parameter, or the weights of all experts of a linear, by number.
+
+    These are used as one tensor where they lie so, and get their gradients together.
+    """
+    params = dict(named)
+    run_of = {name: run for run in runs_of_experts(params) for name in run}
+    for name, param in reversed(named):
+        run = run_of.get(name)
+        if run is None:
+            yield [(name, param)]
+        elif name == run[-1]:
+            yield [(each, params[each]) for each in run]
+
+
+def _runs(units: Iterable[list[nn.Parameter]], size: int) -> Iterator[list[nn.Parameter]]:
+    """Cut parameters into runs of at least so many elements each, but for the last, between units only."""
     run: list[nn.Parameter] = []
-    for param in params:
-        run.append(param)
+    for unit in units:
+        run += unit
         if sum(p.numel() for p in run) >= size:
             yield run
             run = []

@@ -16,6 +16,7 @@ from lockstep.config import ConfigContainer
 from lockstep.config.stages import stage_layers
 from lockstep.models import GPTModel
 from lockstep.models.decoder import Head
+from lockstep.models.init import fill
 from lockstep.parallel import Mesh, parallelize
 from lockstep.parallel.mesh import build_mesh
 from lockstep.peft.apply import add_adapters
@@ -122,6 +123,7 @@ class _Run:
             self._model = GPTModel(config.model, dtype=params_dtype(config), device=_META)
             add_adapters(self._model, config.peft)
             spans = parallelize(self._model, mesh)
+            fill(self._model, _own_values(self._model))
         use_attention(self._model, choose_attention(config, _META))
         self.parameters = sum(p.numel() for p in self._model.parameters())
         self._label_weights()
@@ -183,6 +185,12 @@ class _Run:
         documents = torch.empty_like(ids) if dataset.reset_attention_mask or dataset.enable_offline_packing else None
         rotary = torch.empty_like(ids) if dataset.enable_offline_packing else None
         return Batch(ids, torch.empty_like(ids), mask, torch.empty_like(ids), documents, rotary)
+
+
+def _own_values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield what the parameters are, so that filling the model with it changes the layout of its memory alone."""
+    for name in [name for name, _ in model.named_parameters()]:
+        yield name, model.get_parameter(name).detach()
 
 
 def part_of(name: str, part: Part) -> Part:
