@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 from lockstep.lab.compare import compare_paths
+from lockstep.parallel import buckets
 from lockstep.training.checkpoint_index import read_index, read_whole
 from tests.parallel.spawn import Turn
 from tests.training.checkpoint_runs import SEQUENCE, SHARDED, echo, recorded, take, train
@@ -32,6 +34,7 @@ _SOURCES: dict[str, tuple[int, dict[str, Any]]] = {
     "sharded": (4, {**_SHARED_OUT, **SHARDED}),
     "fsdp": (4, _FSDP),
     "whole": (4, {**_WHOLE, **SHARDED}),
+    "apart": (4, {**_SHARED_OUT, **SHARDED, "ddp.bucket_size": 2000}),
 }
 _MOVES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "ep2 to one": ("ep2", 1, _EXPERTS),
@@ -41,7 +44,14 @@ _MOVES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "ep2 to ep2 x fsdp2": ("ep2", 2, _FSDP),
     "ep2 x tp2 of whole experts x sharded dp2 to one": ("whole", 1, _EXPERTS),
     "ep2 to ep2 x tp2 of whole experts": ("ep2", 2, _WHOLE),
+    "experts apart in their buckets to together": ("apart", 4, {**_SHARED_OUT, **SHARDED}),
 }
+
+
+def train_with_experts_apart(changes: dict[str, Any], run_dir: Path) -> str:
+    """Train with buckets in the order of parameters, as they were before the experts of a linear stayed together."""
+    with mock.patch.object(buckets, "_units_backwards", lambda named: ([pair] for pair in reversed(named))):
+        return train(changes, run_dir)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +62,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, (processes, layout) in _SOURCES.items():
         folder = root / name
         saving = {"checkpoint.save": str(folder / "ckpt"), "checkpoint.save_interval": 20, "train.exit_interval": 10}
-        turns.append(Turn(processes, train, ({**layout, **saving}, folder / "first")))
+        job = train_with_experts_apart if name == "apart" else train
+        turns.append(Turn(processes, job, ({**layout, **saving}, folder / "first")))
     processes, layout = _SOURCES["sharded"]
     loading = {"checkpoint.load": str(root / "sharded" / "ckpt")}
     turns.append(Turn(processes, train, (layout, root / "sharded" / "whole")))
