@@ -124,7 +124,7 @@ def test_a_weight_that_changes_between_forward_and_backward_is_seen(trained: boo
         change()
     loss = product(x)
     change()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation|modified inplace"):
+    with pytest.raises(RuntimeError, match=r"modified by an inplace operation|modified inplace"):
         loss.backward()
 
 

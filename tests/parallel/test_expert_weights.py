@@ -99,8 +99,8 @@ def _compared() -> dict[str, dict[str, Any]]:
             return sweep.play(config, sweep.build_mesh(config.model, "cpu"), torch.bfloat16)
 
     with (
-        mock.patch.object(moe, "takes_grouped_products", lambda *_: True),
-        mock.patch.object(ops, "_measured_mode", lambda *_: "native"),
+        mock.patch.object(moe, "takes_grouped_products", return_value=True),
+        mock.patch.object(ops, "_measured_mode", return_value="native"),
     ):
         for name, changes in _cases().items():
             taken.clear()

@@ -1,5 +1,6 @@
 """Which linears get adapters, what is refused, and that initial values depend on the name and the seed alone."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from lockstep.config import ConfigContainer, Origin
 from lockstep.errors import ConfigError, UserError
 from lockstep.models import GPTModel
+from lockstep.models.expert_weights import lie_end_to_end
 from lockstep.models.moe import Experts
 from lockstep.parallel.mesh import Mesh
 from lockstep.peft.apply import adapter_names, add_adapters, initial_adapters
@@ -142,3 +144,29 @@ def test_grouped_products_have_shared_adapters_too(monkeypatch: pytest.MonkeyPat
     for experts in (module for module in model.modules() if isinstance(module, Experts)):
         experts.linear_fc2 = None
     assert not torch.allclose(model(tokens, tokens % 16), one_by_one, rtol=1e-3)
+
+
+def test_adapters_are_trained_alike_where_the_frozen_weights_of_experts_are_stacked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config, tokens = _config("experts", lora_B_init_method="normal"), torch.arange(32).view(2, 16)
+    monkeypatch.setattr("lockstep.models.moe.takes_grouped_products", lambda *_: True)
+    monkeypatch.setattr("lockstep.models.ops._measured_mode", lambda *_: "native")
+    taken: list[bool] = []
+
+    def noted(weights: Sequence[torch.Tensor]) -> bool:
+        taken.append(lie_end_to_end(weights))
+        return taken[-1]
+
+    found: list[dict[str, torch.Tensor]] = []
+    for lies in (noted, lambda _: False):
+        monkeypatch.setattr("lockstep.models.expert_weights.lie_end_to_end", lies)
+        model, _, _ = build_parallel_model(config, Mesh(), torch.device("cpu"), torch.bfloat16)
+        model(tokens, tokens % 16).float().square().mean().backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert taken
+    assert all(taken)
+    assert any(".experts.linear_fc1." in name for name in found[0])
+    assert not any(name.endswith("linear_fc1.weight") for name in found[0])
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
