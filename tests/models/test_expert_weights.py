@@ -165,7 +165,7 @@ def results_of(config: Any, frozen: bool) -> list[Tensor]:
             for parameter in model.parameters():
                 if parameter.grad is not None:
                     found.append(parameter.grad.clone())
-                    parameter -= 0.1 * parameter.grad
+                    parameter.sub_(0.1 * parameter.grad)
                     parameter.grad = None
     found += [parameter.detach() for parameter in model.parameters()]
     with torch.no_grad():
