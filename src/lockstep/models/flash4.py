@@ -79,16 +79,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    query_begins: Tensor | None,
-    key_begins: Tensor | None,
-    queries: int,
-    keys: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     result = query.new_empty(*query.shape[:-1], value.shape[-1])
     of_heads = (*query.shape[:-3], query.shape[-2], query.shape[-3])
     return result, query.new_empty(of_heads, dtype=torch.float32)
